@@ -1,0 +1,47 @@
+"""What can be wrong with an adapter.
+
+::
+
+    AdapterError
+    ├── AdapterRejected      the upload cannot be served: names the tensor or field, and the rule
+    ├── AdapterTooLarge      a byte limit was exceeded
+    ├── AdapterNotFound      no such name or version (or not visible to the caller)
+    ├── AdapterConflict      the name is reserved, or a concurrent change won
+    └── AdapterNameInvalid   the name does not match the naming rule
+
+Messages say what, the value and the rule, so that they can be shown to the caller unchanged.
+"""
+
+
+class AdapterError(Exception):
+    """Base of every adapter error; its text is safe to show to the client."""
+
+
+class AdapterRejected(AdapterError):
+    """The adapter cannot be served.
+
+    Attributes:
+        where: the tensor, config field or file at fault.
+        rule: what was expected of it.
+    """
+
+    def __init__(self, where: str, rule: str) -> None:
+        super().__init__(f"{where}: {rule}")
+        self.where = where
+        self.rule = rule
+
+
+class AdapterTooLarge(AdapterError):
+    """A file or adapter exceeds a configured byte limit."""
+
+
+class AdapterNotFound(AdapterError):
+    """No such adapter or version."""
+
+
+class AdapterConflict(AdapterError):
+    """The request contradicts what exists."""
+
+
+class AdapterNameInvalid(AdapterError):
+    """The adapter name does not match ``[a-z0-9][a-z0-9._-]{0,127}``."""

@@ -1,0 +1,99 @@
+"""The words of the adapter world as plain data: targets, base shape, families, slots.
+
+Pure: imports no tensor library, so the scheduler and the registry can use it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Family = Literal["core", "fold", "lora"]
+Group = Literal["qkv", "o", "gate_up", "down"]
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# Modules whose base weights are one fused matrix (outputs concatenated in this order) and which
+# therefore share one input and one GEMM. Adapter data is packed in the same order.
+GROUPS: Mapping[Group, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+
+
+class Target(NamedTuple):
+    """One adapted linear of the base."""
+
+    layer: int
+    module: str
+
+    def __str__(self) -> str:
+        return f"layers.{self.layer}.{self.module}"
+
+
+class Dims(NamedTuple):
+    """Shape of a linear's weight, ``(d_out, d_in)`` as in ``torch.nn.Linear``."""
+
+    d_out: int
+    d_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseShape:
+    """What an adapter must fit: the layer count and the shape of every adaptable linear.
+
+    ``digest`` identifies the base's weights (see ``shoal.adapters.base.base_digest``).
+    """
+
+    name: str
+    digest: str
+    num_layers: int
+    dims: Mapping[str, Dims]
+
+    def targets(self) -> tuple[Target, ...]:
+        """Every adaptable linear, layer by layer, modules in ``MODULES`` order."""
+        return tuple(Target(layer, m) for layer in range(self.num_layers) for m in MODULES)
+
+    def group_dims(self, group: Group) -> Dims:
+        """Shape of the fused weight of ``group``."""
+        parts = [self.dims[module] for module in GROUPS[group]]
+        return Dims(sum(part.d_out for part in parts), parts[0].d_in)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """One adapter version as the engine sees it.
+
+    Attributes:
+        digest: sha256 (hex) of the canonical record; identifies content, never reused.
+        family: how it acts.
+        rank: largest rank over its targets; all its data is packed at this rank.
+        basis_id: which shared basis a ``core`` adapter uses, else None.
+        packed_elements: elements it takes in the device bank.
+    """
+
+    digest: str
+    family: Family
+    rank: int
+    basis_id: str | None
+    packed_elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one adapter sits in the device bank: an extent of equal-sized units."""
+
+    unit: int
+    num_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowAdapter:
+    """What a planned row says about its adapter: integers and names, no tensors."""
+
+    spec: AdapterSpec
+    slot: Slot
