@@ -1,0 +1,318 @@
+"""``AdapterLibrary``: everything HTTP and the command line do with adapters.
+
+Joins the readers of formats (files -> validated weights), the registry (durable records by name
+and version) and the host tier (packed weights, pinned while a request needs them). It decides the
+order in which those happen, so that what is refused, or fails half-way, leaves nothing behind that
+a caller can see. Knows nothing of HTTP, the engine or the device.
+"""
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from shoal.adapters.basis import Basis, BasisStore
+from shoal.adapters.errors import AdapterError, AdapterTooLarge
+from shoal.adapters.host_tier import HostTier
+from shoal.adapters.packing import PackedAdapter, pack_adapter
+from shoal.adapters.reading import read_adapter
+from shoal.adapters.record import from_record, record_digest, to_record
+from shoal.adapters.registry.catalog import AdapterInfo, Content
+from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
+from shoal.adapters.registry.registry import Registry
+from shoal.adapters.registry.store import Places, places
+from shoal.adapters.spec import AdapterSpec, BaseShape
+from shoal.adapters.weights import AdapterWeights, WeightOf
+
+__all__ = [
+    "AdapterInfo",
+    "AdapterLibrary",
+    "Places",
+    "RegistryError",
+    "RegistryUnavailable",
+    "places",
+]
+
+# How many bases uploads may bring beside the canonical one: each widens the base's GEMMs.
+UPLOADED_BASES_MAX = 4
+# A loaded adapter can be evicted before it is pinned only if others load meanwhile.
+_PIN_ATTEMPTS = 16
+
+log = logging.getLogger(__name__)
+
+Page = tuple[list[AdapterInfo], str | None]
+History = list[AdapterInfo]
+
+
+class AdapterLibrary:
+    """The adapters of one base. All methods block and are thread-safe; see ``open``.
+
+    Besides what each method names, all may raise ``RegistryError`` (database or store failed).
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        shape: BaseShape,
+        weight_of: WeightOf,
+        canonical: Basis,
+        bases: BasisStore,
+        host: HostTier,
+        on_basis: Callable[[Basis], None],
+        dtype: torch.dtype,
+        max_upload_bytes: int,
+        max_bases: int = UPLOADED_BASES_MAX,
+    ) -> None:
+        self._registry = registry
+        self._shape = shape
+        self._weight_of = weight_of
+        self._canonical = canonical
+        self._bases = bases
+        self._host = host
+        self._on_basis = on_basis
+        self._dtype = dtype
+        self._max_upload_bytes = max_upload_bytes
+        self._max_bases = max_bases
+        self._loading = _KeyedLocks()
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        registry_url: str,
+        store_url: str | None,
+        shape: BaseShape,
+        weight_of: WeightOf,
+        canonical: Basis,
+        bases: BasisStore,
+        host: HostTier,
+        on_basis: Callable[[Basis], None],
+        dtype: torch.dtype,
+        reserved_names: frozenset[str],
+        max_upload_bytes: int,
+        shipped: Path | None,
+        max_bases: int = UPLOADED_BASES_MAX,
+    ) -> "AdapterLibrary":
+        """Open or create a registry for the base that is being served.
+
+        Args:
+            registry_url: SQLAlchemy URL of the catalog.
+            store_url: fsspec URL of the store; None is the default place.
+            shape, weight_of, canonical: the base, its weights and its canonical basis.
+            bases: uploaded bases, in the folder ``places(registry_url, store_url).bases``.
+            host: where packed adapters live; this library loads and pins, the engine only reads.
+            on_basis: told of a basis before an adapter that needs it is staged. May be called
+                again for one it knows, from any thread.
+            dtype: of packed adapters: that of the device bank.
+            reserved_names: names no adapter may have, such as the base's.
+            max_upload_bytes: limit on the files of one upload together.
+            shipped: a folder of adapter folders that appear under their folder's names, unless a
+                user replaced or deleted that name.
+            max_bases: how many uploaded bases to keep before adapters are served as ``lora``.
+
+        Raises:
+            RegistryUnavailable, SchemaTooNew: the registry cannot be opened.
+        """
+        registry = Registry.open(
+            registry_url, store_url, base_digest=shape.digest, reserved_names=reserved_names
+        )
+        library = cls(
+            registry,
+            shape=shape,
+            weight_of=weight_of,
+            canonical=canonical,
+            bases=bases,
+            host=host,
+            on_basis=on_basis,
+            dtype=dtype,
+            max_upload_bytes=max_upload_bytes,
+            max_bases=max_bases,
+        )
+        try:
+            if shipped is not None:
+                library._publish_shipped(shipped)
+        except BaseException:
+            library.close()
+            raise
+        return library
+
+    def upload(self, name: str, files: Mapping[str, Path]) -> AdapterInfo:
+        """Validate an adapter, store it and make it what ``name`` means.
+
+        When this returns, the adapter is durable and the next request can use it. When it raises,
+        no name or version has changed. Content that ``name`` already has becomes active again as
+        the version it is.
+
+        Args:
+            files: file name -> where it lies, such as ``adapter_config.json``. Not kept.
+
+        Raises:
+            AdapterNameInvalid, AdapterConflict, AdapterRejected, AdapterTooLarge.
+        """
+        self._registry.claim(name)
+        weights = self._read(files, self._bases)
+        content, record, packed = self._prepare(weights)
+        self._announce(content.basis_id)
+        # Before the name exists: what can never be loaded must not get one.
+        self._host.put(packed)
+        info = self._registry.publish(name, content, record)
+        log.info("uploaded adapter=%s@%d digest=%s", info.name, info.version, info.digest)
+        return info
+
+    def check(self, files: Mapping[str, Path]) -> AdapterWeights:
+        """What an upload of ``files`` would be served as; changes nothing.
+
+        Raises:
+            AdapterRejected, AdapterTooLarge.
+        """
+        with tempfile.TemporaryDirectory(prefix="shoal-check-") as folder:
+            trial = BasisStore(Path(folder))
+            for basis in self._bases.all():
+                trial.add(basis)
+            weights = self._read(files, trial)
+        self._prepare(weights)
+        return weights
+
+    def resolve(self, model: str) -> AdapterInfo:
+        """What ``name`` or ``name@version`` means now, or AdapterNotFound."""
+        return self._registry.resolve(model)
+
+    def stage(self, info: AdapterInfo) -> AdapterSpec:
+        """Have the adapter packed and pinned in the host tier; ``unstage`` it once afterwards.
+
+        Works for every version that was ever resolved, also when it is no longer active.
+
+        Raises:
+            AdapterTooLarge: it does not fit beside what is pinned.
+            RecordDamaged: its bytes are gone or have changed.
+        """
+        self._announce(info.basis_id)
+        if not self._host.pin(info.digest):
+            with self._loading.held(info.digest):
+                self._load_and_pin(info)
+        return self._host.get(info.digest).spec
+
+    def unstage(self, spec: AdapterSpec) -> None:
+        """Undo one ``stage``: the host tier may forget the adapter when nobody else needs it."""
+        self._host.unpin(spec.digest)
+
+    def list(self, *, limit: int, after: str | None = None, prefix: str = "") -> Page:
+        """Active versions by name, at most ``limit`` (from 1) behind ``after``; and the next
+        ``after``, or None at the end. AdapterNameInvalid when ``after`` is not a name."""
+        return self._registry.page(limit=limit, after=after, prefix=prefix)
+
+    def versions(self, name: str) -> History:
+        """Every version of ``name``, oldest first, or AdapterNotFound."""
+        return self._registry.versions(name)
+
+    def activate(self, name: str, version: int) -> AdapterInfo:
+        """Let ``name`` mean ``version``, or AdapterNotFound."""
+        return self._registry.activate(name, version)
+
+    def delete(self, name: str) -> None:
+        """Forget ``name`` and its versions, or AdapterNotFound. Running requests are not harmed."""
+        self._registry.delete(name)
+
+    def count(self) -> int:
+        """How many names there are."""
+        return self._registry.count()
+
+    def close(self) -> None:
+        """Close the database. Nothing may be called afterwards."""
+        self._registry.close()
+
+    def _read(self, files: Mapping[str, Path], bases: BasisStore) -> AdapterWeights:
+        return read_adapter(
+            files,
+            shape=self._shape,
+            weight_of=self._weight_of,
+            bases=bases,
+            canonical=self._canonical,
+            max_bytes=self._max_upload_bytes,
+            max_bases=self._max_bases,
+        )
+
+    def _prepare(self, weights: AdapterWeights) -> tuple[Content, bytes, PackedAdapter]:
+        """The canonical record of ``weights``, and what it is once it is read back."""
+        record = to_record(weights)
+        digest = record_digest(record)
+        # From the record and not from `weights`: what is served now is what a restart serves.
+        packed = pack_adapter(from_record(record, self._shape), self._shape, digest, self._dtype)
+        content = Content(
+            digest=digest,
+            family=weights.family,
+            format=weights.format,
+            rank=weights.rank,
+            bytes=len(record),
+            packed_elements=packed.spec.packed_elements,
+            basis_id=weights.basis_id,
+        )
+        return content, record, packed
+
+    def _load_and_pin(self, info: AdapterInfo) -> None:
+        if self._host.pin(info.digest):
+            return  # another thread loaded it while we waited
+        weights = from_record(self._registry.read(info.digest), self._shape)
+        packed = pack_adapter(weights, self._shape, info.digest, self._dtype)
+        for _ in range(_PIN_ATTEMPTS):
+            self._host.put(packed)
+            if self._host.pin(info.digest):
+                return
+        raise AdapterTooLarge(
+            f"adapter {info.name}@{info.version} found no room in host memory: too many others "
+            "are being loaded; try again, or give the host tier more memory"
+        )
+
+    def _announce(self, basis_id: str | None) -> None:
+        """Give the basis that an adapter needs to whoever multiplies by it."""
+        if basis_id is None:
+            return
+        if basis_id == self._canonical.id:
+            self._on_basis(self._canonical)
+            return
+        basis = self._bases.get(basis_id)
+        if basis is None:
+            raise RecordDamaged(f"basis {basis_id} is missing from the registry's bases")
+        self._on_basis(basis)
+
+    def _publish_shipped(self, shipped: Path) -> None:
+        for folder in sorted(path for path in shipped.iterdir() if path.is_dir()):
+            files = {path.name: path for path in folder.iterdir() if path.is_file()}
+            try:
+                content, record, _ = self._prepare(self._read(files, self._bases))
+                info = self._registry.publish_shipped(folder.name, content, record)
+            except AdapterError as error:
+                # A broken folder must not keep the server from starting.
+                log.warning("shipped adapter left out folder=%s error=%s", folder, error)
+                continue
+            if info is not None:
+                log.info("shipped adapter=%s@%d", info.name, info.version)
+
+
+class _KeyedLocks:
+    """One lock per key, kept only while somebody holds or awaits it."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: dict[str, tuple[threading.Lock, int]] = {}
+
+    @contextmanager
+    def held(self, key: str) -> Iterator[None]:
+        with self._guard:
+            lock, users = self._locks.get(key, (threading.Lock(), 0))
+            self._locks[key] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                lock, users = self._locks[key]
+                if users == 1:
+                    del self._locks[key]
+                else:
+                    self._locks[key] = (lock, users - 1)

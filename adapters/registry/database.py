@@ -1,0 +1,150 @@
+"""Transactions on the catalog's database, whichever SQLAlchemy URL it has.
+
+Owns the connection settings (for SQLite: WAL, an fsync per commit, foreign keys, one writer at a
+time) and the schema version. Knows nothing of adapters.
+"""
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, create_engine, event, insert, inspect, select
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, TimeoutError
+from sqlalchemy.pool import QueuePool
+
+from shoal.adapters.registry.errors import RegistryUnavailable, SchemaTooNew
+from shoal.adapters.registry.tables import METADATA, SCHEMA, SCHEMA_VERSION
+
+# How long a statement waits for another process's write, and a thread for a connection.
+BUSY_TIMEOUT_S = 20.0
+CONNECTIONS_MAX = 8
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file behind a SQLite URL; None for an in-memory one or another database."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+        return None
+    return Path(str(parsed.database))
+
+
+class Database:
+    """Read and write transactions; thread-safe.
+
+    Args:
+        url: a SQLAlchemy URL. A SQLite file and its folder are made when absent. ``sqlite://`` is
+            in memory, on the one connection that all threads share in turn.
+
+    Raises:
+        RegistryUnavailable: cannot be opened, or is not a database.
+        SchemaTooNew: written by a newer release; nothing was changed.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise RegistryUnavailable(
+                f"registry {url!r} is not a SQLAlchemy URL such as sqlite:////data/registry.db"
+            ) from error
+        self._shown_url = parsed.render_as_string(hide_password=True)
+        self._is_sqlite = parsed.get_backend_name() == "sqlite"
+        file = sqlite_file(url)
+        if file is not None:
+            _make_folder(file.parent)
+        in_memory = self._is_sqlite and file is None
+        self._engine = create_engine(
+            parsed,
+            poolclass=QueuePool,
+            pool_size=1 if in_memory else CONNECTIONS_MAX,
+            max_overflow=0,
+            pool_timeout=BUSY_TIMEOUT_S,
+            connect_args={"check_same_thread": False} if self._is_sqlite else {},
+        )
+        self._writer = self._engine.execution_options(shoal_write=True)
+        # Threads queue here rather than in SQLite, which only polls its lock.
+        self._writing = threading.Lock() if self._is_sqlite else contextlib.nullcontext()
+        if self._is_sqlite:
+            _configure_sqlite(self._engine)
+        try:
+            self._ensure_schema()
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A consistent view of the database."""
+        with self._translated(), self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Connection]:
+        """All or nothing: durable when the block has ended, undone when it raises."""
+        with self._translated(), self._writing, self._writer.begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Close the connections; an in-memory database is gone after it."""
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError:
+            raise
+        except (DatabaseError, TimeoutError, sqlite3.Error) as error:
+            raise RegistryUnavailable(f"registry {self._shown_url}: {error}") from error
+
+    def _ensure_schema(self) -> None:
+        with self.read() as connection:
+            if self._schema_is_current(connection):
+                return
+        with self.write() as connection:
+            if not self._schema_is_current(connection):
+                METADATA.create_all(connection)
+                connection.execute(insert(SCHEMA).values(version=SCHEMA_VERSION))
+
+    def _schema_is_current(self, connection: Connection) -> bool:
+        if not inspect(connection).has_table(SCHEMA.name):
+            return False
+        version = connection.execute(select(SCHEMA.c.version)).scalar_one()
+        if version > SCHEMA_VERSION:
+            raise SchemaTooNew(
+                f"registry {self._shown_url} has schema version {version}; this release of shoal "
+                f"reads up to {SCHEMA_VERSION}: upgrade shoal, or open another registry"
+            )
+        return True
+
+
+def _configure_sqlite(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def _connected(connection: sqlite3.Connection, _record: Any) -> None:
+        # The driver must not open transactions by itself; `_begun` does.
+        connection.isolation_level = None
+        # First of all, so that the switch to WAL waits for other processes too.
+        connection.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
+        connection.execute("PRAGMA journal_mode = WAL")
+        # NORMAL would lose the last commits in a power failure.
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        # A writer takes the lock at once: a reader that turns into a writer half-way can only
+        # fail with SQLITE_BUSY, however long it would be willing to wait.
+        writes = connection.get_execution_options().get("shoal_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RegistryUnavailable(f"registry folder {os.fspath(folder)!r}: {error}") from error

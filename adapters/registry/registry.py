@@ -1,0 +1,154 @@
+"""The registry: the catalog and the store as one durable thing.
+
+Owns the order of writes: bytes first, then the name. A crash between the two leaves bytes that no
+name refers to, never a name without bytes. Knows nothing of tensors.
+"""
+
+import re
+import time
+from collections.abc import Callable
+
+from shoal.adapters.errors import AdapterConflict, AdapterNotFound
+from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content, validate_name
+from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.store import Store, open_store, places
+from shoal.adapters.spec import ADAPTER_NAME
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+class Registry:
+    """Durable adapters of one base, by name and version; thread-safe.
+
+    Several processes may open one registry; each sees the others' changes at once.
+
+    Args:
+        database, store: where it lives; ``close`` closes the database.
+        base_digest: digest of the open base.
+        reserved_names: names that no adapter may have, such as the base's.
+        clock: unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        *,
+        base_digest: str,
+        reserved_names: frozenset[str] = frozenset(),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._catalog = Catalog(database, base_digest=base_digest)
+        self._reserved_names = reserved_names
+        self._clock = clock
+
+    @classmethod
+    def open(
+        cls,
+        registry_url: str,
+        store_url: str | None = None,
+        *,
+        base_digest: str,
+        reserved_names: frozenset[str] = frozenset(),
+    ) -> "Registry":
+        """Open or create a registry; ``store_url`` as in ``shoal.adapters.registry.store.places``.
+
+        Raises:
+            RegistryUnavailable, SchemaTooNew: it cannot be opened.
+        """
+        store = open_store(places(registry_url, store_url).store_url)
+        return cls(
+            Database(registry_url), store, base_digest=base_digest, reserved_names=reserved_names
+        )
+
+    def claim(self, name: str) -> None:
+        """Check that ``name`` may be uploaded; changes nothing.
+
+        Raises:
+            AdapterNameInvalid, AdapterConflict: it may not.
+        """
+        validate_name(name)
+        if name in self._reserved_names:
+            raise AdapterConflict(f"adapter name {name!r} is reserved: it names the base model")
+
+    def publish(self, name: str, content: Content, record: bytes) -> AdapterInfo:
+        """Make ``record`` the active version of ``name``: durable when this returns.
+
+        A record that ``name`` already has is made active as the version it is.
+
+        Raises:
+            AdapterNameInvalid, AdapterConflict: ``name`` cannot be used; nothing has changed.
+            RegistryUnavailable: nothing has changed.
+        """
+        self.claim(name)
+        self._store.put(content.digest, record)
+        return self._catalog.publish(name, content, created=self._clock())
+
+    def publish_shipped(self, name: str, content: Content, record: bytes) -> AdapterInfo | None:
+        """Like ``publish``, unless a user changed or deleted ``name``: then None."""
+        self.claim(name)
+        self._store.put(content.digest, record)
+        return self._catalog.publish_shipped(name, content, created=self._clock())
+
+    def read(self, digest: str) -> bytes:
+        """The record of ``digest``, verified.
+
+        Raises:
+            RecordDamaged, RegistryUnavailable: it cannot be had.
+        """
+        return self._store.get(digest)
+
+    def resolve(self, model: str) -> AdapterInfo:
+        """What ``name`` (its active version) or ``name@version`` means.
+
+        Raises:
+            AdapterNotFound: nothing; also when ``model`` could not be an adapter's name.
+        """
+        name, at, number = model.partition("@")
+        if not at:
+            return self._catalog.get(_searchable(name))
+        if _VERSION.fullmatch(number) is None:
+            raise AdapterNotFound(f"adapter {model[:200]!r} does not exist")
+        return self._catalog.get(_searchable(name), int(number))
+
+    def page(
+        self, *, limit: int, after: str | None = None, prefix: str = ""
+    ) -> tuple[list[AdapterInfo], str | None]:
+        """See ``Catalog.page``."""
+        return self._catalog.page(limit=limit, after=after, prefix=prefix)
+
+    def versions(self, name: str) -> list[AdapterInfo]:
+        """Every version of ``name``, oldest first, or AdapterNotFound."""
+        return self._catalog.versions(_searchable(name))
+
+    def activate(self, name: str, version: int) -> AdapterInfo:
+        """Let ``name`` mean ``version``, or AdapterNotFound."""
+        return self._catalog.activate(_searchable(name), version)
+
+    def delete(self, name: str) -> None:
+        """Forget ``name``, or AdapterNotFound. Its version numbers are not used again.
+
+        Limit: the bytes stay in the store, because requests may be running with them.
+        """
+        self._catalog.delete(_searchable(name), now=self._clock())
+
+    def count(self) -> int:
+        """How many names there are."""
+        return self._catalog.count()
+
+    def check(self) -> None:
+        """See ``Catalog.check``."""
+        self._catalog.check()
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+
+def _searchable(name: str) -> str:
+    """Refuse what cannot be a name before the database sees it (it may not be valid Unicode)."""
+    if ADAPTER_NAME.fullmatch(name) is None:
+        raise AdapterNotFound(f"adapter {name[:200]!r} does not exist")
+    return name
