@@ -11,7 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    bindparam,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
 from shoal.adapters.errors import AdapterConflict, AdapterNameInvalid, AdapterNotFound
@@ -97,6 +107,10 @@ class Catalog:
         self._database = database
         self._base_digest = base_digest
         self._owner = owner
+        # Every request resolves its adapter; building the statement costs more than running it.
+        named = self._live_versions().where(ADAPTERS.c.name == bindparam("wanted_name"))
+        self._active_version = named.where(VERSIONS.c.version == ADAPTERS.c.active_version)
+        self._exact_version = named.where(VERSIONS.c.version == bindparam("wanted_version"))
 
     def publish(self, name: str, content: Content, *, created: float) -> AdapterInfo:
         """Add ``content`` as the next version of ``name`` and make it active.
@@ -236,7 +250,7 @@ class Catalog:
     def check(self) -> None:
         """Assert what must hold for every adapter in the database. O(versions); for tests."""
         numbers: dict[int, list[int]] = {}
-        with self._database.read() as connection:
+        with self._database.write() as connection:
             for row in connection.execute(select(VERSIONS.c.adapter_id, VERSIONS.c.version)):
                 numbers.setdefault(row.adapter_id, []).append(row.version)
             rows = connection.execute(select(ADAPTERS)).all()
@@ -351,11 +365,9 @@ class Catalog:
     def _info(self, connection: Connection, name: str, version: int | None) -> AdapterInfo:
         if version is not None and not 1 <= version <= _VERSION_MAX:
             raise _not_found(name, version)
-        query = self._live_versions().where(
-            ADAPTERS.c.name == name,
-            VERSIONS.c.version == (ADAPTERS.c.active_version if version is None else version),
-        )
-        row = connection.execute(query).one_or_none()
+        query = self._active_version if version is None else self._exact_version
+        wanted = {"wanted_name": name, "wanted_version": version}
+        row = connection.execute(query, wanted).one_or_none()
         if row is None:
             raise _not_found(name, version)
         return _to_info(row)

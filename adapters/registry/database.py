@@ -79,7 +79,7 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
-        """A consistent view of the database."""
+        """A connection to read with; each statement by itself sees a consistent state."""
         with self._translated(), self._engine.begin() as connection:
             yield connection
 
@@ -100,7 +100,8 @@ class Database:
         except IntegrityError:
             raise
         except (DatabaseError, TimeoutError, sqlite3.Error) as error:
-            raise RegistryUnavailable(f"registry {self._shown_url}: {error}") from error
+            said = error.orig if isinstance(error, DatabaseError) else error
+            raise RegistryUnavailable(f"registry {self._shown_url}: {said}") from error
 
     def _ensure_schema(self) -> None:
         with self.read() as connection:
@@ -138,9 +139,10 @@ def _configure_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "begin")
     def _begun(connection: Connection) -> None:
         # A writer takes the lock at once: a reader that turns into a writer half-way can only
-        # fail with SQLITE_BUSY, however long it would be willing to wait.
-        writes = connection.get_execution_options().get("shoal_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        # fail with SQLITE_BUSY, however long it would be willing to wait. Readers need no
+        # transaction: each statement is one.
+        if connection.get_execution_options().get("shoal_write", False):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _make_folder(folder: Path) -> None:
