@@ -1,0 +1,113 @@
+"""``shoal adapters ...``: manage the adapters of a running server over HTTP."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+KEY_VARIABLE = "SHOAL_API_KEY"
+
+
+class CommandError(Exception):
+    """The command cannot be carried out; the text says why and what to do."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    connection = argparse.ArgumentParser(add_help=False)
+    connection.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)"
+    )
+    connection.add_argument(
+        "--api-key", help=f"bearer token (default: ${KEY_VARIABLE})", metavar="KEY"
+    )
+    verbs = parser.add_subparsers(dest="adapters_verb", required=True)
+
+    def verb(name: str, help: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=help, description=help, parents=[connection])
+
+    verb("list", "list active adapters").add_argument("--prefix", default="", help="names only")
+    push = verb("push", "upload an adapter directory; usable by the next request")
+    push.add_argument("name", help="name to serve it under")
+    push.add_argument("directory", type=Path, help=f"folder with {' and '.join(FILES)}")
+    verb("show", "show one adapter and its versions").add_argument("name")
+    activate = verb("activate", "make a version the one that the bare name means")
+    activate.add_argument("name")
+    activate.add_argument("version", type=int)
+    verb("rm", "delete an adapter (its name stops resolving)").add_argument("name")
+
+
+def run(args: argparse.Namespace) -> int:
+    key = args.api_key or os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        with httpx.Client(base_url=args.url, headers=headers, timeout=120) as client:
+            _VERBS[args.adapters_verb](client, args)
+    except CommandError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    except httpx.HTTPError as problem:
+        print(f"error: {args.url}: {problem}\nhint: is the server running?", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _list(client: httpx.Client, args: argparse.Namespace) -> None:
+    query = {"prefix": args.prefix} if args.prefix else {}
+    while True:
+        page = _answer(client.get("/v1/adapters", params=query))
+        for adapter in page["data"]:
+            _print(adapter)
+        if not page.get("has_more"):
+            return
+        query["after"] = page["data"][-1]["name"]
+
+
+def _push(client: httpx.Client, args: argparse.Namespace) -> None:
+    missing = [name for name in FILES if not (args.directory / name).is_file()]
+    if missing:
+        raise CommandError(f"{args.directory} has no {' and no '.join(missing)}")
+    files = [("file", (name, (args.directory / name).read_bytes())) for name in FILES]
+    _print(_answer(client.post("/v1/adapters", data={"name": args.name}, files=files)))
+
+
+def _show(client: httpx.Client, args: argparse.Namespace) -> None:
+    active = _answer(client.get(f"/v1/adapters/{args.name}"))
+    for version in _answer(client.get(f"/v1/adapters/{args.name}/versions"))["data"]:
+        _print(version, mark="*" if version["version"] == active["version"] else " ")
+
+
+def _activate(client: httpx.Client, args: argparse.Namespace) -> None:
+    body = {"version": args.version}
+    _print(_answer(client.post(f"/v1/adapters/{args.name}/activate", json=body)))
+
+
+def _rm(client: httpx.Client, args: argparse.Namespace) -> None:
+    _answer(client.delete(f"/v1/adapters/{args.name}"))
+    print(f"deleted {args.name}")
+
+
+_VERBS = {"list": _list, "push": _push, "show": _show, "activate": _activate, "rm": _rm}
+
+
+def _answer(response: httpx.Response) -> Any:
+    if response.is_success:
+        return response.json() if response.content else {}
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:300]
+    raise CommandError(f"HTTP {response.status_code}: {message}")
+
+
+def _print(adapter: dict[str, Any], mark: str = "") -> None:
+    created = adapter.get("created")
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(created)) if created else ""
+    print(
+        f"{mark}{adapter['name']}@{adapter['version']}  {adapter['family']} r={adapter['rank']}  "
+        f"{adapter['bytes']} bytes  {adapter['digest'][:12]}  {when}".rstrip()
+    )
