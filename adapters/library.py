@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from shoal.adapters.basis import Basis, BasisStore
-from shoal.adapters.errors import AdapterError, AdapterTooLarge
+from shoal.adapters.basis import Basis, BasisStore, load_basis
+from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
 from shoal.adapters.host_tier import HostTier
-from shoal.adapters.packing import PackedAdapter, pack_adapter
+from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
 from shoal.adapters.reading import read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
@@ -39,8 +39,6 @@ __all__ = [
 
 # How many bases uploads may bring beside the canonical one: each widens the base's GEMMs.
 UPLOADED_BASES_MAX = 4
-# A loaded adapter can be evicted before it is pinned only if others load meanwhile.
-_PIN_ATTEMPTS = 16
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +60,7 @@ class AdapterLibrary:
         weight_of: WeightOf,
         canonical: Basis,
         bases: BasisStore,
+        bases_folder: Path,
         host: HostTier,
         on_basis: Callable[[Basis], None],
         dtype: torch.dtype,
@@ -73,6 +72,7 @@ class AdapterLibrary:
         self._weight_of = weight_of
         self._canonical = canonical
         self._bases = bases
+        self._bases_folder = bases_folder
         self._host = host
         self._on_basis = on_basis
         self._dtype = dtype
@@ -118,8 +118,12 @@ class AdapterLibrary:
         Raises:
             RegistryUnavailable, SchemaTooNew: the registry cannot be opened.
         """
+        where = places(registry_url, store_url)
         registry = Registry.open(
-            registry_url, store_url, base_digest=shape.digest, reserved_names=reserved_names
+            registry_url,
+            where.store_url,
+            base_digest=shape.digest,
+            reserved_names=reserved_names,
         )
         library = cls(
             registry,
@@ -127,6 +131,7 @@ class AdapterLibrary:
             weight_of=weight_of,
             canonical=canonical,
             bases=bases,
+            bases_folder=where.bases,
             host=host,
             on_basis=on_basis,
             dtype=dtype,
@@ -242,7 +247,7 @@ class AdapterLibrary:
         record = to_record(weights)
         digest = record_digest(record)
         # From the record and not from `weights`: what is served now is what a restart serves.
-        packed = pack_adapter(from_record(record, self._shape), self._shape, digest, self._dtype)
+        packed = self._pack(from_record(record, self._shape), digest)
         content = Content(
             digest=digest,
             family=weights.family,
@@ -250,35 +255,45 @@ class AdapterLibrary:
             rank=weights.rank,
             bytes=len(record),
             packed_elements=packed.spec.packed_elements,
-            basis_id=weights.basis_id,
+            basis_id=packed.spec.basis_id,
         )
         return content, record, packed
+
+    def _pack(self, weights: AdapterWeights, digest: str) -> PackedAdapter:
+        spec = make_spec(weights, self._shape, digest)
+        size = spec.packed_elements * self._dtype.itemsize
+        # Before allocating: one target of a high rank makes a small file and a vast packed adapter.
+        if size > self._host.capacity_bytes:
+            raise AdapterTooLarge(
+                f"the adapter takes {size} bytes in memory (rank {spec.rank} on every module); "
+                f"host memory for adapters is {self._host.capacity_bytes} bytes"
+            )
+        return pack_adapter(weights, self._shape, digest, self._dtype)
 
     def _load_and_pin(self, info: AdapterInfo) -> None:
         if self._host.pin(info.digest):
             return  # another thread loaded it while we waited
         weights = from_record(self._registry.read(info.digest), self._shape)
-        packed = pack_adapter(weights, self._shape, info.digest, self._dtype)
-        for _ in range(_PIN_ATTEMPTS):
-            self._host.put(packed)
-            if self._host.pin(info.digest):
-                return
-        raise AdapterTooLarge(
-            f"adapter {info.name}@{info.version} found no room in host memory: too many others "
-            "are being loaded; try again, or give the host tier more memory"
-        )
+        self._host.put(self._pack(weights, info.digest), pin=True)
 
     def _announce(self, basis_id: str | None) -> None:
         """Give the basis that an adapter needs to whoever multiplies by it."""
-        if basis_id is None:
-            return
+        if basis_id is not None:
+            self._on_basis(self._basis(basis_id))
+
+    def _basis(self, basis_id: str) -> Basis:
         if basis_id == self._canonical.id:
-            self._on_basis(self._canonical)
-            return
+            return self._canonical
         basis = self._bases.get(basis_id)
         if basis is None:
-            raise RecordDamaged(f"basis {basis_id} is missing from the registry's bases")
-        self._on_basis(basis)
+            # Another process may have accepted it since this one listed the folder.
+            path = self._bases_folder / f"{basis_id}.safetensors"
+            try:
+                basis = load_basis(path, self._shape)
+            except (OSError, AdapterRejected) as error:
+                raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
+            self._bases.add(basis)
+        return basis
 
     def _publish_shipped(self, shipped: Path) -> None:
         for folder in sorted(path for path in shipped.iterdir() if path.is_dir()):

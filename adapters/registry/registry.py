@@ -53,12 +53,16 @@ class Registry:
         base_digest: str,
         reserved_names: frozenset[str] = frozenset(),
     ) -> "Registry":
-        """Open or create a registry; ``store_url`` as in ``shoal.adapters.registry.store.places``.
+        """Open or create a registry.
+
+        Args:
+            registry_url: SQLAlchemy URL of the catalog.
+            store_url: fsspec URL of the store; None is the default of ``store.places``.
 
         Raises:
             RegistryUnavailable, SchemaTooNew: it cannot be opened.
         """
-        store = open_store(places(registry_url, store_url).store_url)
+        store = open_store(store_url or places(registry_url).store_url)
         return cls(
             Database(registry_url), store, base_digest=base_digest, reserved_names=reserved_names
         )
