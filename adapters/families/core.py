@@ -1,0 +1,137 @@
+"""``core``: LoRA-XS adapters, one small ``R`` per target between the two frozen factors of a basis.
+
+``delta = s·(h Rᵀ) Bᵀ`` with ``h = y0 B``, where ``y0`` is the bias-free base output (exact because
+the basis has ``A = BᵀW``). Only ``R`` belongs to the adapter; ``B`` is shared by all on a basis.
+
+A record holds ``[layer][module in MODULES order][r, r]`` of ``s·R``, zero where a target is absent
+and zero-padded where its own rank is smaller (bases are nested, so padding changes nothing).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.adapters.families.tiles import Records, Segment, Tiling, Tokens, apply_tiles
+from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group, Target
+from shoal.adapters.weights import AdapterWeights
+
+
+def packed_elements(shape: BaseShape, rank: int) -> int:
+    """Elements of one record."""
+    return shape.num_layers * len(MODULES) * rank * rank
+
+
+def record_offset(shape: BaseShape, rank: int, layer: int, module: str) -> int:
+    """Where the ``(r, r)`` of one target starts inside a record, in elements."""
+    return (layer * len(MODULES) + MODULES.index(module)) * rank * rank
+
+
+def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
+    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with ``weights``."""
+    rank = weights.rank
+    out.zero_()
+    table = out.view(shape.num_layers, len(MODULES), rank, rank)
+    for target, (r_matrix,) in weights.tensors.items():
+        own = r_matrix.shape[0]
+        scaled = r_matrix.to(torch.float64) * weights.scales[target]
+        table[target.layer, MODULES.index(target.module), :own, :own] = scaled.to(out.dtype)
+
+
+def reference(
+    weights: AdapterWeights,
+    shape: BaseShape,
+    layer: int,
+    group: Group,
+    x: Tensor,
+    y0: Tensor,
+    factors: Mapping[Target, Tensor],
+) -> Tensor:
+    """What one adapter adds to ``y0 (tokens, n_group)``, module by module, in ``y0``'s dtype."""
+    delta = torch.zeros_like(y0)
+    start = 0
+    for module in GROUPS[group]:
+        columns = slice(start, start + shape.dims[module].d_out)
+        start = columns.stop
+        target = Target(layer, module)
+        if target in weights.tensors:
+            r_matrix = weights.tensors[target][0].to(y0.dtype)
+            basis = factors[target].to(y0.dtype)[:, : r_matrix.shape[0]]
+            h = y0[:, columns] @ basis
+            delta[:, columns] = weights.scales[target] * (h @ r_matrix.T) @ basis.T
+    return delta
+
+
+class CoreBasis:
+    """One basis on the device: ``B`` transposed, per module and layer ``(rank, d_out)``.
+
+    Rank-major, so that the factors of a smaller rank are one contiguous prefix. Modules that the
+    basis does not cover take no memory.
+    """
+
+    def __init__(
+        self,
+        factors: Mapping[Target, Tensor],
+        rank: int,
+        shape: BaseShape,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.rank = rank
+        self._rows: dict[str, tuple[Tensor, ...]] = {}
+        for module in {target.module for target in factors}:
+            stacked = torch.zeros(shape.num_layers, rank, shape.dims[module].d_out, dtype=dtype)
+            for layer in range(shape.num_layers):
+                factor = factors.get(Target(layer, module))
+                if factor is not None:
+                    stacked[layer, : factor.shape[1]] = factor.T.to(dtype)
+            self._rows[module] = stacked.to(device).unbind(0)
+
+    def rows(self, layer: int, module: str, rank: int) -> Tensor | None:
+        """``Bᵀ[:rank]`` of a target, ``(rank, d_out)``, a view; None outside the basis."""
+        rows = self._rows.get(module)
+        return None if rows is None else rows[layer].narrow(0, 0, rank)
+
+
+class CorePart:
+    """The tokens of a step whose adapters are ``core`` of one rank on one basis."""
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        rank: int,
+        basis: CoreBasis,
+        shape: BaseShape,
+        records: Records,
+    ) -> None:
+        assert rank <= basis.rank, f"core adapter of rank {rank} on a basis of {basis.rank}"
+        self.rank = rank
+        self.basis = basis
+        self.shape = shape
+        self.records = records
+        self.tokens = Tokens.of(segments, records.arena.device)
+        self.tiling = Tiling.of(segments, records.arena.device)
+
+    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
+        """Add the deltas to ``y``, which holds ``y0``: each module reads and writes its columns."""
+        rank = self.rank
+        part = self.tokens.take(y, self.records.arena.dtype)
+        start = 0
+        for module in GROUPS[group]:
+            width = self.shape.dims[module].d_out
+            columns = part.narrow(1, start, width)
+            start += width
+            basis = self.basis.rows(layer, module, rank)
+            if basis is None:
+                continue
+            offset = record_offset(self.shape, rank, layer, module)
+            h = columns @ basis.T
+            turned = apply_tiles(self.tiling, self.records, h, offset, rank * rank, _turn)
+            columns.addmm_(turned, basis)
+        self.tokens.put(y, part)
+
+
+def _turn(h: Tensor, data: Tensor) -> Tensor:
+    """``h Rᵀ`` per tile: ``(tiles, size, r)`` with ``(tiles, r*r)``."""
+    rank = h.shape[-1]
+    return torch.bmm(h, data.view(-1, rank, rank).transpose(1, 2))

@@ -1,0 +1,192 @@
+"""``fold``: MiSS and Bone adapters, ``delta = S_r(x) D``.
+
+``S_r`` folds x with stride r (``S_r(x)[i] = Σ x[j] over j ≡ i mod r``): it belongs to no adapter,
+so all adapters of one rank share it, as do the projections of a group, and ``S_q`` is a fold of
+``S_r`` when q divides r.
+
+A record holds ``[layer][group][r, n_group]`` of ``s·D``, the columns of a group's modules side by
+side, zero where a target is absent. Zero-padding a smaller rank would be wrong here (a longer
+fold is another function of x): the record's rank is the least common multiple of the targets'
+ranks, and a target's rows repeat, which is exact.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.adapters.errors import AdapterRejected
+from shoal.adapters.families.tiles import Records, Segment, Tiling, Tokens, apply_tiles
+from shoal.adapters.spec import GROUPS, BaseShape, Group, Target
+from shoal.adapters.weights import AdapterWeights
+
+# Mixed ranks cost their least common multiple; beyond this the adapter is better served as lora.
+RANK_MAX = 1024
+
+
+def packed_rank(weights: AdapterWeights) -> int:
+    """The rank all targets are packed at: the least common multiple of their own.
+
+    Raises:
+        AdapterRejected: it exceeds ``RANK_MAX``.
+    """
+    ranks = {parts[0].shape[0] for parts in weights.tensors.values()} - {0}
+    rank = math.lcm(*ranks) if ranks else 0
+    if rank > RANK_MAX:
+        raise AdapterRejected(
+            "rank",
+            f"targets have ranks {sorted(ranks)}, whose least common multiple {rank} "
+            f"exceeds {RANK_MAX}",
+        )
+    return rank
+
+
+def packed_elements(shape: BaseShape, rank: int) -> int:
+    """Elements of one record."""
+    return shape.num_layers * rank * sum(shape.group_dims(group).d_out for group in GROUPS)
+
+
+def record_offset(shape: BaseShape, rank: int, layer: int, group: Group) -> int:
+    """Where the ``(r, n_group)`` of one layer and group starts inside a record, in elements."""
+    columns = layer * sum(shape.group_dims(g).d_out for g in GROUPS)
+    for before in GROUPS:
+        if before == group:
+            break
+        columns += shape.group_dims(before).d_out
+    return columns * rank
+
+
+def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
+    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with ``weights``."""
+    rank = packed_rank(weights)
+    out.zero_()
+    for layer in range(shape.num_layers):
+        for group, modules in GROUPS.items():
+            width = shape.group_dims(group).d_out
+            offset = record_offset(shape, rank, layer, group)
+            table = out.narrow(0, offset, rank * width).view(rank, width)
+            start = 0
+            for module in modules:
+                columns = slice(start, start + shape.dims[module].d_out)
+                start = columns.stop
+                parts = weights.tensors.get(Target(layer, module))
+                if parts is None or parts[0].shape[0] == 0:
+                    continue
+                scale = weights.scales[Target(layer, module)]
+                scaled = parts[0].to(torch.float64) * scale
+                table[:, columns] = scaled.repeat(rank // parts[0].shape[0], 1).to(out.dtype)
+
+
+def reference(
+    weights: AdapterWeights,
+    shape: BaseShape,
+    layer: int,
+    group: Group,
+    x: Tensor,
+    y0: Tensor,
+    factors: Mapping[Target, Tensor],
+) -> Tensor:
+    """What one adapter adds to ``y0 (tokens, n_group)``, input by input, in ``y0``'s dtype."""
+    delta = torch.zeros_like(y0)
+    start = 0
+    for module in GROUPS[group]:
+        columns = slice(start, start + shape.dims[module].d_out)
+        start = columns.stop
+        target = Target(layer, module)
+        if target in weights.tensors and weights.tensors[target][0].shape[0]:
+            d_matrix = weights.tensors[target][0].to(y0.dtype)
+            folded = torch.zeros(x.shape[0], d_matrix.shape[0], dtype=y0.dtype)
+            for j in range(x.shape[1]):
+                folded[:, j % d_matrix.shape[0]] += x[:, j].to(y0.dtype)
+            delta[:, columns] = weights.scales[target] * folded @ d_matrix
+    return delta
+
+
+def fold(x: Tensor, rank: int) -> Tensor:
+    """``S_r(x)``: ``(tokens, d)`` to ``(tokens, rank)`` float32; rank need not divide d."""
+    whole = x.shape[1] // rank * rank
+    if whole == 0:
+        return torch.nn.functional.pad(x.float(), (0, rank - x.shape[1]))
+    folded = x[:, :whole].view(x.shape[0], -1, rank).sum(1, dtype=torch.float32)
+    if whole < x.shape[1]:
+        folded[:, : x.shape[1] - whole] += x[:, whole:]
+    return folded
+
+
+class FoldPart:
+    """The tokens of a step whose adapters are ``fold``, of any ranks.
+
+    x is folded once for the largest ranks; ranks that divide one of them fold its result again.
+    """
+
+    def __init__(
+        self, segments: Mapping[int, Sequence[Segment]], shape: BaseShape, records: Records
+    ) -> None:
+        """``segments``: by rank, each in ascending order."""
+        self.shape = shape
+        self.records = records
+        self._shared: list[_SharedFold] = []
+        left = sorted(segments, reverse=True)
+        while left:
+            ranks = [rank for rank in left if left[0] % rank == 0]
+            left = [rank for rank in left if rank not in ranks]
+            chosen = {rank: segments[rank] for rank in ranks}
+            self._shared.append(_SharedFold(chosen, records.arena.device))
+
+    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
+        """Add the deltas to ``y``."""
+        dtype = self.records.arena.dtype
+        width = self.shape.group_dims(group).d_out
+        for shared in self._shared:
+            folded = fold(shared.tokens.take(x), shared.rank)
+            for member in shared.members:
+                own = member.within.take(folded)
+                if member.rank != shared.rank:
+                    own = fold(own, member.rank)
+                offset = record_offset(self.shape, member.rank, layer, group)
+                delta = apply_tiles(
+                    member.tiling, self.records, own.to(dtype), offset, member.rank * width, _expand
+                )
+                part = member.tokens.take(y)
+                part += delta
+                member.tokens.put(y, part)
+
+
+class _Member:
+    """The tokens of one rank: in the step, and within the tokens that share a fold."""
+
+    def __init__(
+        self,
+        rank: int,
+        segments: Sequence[Segment],
+        shared: Sequence[Segment],
+        device: torch.device,
+    ) -> None:
+        self.rank = rank
+        self.tokens = Tokens.of(segments, device)
+        self.tiling = Tiling.of(segments, device)
+        places: dict[int, int] = {}
+        place = 0
+        for segment in shared:
+            places[segment.start] = place
+            place += segment.length
+        inside = [segment._replace(start=places[segment.start]) for segment in segments]
+        self.within = Tokens.of(inside, device)
+
+
+class _SharedFold:
+    """Ranks that divide the first one, and all of their tokens."""
+
+    def __init__(self, segments: Mapping[int, Sequence[Segment]], device: torch.device) -> None:
+        self.rank = max(segments)
+        together = sorted(
+            (segment for own in segments.values() for segment in own), key=lambda s: s.start
+        )
+        self.tokens = Tokens.of(together, device)
+        self.members = [_Member(rank, own, together, device) for rank, own in segments.items()]
+
+
+def _expand(folded: Tensor, data: Tensor) -> Tensor:
+    """``S D`` per tile: ``(tiles, size, r)`` with ``(tiles, r*n)``."""
+    return torch.bmm(folded, data.view(data.shape[0], folded.shape[-1], -1))
