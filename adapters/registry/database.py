@@ -48,24 +48,25 @@ class Database:
     def __init__(self, url: str) -> None:
         try:
             parsed = make_url(url)
-        except ArgumentError as error:
+            self._is_sqlite = parsed.get_backend_name() == "sqlite"
+            file = sqlite_file(url)
+            in_memory = self._is_sqlite and file is None
+            self._engine = create_engine(
+                parsed,
+                poolclass=QueuePool,
+                pool_size=1 if in_memory else CONNECTIONS_MAX,
+                max_overflow=0,
+                pool_timeout=BUSY_TIMEOUT_S,
+                connect_args={"check_same_thread": False} if self._is_sqlite else {},
+            )
+        except (ArgumentError, ImportError) as error:
+            # Also a database of which the driver is not installed.
             raise RegistryUnavailable(
-                f"registry {url!r} is not a SQLAlchemy URL such as sqlite:////data/registry.db"
+                f"--registry needs a SQLAlchemy URL such as sqlite:////data/registry.db: {error}"
             ) from error
         self._shown_url = parsed.render_as_string(hide_password=True)
-        self._is_sqlite = parsed.get_backend_name() == "sqlite"
-        file = sqlite_file(url)
         if file is not None:
             _make_folder(file.parent)
-        in_memory = self._is_sqlite and file is None
-        self._engine = create_engine(
-            parsed,
-            poolclass=QueuePool,
-            pool_size=1 if in_memory else CONNECTIONS_MAX,
-            max_overflow=0,
-            pool_timeout=BUSY_TIMEOUT_S,
-            connect_args={"check_same_thread": False} if self._is_sqlite else {},
-        )
         self._writer = self._engine.execution_options(shoal_write=True)
         # Threads queue here rather than in SQLite, which only polls its lock.
         self._writing = threading.Lock() if self._is_sqlite else contextlib.nullcontext()
