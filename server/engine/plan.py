@@ -25,6 +25,8 @@ class Row:
         prompt_tokens: how many of ``history_ids`` are the prompt.
         output_tokens: tokens sampled so far; seeded sampling derives its noise from it.
         adapter: where this row's adapter sits, or None for the base.
+        suppressed_ids: tokens that may not be sampled now (ends of sequence and stop ids while
+            fewer than ``min_tokens`` tokens exist), sorted.
     """
 
     request_id: str
@@ -37,6 +39,7 @@ class Row:
     prompt_tokens: int = 0
     output_tokens: int = 0
     adapter: RowAdapter | None = None
+    suppressed_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

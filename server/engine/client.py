@@ -1,0 +1,86 @@
+"""The engine as asyncio sees it: one async iterator for each request.
+
+Owns the way of events from the engine's thread to the event loop: one thread-safe call a step,
+whatever the number of tokens. Knows neither text nor HTTP.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+from shoal.server.engine.loop import Deliver, EngineLoop
+from shoal.server.engine.request import Request, TokenEvent
+from shoal.server.engine.stats import EngineStats
+
+
+class EngineClient:
+    """Wraps the ``EngineLoop`` that ``make_loop(deliver)`` returns.
+
+    ``EngineClient(functools.partial(EngineLoop, scheduler, runner))``. Everything but ``stats``
+    and ``alive`` is called on the event loop that ran ``start``.
+    """
+
+    def __init__(self, make_loop: Callable[[Deliver], EngineLoop]) -> None:
+        self._engine = make_loop(self._deliver)
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        # Bounded by the engine's limits: accepted requests, and each one's max_tokens events.
+        self._queues: dict[str, asyncio.Queue[TokenEvent]] = {}
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread serves requests."""
+        return self._engine.alive
+
+    async def start(self) -> None:
+        """Start the engine; its events go to the running event loop."""
+        self._event_loop = asyncio.get_running_loop()
+        self._engine.start()
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Submit at the first iteration, yield events as steps produce them, end after the last.
+
+        Closing the iterator, cancelling its consumer or dropping it aborts the request within a
+        step. A caller that may stop early should close it (``contextlib.aclosing``).
+
+        Raises:
+            Overloaded, Draining: not accepted.
+            ShoalError: the request failed, as its last event says.
+        """
+        assert self._event_loop is asyncio.get_running_loop(), "start() ran on another event loop"
+        assert request.id not in self._queues, f"request id {request.id} is in use"
+        queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._queues[request.id] = queue
+        try:
+            self._engine.submit(request)
+            while True:
+                event = await queue.get()
+                if event.error is not None:
+                    raise event.error
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            del self._queues[request.id]
+            self._engine.abort(request.id)  # does nothing to a request that has ended
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the others; see ``EngineLoop.drain``."""
+        return await asyncio.to_thread(self._engine.drain, timeout_s)
+
+    async def stop(self) -> None:
+        """End the engine's thread; what is left is aborted."""
+        await asyncio.to_thread(self._engine.stop)
+
+    def stats(self) -> EngineStats:
+        """See ``EngineLoop.stats``."""
+        return self._engine.stats()
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        """On the engine's thread."""
+        assert self._event_loop is not None
+        self._event_loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            queue = self._queues.get(event.request_id)
+            if queue is not None:  # else its consumer has left
+                queue.put_nowait(event)

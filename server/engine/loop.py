@@ -1,0 +1,201 @@
+"""The engine's thread: drain the inbox, plan, execute, commit, deliver.
+
+It owns the scheduler and the runner: nobody else may touch them once it has started. It knows
+neither asyncio (``client.py`` does) nor tensors (the runner does), and it is the only part of
+the engine that has a clock and a thread.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from shoal.server.engine.plan import Runner
+from shoal.server.engine.request import FinishReason, Request, TokenEvent
+from shoal.server.engine.scheduler import Scheduler
+from shoal.server.engine.stats import EngineStats
+from shoal.server.errors import Draining, EngineFailure, Overloaded
+
+Deliver = Callable[[list[TokenEvent]], None]
+
+# How long ``drain`` waits, after its timeout, for the step under way to let aborts through.
+ABORT_GRACE_S = 10.0
+RETRY_AFTER_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """Runs a scheduler and a runner on one thread.
+
+    ``deliver`` is called on that thread, once for each step that has events; it must not block.
+    All methods may be called from any thread except the loop's own.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, deliver: Deliver) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._deliver = deliver
+        self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
+        # Guards everything below; notified when the inbox fills and when requests end.
+        self._changed = threading.Condition()
+        self._new: deque[Request] = deque()
+        self._aborts: dict[str, None] = {}
+        self._live: set[str] = set()  # accepted, last event not delivered yet
+        self._draining = self._stopping = self._dead = False
+        self._stats = scheduler.stats()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs; false before ``start``, after ``stop`` or a bug of ours."""
+        return self._thread.is_alive() and not self._dead
+
+    def start(self) -> None:
+        """Start the thread; once."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Accept a request: from now on it ends with exactly one final event.
+
+        Raises:
+            Draining: the engine takes no new requests.
+            Overloaded: ``max_waiting`` accepted requests are not running yet.
+        """
+        with self._changed:
+            if self._draining or self._stopping or self._dead:
+                raise Draining("the server is shutting down and takes no new requests")
+            waiting = len(self._new) + self._stats.waiting
+            if waiting >= self._scheduler.limits.max_waiting:
+                raise Overloaded(
+                    f"{waiting} requests are waiting; the limit is "
+                    f"{self._scheduler.limits.max_waiting}",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            assert request.id not in self._live, f"request id {request.id} is in use"
+            self._live.add(request.id)
+            self._new.append(request)
+            self._changed.notify_all()
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step; nothing happens when it has ended already."""
+        with self._changed:
+            if request_id in self._live:
+                self._aborts[request_id] = None
+                self._changed.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests, wait for the accepted ones, abort those left after the timeout.
+
+        Returns:
+            True when every request ended by itself.
+        """
+        with self._changed:
+            self._draining = True
+            if self._changed.wait_for(lambda: not self._live, timeout_s):
+                return True
+            _log.warning("drain_timeout_s=%.1f aborted=%d", timeout_s, len(self._live))
+            self._aborts.update(dict.fromkeys(self._live))
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._live, ABORT_GRACE_S)
+            return False
+
+    def stop(self) -> None:
+        """Abort what is left and end the thread after the step under way."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            started = self._thread.ident is not None
+        if started:
+            self._thread.join()
+        else:
+            self._end_all(_aborted)
+
+    def stats(self) -> EngineStats:
+        """Snapshot after the last step; requests in the inbox count as waiting."""
+        with self._changed:
+            return replace(self._stats, waiting=self._stats.waiting + len(self._new))
+
+    # -- on the thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+            self._end_all(_aborted)
+        except BaseException:
+            # A bug of ours, or an exit raised by the runner. The requests must not hang on it.
+            _log.critical("the engine thread failed; no further request is served", exc_info=True)
+            self._end_all(_orphaned)
+
+    def _turn(self) -> bool:
+        """One step, or sleep until there is something to do; False when asked to stop."""
+        with self._changed:
+            self._changed.wait_for(self._has_something_to_do)
+            if self._stopping:
+                return False
+            new, aborts = list(self._new), list(self._aborts)
+            self._new.clear()
+            self._aborts.clear()
+            # Counted as waiting until the scheduler's own numbers are published.
+            self._stats = replace(self._stats, waiting=self._stats.waiting + len(new))
+        started = time.perf_counter()
+        events = [event for request in new if (event := self._scheduler.add(request))]
+        # An abort may name a request that came with the same inbox, so these go second.
+        events += [event for name in aborts if (event := self._scheduler.abort(name))]
+        stepped = self._step(events)
+        stats = self._scheduler.stats()
+        step_s = time.perf_counter() - started if stepped else self._stats.last_step_s
+        with self._changed:
+            self._stats = replace(stats, last_step_s=step_s)
+        self._hand_over(events)
+        return True
+
+    def _has_something_to_do(self) -> bool:
+        return bool(self._new or self._aborts or self._stopping or self._scheduler.has_work)
+
+    def _step(self, events: list[TokenEvent]) -> bool:
+        plan = self._scheduler.plan()
+        if plan is None:
+            return False
+        try:
+            result = self._runner.execute(plan)
+        except Exception:  # whatever a device can throw; this boundary is where it becomes typed
+            _log.exception("step_failed rows=%d tokens=%d", len(plan.rows), plan.num_tokens)
+            error = EngineFailure("the step that carried this request failed")
+            events += self._scheduler.fail(plan, error)
+        else:
+            events += self._scheduler.commit(plan, result)
+        return True
+
+    def _hand_over(self, events: list[TokenEvent]) -> None:
+        if not events:
+            return
+        try:
+            self._deliver(events)
+        except Exception:  # the consumer's bug; other requests' events must go on
+            _log.exception("deliver_failed events=%d", len(events))
+        ended = {e.request_id for e in events if e.finish_reason is not None or e.error is not None}
+        if ended:
+            with self._changed:
+                self._live -= ended
+                self._changed.notify_all()
+
+    def _end_all(self, last_event: Callable[[str], TokenEvent]) -> None:
+        with self._changed:
+            self._dead = True
+            self._new.clear()
+            self._aborts.clear()
+            self._stats = replace(self._stats, running=0, waiting=0, kv_blocks_used=0)
+            left = sorted(self._live)
+        self._hand_over([last_event(name) for name in left])
+
+
+def _aborted(request_id: str) -> TokenEvent:
+    return TokenEvent(request_id=request_id, finish_reason=FinishReason.ABORT)
+
+
+def _orphaned(request_id: str) -> TokenEvent:
+    error = EngineFailure("the engine stopped working")
+    return TokenEvent(request_id=request_id, error=error)

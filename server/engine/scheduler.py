@@ -1,0 +1,450 @@
+"""Decides what each step computes: continuous batching, chunked prefill, admission, preemption.
+
+Pure: no clock, no randomness, no I/O, no tensors. ``plan`` reserves what a step needs and
+freezes it in a ``StepPlan``; ``commit`` (or ``fail``) tells the scheduler what came of it.
+Nothing a step computes is trusted, cached or handed on before its commit, and nothing that a
+step reads or writes is given back while the step is under way.
+"""
+
+from bisect import bisect_left, insort
+from copy import copy
+from dataclasses import dataclass
+from operator import attrgetter
+
+from shoal.adapters.slots import SlotTable
+from shoal.adapters.spec import RowAdapter
+from shoal.server.engine.blocks import BlockPool
+from shoal.server.engine.plan import AdapterLoad, Row, StepPlan, StepResult
+from shoal.server.engine.prefix_cache import PrefixCache
+from shoal.server.engine.request import FinishReason, Request, TokenEvent
+from shoal.server.engine.sequence import Sequence
+from shoal.server.engine.stats import EngineStats
+from shoal.server.errors import (
+    EngineFailure,
+    InvalidRequest,
+    PromptTooLong,
+    ShoalError,
+    UnusableAdapter,
+)
+
+# Later requests that may start before one whose adapter finds no room. When they are used up,
+# nobody behind it starts, so pins drain until it can.
+PASSES_MAX = 32
+# How far down the queue one step looks for requests that can start; bounds planning time.
+SCAN_MAX = 1024
+# Blocks left alone when a request starts beside others: without them it would soon be
+# preempted by their growth, and its prompt computed twice.
+RESERVE = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What a step and the engine may hold.
+
+    Attributes:
+        block_tokens, num_blocks: the KV pool.
+        max_num_seqs: rows in a step, hence running requests.
+        max_num_batched_tokens: tokens in a step; at least ``max_num_seqs``, so that every
+            running request advances in every step.
+        max_model_len: prompt and output tokens of one request.
+        max_waiting: accepted requests that are not running (checked by ``EngineLoop``).
+        vocab_size: token ids must be below it; None does not check.
+    """
+
+    block_tokens: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_waiting: int
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_tokens", "num_blocks", "max_num_seqs", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}"
+            )
+        if self.max_model_len < 2:
+            raise ValueError(f"max_model_len={self.max_model_len} must be at least 2")
+
+
+class Scheduler:
+    """Owns every live request from ``add`` to its last event. Not thread-safe."""
+
+    def __init__(
+        self, limits: SchedulerLimits, slots: SlotTable, eos_token_ids: frozenset[int]
+    ) -> None:
+        self.limits = limits
+        self._slots = slots
+        self._eos = eos_token_ids
+        self._blocks = BlockPool(limits.num_blocks, limits.block_tokens)
+        self._cache = PrefixCache(self._blocks)
+        self._reserve = int(limits.num_blocks * RESERVE)
+        # The last token of a request is never an input, so it needs no place in the pool.
+        self._tokens_max = min(limits.max_model_len, limits.num_blocks * limits.block_tokens + 1)
+        self._live: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # by order; preempted ones come first by being older
+        self._running: dict[str, Sequence] = {}
+        self._flight: dict[str, Sequence] | None = None  # rows of the plan under way
+        self._next_order = 0
+        self._queries = self._hits = self._preemptions = 0
+        self._prompt_tokens = self._generation_tokens = self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``plan`` has something to do."""
+        return bool(self._live)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: Request) -> TokenEvent | None:
+        """Accept a request; returns its only event when it can never run."""
+        assert request.id not in self._live, f"request id {request.id} is in use"
+        error = self._refusal(request)
+        if error is not None:
+            return TokenEvent(request_id=request.id, error=error)
+        seq = Sequence(request, self._next_order, self.limits.block_tokens, self._eos)
+        self._next_order += 1
+        self._live[request.id] = seq
+        self._waiting.append(seq)
+        return None
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """End a request now, whatever it is doing; None when it has ended already."""
+        seq = self._live.get(request_id)
+        if seq is None:
+            return None
+        self._end(seq)
+        return TokenEvent(request_id=request_id, finish_reason=FinishReason.ABORT)
+
+    def plan(self) -> StepPlan | None:
+        """Reserve and describe the next step; None when there is nothing to do.
+
+        Every plan must be given to ``commit`` or ``fail`` before the next one is asked for.
+        """
+        assert self._flight is None, "the previous plan was neither committed nor failed"
+        shares: dict[Sequence, int] = {}
+        preempted = self._share_decodes(shares)
+        self._share_prompts(shares)
+        # Blocks just taken from a running request are not for newcomers.
+        loads = [] if preempted else self._admit(shares)
+        if not shares:
+            assert not self._live, "requests wait but nothing can run"
+            return None
+        self._flight = {seq.request.id: seq for seq in shares}
+        rows = [seq.row(count, self.limits.block_tokens) for seq, count in shares.items()]
+        return StepPlan(rows=tuple(sorted(rows, key=_row_place)), adapter_loads=tuple(loads))
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Take a step's tokens in; returns what happened to each request that is still there."""
+        flight = self._land()
+        events = []
+        for row in plan.rows:
+            seq = flight[row.request_id]
+            if seq.ended:
+                continue
+            event = self._advance(seq, row, result)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def fail(self, plan: StepPlan, error: ShoalError) -> list[TokenEvent]:
+        """End every request of a step that did not happen; the others are unharmed."""
+        events = []
+        for seq in self._land().values():
+            if not seq.ended:
+                self._end(seq)
+                # Copies, because each consumer raises its own and grows its traceback.
+                events.append(TokenEvent(request_id=seq.request.id, error=copy(error)))
+        for load in plan.adapter_loads:
+            # The copy may not have happened, and all who were promised it have just ended.
+            gone = self._slots.evict(load.adapter.spec.digest)
+            assert gone, "a failed load is still pinned"
+        return events
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges; ``last_step_s`` is the loop's to fill."""
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_blocks_used=self._blocks.num_used,
+            kv_blocks_total=self._blocks.num_blocks,
+            adapters_resident=self._slots.num_resident,
+            prefix_cache_queries=self._queries,
+            prefix_cache_hits=self._hits,
+            preemptions_total=self._preemptions,
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._generation_tokens,
+            steps_total=self._steps,
+        )
+
+    def check(self) -> None:
+        """Assert every invariant; for tests."""
+        ended = [seq for seq in (self._flight or {}).values() if seq.ended]
+        holders = [*self._running.values(), *ended]
+        self._blocks.check(block_id for seq in holders for block_id in seq.block_ids)
+        self._cache.check()
+        self._slots.check()
+        pinned = {s.row_adapter.spec.digest for s in holders if s.row_adapter is not None}
+        assert self._slots.num_pinned == len(pinned), "a slot is pinned by nobody"
+        assert all(self._slots.resident(digest) for digest in pinned)
+        orders = [seq.order for seq in self._waiting]
+        assert orders == sorted(orders)
+        waiting = {seq.request.id: seq for seq in self._waiting}
+        assert not waiting.keys() & self._running.keys()
+        assert waiting | self._running == self._live
+        assert len(self._running) <= self.limits.max_num_seqs
+        for seq in self._waiting:
+            assert not seq.block_ids
+            assert seq.row_adapter is None
+            assert seq.computed == 0
+        for seq in self._running.values():
+            assert (seq.row_adapter is None) == (seq.request.adapter is None)
+            assert 0 <= seq.computed < len(seq.tokens) < self._tokens_max
+            assert seq.computed <= len(seq.block_ids) * self.limits.block_tokens
+
+    # -- refusing ---------------------------------------------------------------------------
+
+    def _refusal(self, request: Request) -> ShoalError | None:
+        length = len(request.prompt_ids)
+        if not length:
+            return InvalidRequest("the prompt has 0 tokens; at least 1 is needed", param="prompt")
+        if length >= self._tokens_max:
+            return PromptTooLong(
+                f"the prompt has {length} tokens; this server takes at most "
+                f"{self._tokens_max - 1}, which leaves room for one token of output",
+                param="prompt",
+            )
+        vocab = self.limits.vocab_size
+        if (
+            vocab is not None
+            and not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab
+        ):
+            wrong = next(token for token in request.prompt_ids if not 0 <= token < vocab)
+            return InvalidRequest(
+                f"token id {wrong} is not in the vocabulary of {vocab} tokens", param="prompt"
+            )
+        if request.adapter is not None and not self._slots.fits(request.adapter):
+            room = self._slots.num_units * self._slots.unit_elements
+            return UnusableAdapter(
+                f"the adapter takes {request.adapter.packed_elements} elements; the adapter "
+                f"bank of this server holds {room}",
+                param="model",
+            )
+        return None
+
+    # -- planning ---------------------------------------------------------------------------
+
+    def _share_decodes(self, shares: dict[Sequence, int]) -> bool:
+        """One token for each running request that has one pending; True if it preempted."""
+        preempted = False
+        for seq in list(self._running.values()):
+            if seq.pending != 1:
+                continue
+            while seq.request.id in self._running and not self._cover(seq):
+                victim = max(self._running.values(), key=attrgetter("order"))
+                shares.pop(victim, None)
+                self._preempt(victim)
+                preempted = True
+            if seq.request.id in self._running:
+                shares[seq] = 1
+        return preempted
+
+    def _share_prompts(self, shares: dict[Sequence, int]) -> None:
+        """What is left of the step's tokens goes to prompts under way; they have their blocks."""
+        budget = self.limits.max_num_batched_tokens - len(shares)
+        for seq in self._running.values():
+            count = min(seq.pending, budget)
+            if seq not in shares and count:
+                shares[seq] = count
+                budget -= count
+
+    def _admit(self, shares: dict[Sequence, int]) -> list[AdapterLoad]:
+        """Start waiting requests, first come first served, while the step has room.
+
+        A request whose adapter finds no room among the pinned ones is passed over, at most
+        ``PASSES_MAX`` times. One that finds no blocks holds up all behind it, since any of
+        them would take what it waits for.
+        """
+        budget = self.limits.max_num_batched_tokens - sum(shares.values())
+        loads: list[AdapterLoad] = []
+        passed: list[Sequence] = []
+        # Pins only grow while planning: what found no room once will find none later in this
+        # plan, nor will anything larger.
+        denied = self._slots.num_units * self._slots.unit_elements + 1
+        index = 0
+        while (
+            budget
+            and len(self._running) < self.limits.max_num_seqs
+            and index < min(len(self._waiting), SCAN_MAX)
+        ):
+            seq = self._waiting[index]
+            starts = not self._is_denied(seq, denied)
+            if starts:
+                hits = self._can_start(seq)
+                if hits is None:
+                    break
+                starts = self._take_slot(seq, loads)
+            if not starts:
+                assert seq.request.adapter is not None
+                denied = min(denied, seq.request.adapter.packed_elements)
+                if seq.passes >= PASSES_MAX:
+                    break
+                passed.append(seq)
+                index += 1
+                continue
+            del self._waiting[index]
+            for other in passed:
+                other.passes += 1
+            self._start(seq, hits)
+            shares[seq] = min(seq.pending, budget)
+            budget -= shares[seq]
+        return loads
+
+    def _is_denied(self, seq: Sequence, denied: int) -> bool:
+        adapter = seq.request.adapter
+        return (
+            adapter is not None
+            and adapter.packed_elements >= denied
+            and not self._slots.resident(adapter.digest)
+        )
+
+    def _can_start(self, seq: Sequence) -> tuple[int, ...] | None:
+        """Cached blocks it would begin with, or None when there are too few for the rest.
+
+        All blocks of a prompt are asked for at once, so prompts under way never preempt.
+        """
+        # At least one token is computed, because only computing yields logits.
+        reusable = (len(seq.tokens) - 1) // self.limits.block_tokens
+        hits = self._cache.match(seq.chain, reusable)
+        fresh = self._blocks.blocks_for(len(seq.tokens)) - len(hits)
+        spare = self._blocks.available_beside(hits) - fresh
+        return hits if spare >= (self._reserve if self._running else 0) else None
+
+    def _take_slot(self, seq: Sequence, loads: list[AdapterLoad]) -> bool:
+        adapter = seq.request.adapter
+        if adapter is None:
+            return True
+        acquired = self._slots.acquire(adapter)
+        if acquired is None:
+            return False
+        slot, needs_load = acquired
+        seq.row_adapter = RowAdapter(adapter, slot)
+        if needs_load:
+            loads.append(AdapterLoad(adapter=seq.row_adapter))
+        return True
+
+    def _start(self, seq: Sequence, hits: tuple[int, ...]) -> None:
+        for block_id in hits:
+            self._blocks.share(block_id)
+        fresh = self._blocks.blocks_for(len(seq.tokens)) - len(hits)
+        seq.block_ids = hits + self._blocks.allocate(fresh)
+        seq.computed = len(hits) * self.limits.block_tokens
+        seq.committed_blocks = len(hits)
+        seq.passes = 0
+        if seq.cached_tokens is None:  # not counted again when it returns from preemption
+            seq.cached_tokens = seq.computed
+            self._queries += len(seq.tokens)
+            self._hits += seq.computed
+        self._running[seq.request.id] = seq
+
+    def _cover(self, seq: Sequence) -> bool:
+        """Give ``seq`` the block its next token needs, if it needs one; False if none is left."""
+        if self._blocks.blocks_for(len(seq.tokens)) > len(seq.block_ids):
+            if not self._blocks.num_available:
+                return False
+            seq.block_ids += self._blocks.allocate(1)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue with all its tokens; its KV is computed again later."""
+        del self._running[seq.request.id]
+        self._release(seq)
+        seq.computed = 0
+        insort(self._waiting, seq, key=attrgetter("order"))
+        self._preemptions += 1
+
+    # -- taking results in ------------------------------------------------------------------
+
+    def _land(self) -> dict[str, Sequence]:
+        """The step is over: what requests that ended meanwhile still held can go now."""
+        assert self._flight is not None, "no plan is under way"
+        flight, self._flight = self._flight, None
+        self._steps += 1
+        for seq in flight.values():
+            if seq.ended:
+                self._release(seq)
+        return flight
+
+    def _advance(self, seq: Sequence, row: Row, result: StepResult) -> TokenEvent | None:
+        request_id = row.request_id
+        why = result.failed.get(request_id)
+        if why is None and row.sample and request_id not in result.token_ids:
+            why = "the runner sampled no token for it"
+        if why is not None:
+            self._end(seq)
+            return TokenEvent(
+                request_id=request_id, error=EngineFailure(f"the request failed: {why}")
+            )
+        seq.computed += len(row.token_ids)
+        for index in range(seq.committed_blocks, seq.computed // self.limits.block_tokens):
+            self._cache.commit(seq.chain.key(index), seq.block_ids[index])
+            seq.committed_blocks = index + 1
+        if not row.sample:
+            return None
+        token = result.token_ids[request_id]
+        seq.tokens.append(token)
+        self._generation_tokens += 1
+        first = seq.output_tokens == 1
+        if first:
+            self._prompt_tokens += len(seq.request.prompt_ids)
+        reason = seq.finish_reason(self._tokens_max)
+        if reason is not None:
+            self._end(seq)
+        logprobs = result.logprobs.get(request_id)
+        return TokenEvent(
+            request_id=request_id,
+            token_ids=(token,),
+            logprobs=() if logprobs is None else (logprobs,),
+            finish_reason=reason,
+            cached_tokens=(seq.cached_tokens or 0) if first else 0,
+        )
+
+    def _end(self, seq: Sequence) -> None:
+        """Forget a request; what a step under way uses is given back when that step lands."""
+        request_id = seq.request.id
+        del self._live[request_id]
+        if self._running.pop(request_id, None) is None:
+            index = bisect_left(self._waiting, seq.order, key=attrgetter("order"))
+            del self._waiting[index]
+        seq.ended = True
+        if self._flight is None or self._flight.get(request_id) is not seq:
+            self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        self._blocks.release(seq.block_ids)
+        seq.block_ids = ()
+        seq.committed_blocks = 0
+        if seq.row_adapter is not None:
+            self._slots.release(seq.row_adapter.spec.digest)
+            seq.row_adapter = None
+
+
+def _row_place(row: Row) -> tuple[bool, str, int]:
+    """Sort key: one-token rows, then chunks; in each the base, then each adapter's rows."""
+    adapter = row.adapter
+    return (
+        len(row.token_ids) > 1,
+        "" if adapter is None else adapter.spec.family,
+        -1 if adapter is None else adapter.slot.unit,
+    )
