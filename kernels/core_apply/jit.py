@@ -1,0 +1,119 @@
+"""Device code of ``core_apply``. Imported only when a kernel is launched; needs Triton."""
+# mypy: disable-error-code="misc, no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def core_apply_kernel(
+    y_ptr,
+    h_ptr,
+    arena_ptr,
+    addresses_ptr,
+    ranks_ptr,
+    basis_ptr,
+    tokens,
+    n,
+    columns,
+    y_stride,
+    h_stride,
+    basis_stride,
+    RANK: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    FLOAT32_DOT: tl.constexpr,
+):
+    """One program adds a ``(TILE tokens, BLOCK_N outputs)`` tile of ``(h Rᵀ) Bᵀ`` to y.
+
+    R is loaded ``CHUNK`` of its rows at a time for all tokens at once. The loads depend on
+    nothing but the addresses, so all of them are in flight together; a loop of dependent loads
+    costs its latency many times over, whatever the bandwidth.
+    """
+    token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    address = tl.load(addresses_ptr + token, mask=token < tokens, other=-1)
+    if tl.max(address, 0) >= 0:
+        used = address >= 0
+        rank = tl.load(ranks_ptr + token, mask=used, other=0)
+        address = tl.multiple_of(address, ALIGN)
+        rank = tl.multiple_of(rank, ALIGN)
+        j = tl.arange(0, RANK)
+        h = tl.load(
+            h_ptr + token[:, None] * h_stride + j[None, :],
+            mask=j[None, :] < rank[:, None],
+            other=0.0,
+        ).to(tl.float32)
+        out = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        y_ptrs = y_ptr + token[:, None] * y_stride + out[None, :]
+        y_mask = used[:, None] & (out < n)[None, :]
+        acc = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32)
+        for first in tl.static_range(0, RANK, CHUNK):
+            i = first + tl.arange(0, CHUNK)
+            r = tl.load(
+                arena_ptr
+                + address[:, None, None]
+                + (i[None, :, None] * rank[:, None, None] + j[None, None, :]),
+                mask=(i[None, :, None] < rank[:, None, None])
+                & (j[None, None, :] < rank[:, None, None]),
+                other=0.0,
+            ).to(tl.float32)
+            mixed = tl.sum(r * h[:, None, :], axis=2)
+            basis = tl.load(
+                basis_ptr + out[None, :] * basis_stride + i[:, None],
+                mask=(out < n)[None, :] & (i < columns)[:, None],
+                other=0.0,
+            )
+            if FLOAT32_DOT:
+                basis = basis.to(tl.float32)
+            acc = tl.dot(mixed.to(basis.dtype), basis, acc, input_precision="ieee")
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def core_mix_kernel(
+    u_ptr,
+    h_ptr,
+    arena_ptr,
+    addresses_ptr,
+    ranks_ptr,
+    tokens,
+    width,
+    u_stride,
+    h_stride,
+    RANK: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """``u[t] = h[t, :r] Rᵀ``, zero beyond the token's rank and for tokens without adapter.
+
+    Program ``(t, c)`` writes rows ``c·CHUNK …`` of R times h for ``TILE`` tokens.
+    """
+    token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    live = token < tokens
+    address = tl.load(addresses_ptr + token, mask=live, other=-1)
+    rank = tl.load(ranks_ptr + token, mask=address >= 0, other=0)
+    address = tl.multiple_of(address, ALIGN)
+    rank = tl.multiple_of(rank, ALIGN)
+    j = tl.arange(0, RANK)
+    i = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    h = tl.load(
+        h_ptr + token[:, None] * h_stride + j[None, :],
+        mask=j[None, :] < rank[:, None],
+        other=0.0,
+    ).to(tl.float32)
+    r = tl.load(
+        arena_ptr
+        + address[:, None, None]
+        + (i[None, :, None] * rank[:, None, None] + j[None, None, :]),
+        mask=(i[None, :, None] < rank[:, None, None]) & (j[None, None, :] < rank[:, None, None]),
+        other=0.0,
+    ).to(tl.float32)
+    mixed = tl.sum(r * h[:, None, :], axis=2)
+    tl.store(
+        u_ptr + token[:, None] * u_stride + i[None, :],
+        mixed.to(u_ptr.dtype.element_ty),
+        mask=live[:, None] & (i < width)[None, :],
+    )

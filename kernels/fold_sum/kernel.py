@@ -1,0 +1,87 @@
+"""``fold_sum``: the part of MiSS that is the same for all adapters of a rank.
+
+Owns argument checks, dispatch and launch shapes. Dispatch goes by device alone: CPU tensors run
+the reference, GPU tensors the Triton kernel. ``launch_fold_sum`` always launches; on CPU tensors
+that needs Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.errors import ShapeError, check_matrix
+from shoal.kernels.fold_sum.reference import fold_sum_reference
+from shoal.kernels.launching import FLOATS, power_of_two, require_triton
+
+MAX_RANK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class FoldConfig:
+    """How to launch: ``elements`` of x in flight per program and step."""
+
+    elements: int = 4096
+    num_warps: int = 4
+
+
+def fold_sum(x: Tensor, rank: int, *, config: FoldConfig | None = None) -> Tensor:
+    """Fold each row with stride ``rank``: ``out[t, i] = Σ_{j mod rank = i} x[t, j]``.
+
+    Args:
+        x: ``(tokens, width)``, float32, float16 or bfloat16. Rows may be strided; ``width`` need
+            not be a multiple of ``rank``.
+        rank: 1 to 1024.
+        config: launch parameters, for measurements.
+
+    Returns:
+        ``(tokens, rank)`` float32, newly allocated. It stays float32 because it sums
+        ``width / rank`` terms without scaling.
+
+    Raises:
+        ShapeError: a shape, dtype or stride is wrong (names the argument).
+        TritonMissing: x is on a GPU and Triton is not installed.
+
+    Cost: reads ``tokens·width`` elements once; memory bound.
+    """
+    _check(x, rank)
+    if x.device.type == "cpu":
+        return fold_sum_reference(x, rank)
+    return _launch(x, rank, config)
+
+
+def launch_fold_sum(x: Tensor, rank: int, *, config: FoldConfig | None = None) -> Tensor:
+    """``fold_sum`` through Triton on any device; CPU tensors need ``TRITON_INTERPRET=1``."""
+    _check(x, rank)
+    return _launch(x, rank, config)
+
+
+def _check(x: Tensor, rank: int) -> None:
+    check_matrix("x", x, FLOATS)
+    if not 1 <= rank <= MAX_RANK:
+        raise ShapeError("rank", f"1 to {MAX_RANK}", rank)
+
+
+def _launch(x: Tensor, rank: int, config: FoldConfig | None) -> Tensor:
+    require_triton()
+    from shoal.kernels.fold_sum.jit import fold_sum_kernel
+
+    tokens, width = x.shape
+    chosen = config or FoldConfig()
+    out = torch.empty((tokens, rank), dtype=torch.float32, device=x.device)
+    if tokens == 0:
+        return out
+    padded = power_of_two(rank)
+    fold_sum_kernel[(tokens,)](
+        x,
+        out,
+        width,
+        rank,
+        x.stride(0),
+        RANK=padded,
+        FOLDS=max(1, chosen.elements // padded),
+        num_warps=chosen.num_warps,
+    )
+    return out

@@ -1,0 +1,51 @@
+"""What the launchers share: supported dtypes, the guard around Triton, and how ``tl.dot`` computes.
+
+Owns no kernel. Triton itself is imported only by the ``jit.py`` files, and those only when a
+kernel is launched: a CPU server never loads it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from shoal.kernels.errors import TritonMissing
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ALIGNMENTS = (1, 2, 4, 8, 16)
+
+
+def require_triton() -> None:
+    """Explain a missing Triton before the import of a kernel would fail.
+
+    Raises:
+        TritonMissing: the package is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise TritonMissing(
+            "GPU adapters need Triton, which is not installed: pip install 'triton>=3.5'"
+        )
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU; decided before the first kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def dot_in_float32(*dtypes: torch.dtype) -> bool:
+    """Whether the kernel must convert the operands of ``tl.dot`` to float32.
+
+    True when every operand is float32 already, and in the interpreter for bfloat16, whose
+    arithmetic is silently wrong there (errors of 1e10 and more) while loads and conversions
+    are right.
+    """
+    if interpreting() and torch.bfloat16 in dtypes:
+        return True
+    return all(dtype == torch.float32 for dtype in dtypes)
+
+
+def power_of_two(value: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``value`` and at least ``least``."""
+    return max(least, 1 << max(0, value - 1).bit_length())
