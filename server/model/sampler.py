@@ -42,12 +42,10 @@ class Sampler:
     """Chooses one token per row.
 
     Args:
-        eos_token_ids: suppressed while a row is below its ``min_tokens``.
         entropy: source of the uniform numbers of unseeded requests.
     """
 
-    def __init__(self, eos_token_ids: frozenset[int], entropy: random.Random | None = None) -> None:
-        self._eos_token_ids = eos_token_ids
+    def __init__(self, entropy: random.Random | None = None) -> None:
         self._entropy = entropy or random.SystemRandom()
 
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> Samples:
@@ -107,8 +105,8 @@ class Sampler:
         if sampling.logit_bias:
             ids, values = zip(*sampling.logit_bias, strict=True)
             logits[list(ids)] += torch.tensor(values, dtype=logits.dtype, device=logits.device)
-        if row.output_tokens < sampling.min_tokens:
-            logits[sorted(self._eos_token_ids | sampling.stop_token_ids)] = -torch.inf
+        if row.suppressed_ids:
+            logits[list(row.suppressed_ids)] = -torch.inf
 
 
 def _is_filtered(sampling: SamplingParams) -> bool:
@@ -116,9 +114,7 @@ def _is_filtered(sampling: SamplingParams) -> bool:
 
 
 def _is_adjusted(row: Row) -> bool:
-    return bool(
-        row.history_ids or row.sampling.logit_bias or row.output_tokens < row.sampling.min_tokens
-    )
+    return bool(row.history_ids or row.sampling.logit_bias or row.suppressed_ids)
 
 
 def _penalise(logits: Tensor, row: Row) -> None:

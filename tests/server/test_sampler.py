@@ -12,7 +12,6 @@ from shoal.server.engine.request import SamplingParams
 from shoal.server.model.sampler import Sampler
 
 VOCAB = 50
-EOS = frozenset({7})
 
 
 def row(sampling: SamplingParams, **kwargs: object) -> Row:
@@ -29,7 +28,7 @@ def logits(rows: int, seed: int = 0) -> Tensor:
 
 
 def sampler(seed: int = 0) -> Sampler:
-    return Sampler(EOS, random.Random(seed))
+    return Sampler(random.Random(seed))
 
 
 def draws(sampling: SamplingParams, count: int = 400) -> set[int]:
@@ -117,12 +116,12 @@ def test_penalties_follow_their_definitions() -> None:
     assert best(replace(greedy, repetition_penalty=100.0)) == 5
 
 
-def test_min_tokens_suppresses_every_stop_token() -> None:
+def test_suppressed_tokens_are_never_chosen() -> None:
     scores = torch.zeros(1, VOCAB)
     scores[0, 7], scores[0, 8], scores[0, 9] = 3.0, 2.0, 1.0
-    sampling = params(temperature=0.0, min_tokens=2, stop_token_ids=frozenset({8}))
-    assert sampler().sample(scores, [row(sampling, output_tokens=1)]).token_ids == [9]
-    assert sampler().sample(scores, [row(sampling, output_tokens=2)]).token_ids == [7]
+    greedy = params(temperature=0.0)
+    assert sampler().sample(scores, [row(greedy, suppressed_ids=(7, 8))]).token_ids == [9]
+    assert sampler().sample(scores, [row(greedy)]).token_ids == [7]
 
 
 def test_logit_bias_moves_the_choice() -> None:

@@ -1,0 +1,201 @@
+"""Builds a running engine from a ``ServeConfig``: the one place where the parts meet.
+
+Model -> basis -> device bank and adapter library -> scheduler, runner and loop -> ``Services``.
+It owns the order of start-up and of shutdown; each part's behaviour is in its own module.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import platformdirs
+import torch
+from tqdm import tqdm
+
+from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.base import base_digest
+from shoal.adapters.basis import Basis, BasisStore, canonical_basis
+from shoal.adapters.host_tier import HostTier
+from shoal.adapters.library import AdapterLibrary, places
+from shoal.adapters.slots import SlotTable
+from shoal.adapters.spec import BaseShape
+from shoal.server.config import (
+    EnginePlan,
+    MemoryFacts,
+    ModelFacts,
+    ServeConfig,
+    plan_engine,
+    resolve_dtype,
+)
+from shoal.server.engine.client import EngineClient
+from shoal.server.engine.loop import Deliver, EngineLoop
+from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
+from shoal.server.http.services import Services
+from shoal.server.model.config import ModelConfig
+from shoal.server.model.decoder import Decoder
+from shoal.server.model.kv_cache import KVCache
+from shoal.server.model.pull import resolve_model
+from shoal.server.model.runner import ModelRunner
+from shoal.server.model.sampler import Sampler
+from shoal.server.model.tokenizer import Tokenizer
+from shoal.server.model.weights import load_model, read_config
+
+SHIPPED = Path(__file__).resolve().parent.parent / "adapters" / "shipped"
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def assemble(config: ServeConfig) -> Iterator[Services]:
+    """Load the model, build everything, close the registry at the end.
+
+    The engine is started and stopped by whoever has the event loop (the app's lifespan).
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        PullError: a model known by name cannot be fetched.
+        ValueError: what was asked does not fit the device or the model.
+        RegistryError: the adapter registry cannot be opened.
+    """
+    path = resolve_model(config.model)
+    device = resolve_device(config.device)
+    facts = read_config(path)
+    dtype = torch_dtype(
+        resolve_dtype(config.dtype, device=device.type, checkpoint_dtype=facts.dtype or "float32")
+    )
+    log.info("loading model=%s device=%s dtype=%s", path, device, dtype)
+    decoder = load_model(path, device=device, dtype=dtype, load_format=config.load_format)
+    tokenizer = Tokenizer.from_path(path)
+    shape = decoder.config.base_shape(config.base_name, base_digest(path))
+    basis = load_canonical_basis(decoder, shape, config.basis_rank)
+    plan = plan_engine(
+        config, device=device.type, model=_model_facts(decoder.config), memory=_memory(device)
+    )
+    log.info("engine %s", plan)
+    bank = AdapterBank(shape, capacity_bytes=plan.arena_bytes, device=device, dtype=dtype)
+    host = HostTier(config.host_adapter_memory)
+    library = _open_library(config, decoder, shape, basis, bank, host, dtype)
+    engine = EngineClient(_engine_loop(config, plan, decoder, bank, host))
+    try:
+        yield Services(
+            config=config,
+            engine=engine,
+            library=library,
+            tokenizer=tokenizer,
+            model_name=config.base_name,
+            model_root=config.model,
+            max_model_len=plan.max_model_len,
+            vocab_size=decoder.config.vocab_size,
+        )
+    finally:
+        library.close()
+
+
+def resolve_device(asked: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is 'cuda': must be cpu or auto, no CUDA device was found")
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(asked)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of that name."""
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def load_canonical_basis(decoder: Decoder, shape: BaseShape, rank: int) -> Basis:
+    """The base's canonical basis, from the user's cache or computed once, with progress."""
+    cache = platformdirs.user_cache_path("shoal") / "bases"
+    cache.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=0, unit="target", desc="computing the basis", disable=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            if bar.disable:  # shown only when there is something to compute
+                bar.disable = False
+                bar.reset(total)
+            bar.update(done - bar.n)
+
+        return canonical_basis(decoder.weight_of, shape, rank, cache, progress)
+
+
+def _open_library(
+    config: ServeConfig,
+    decoder: Decoder,
+    shape: BaseShape,
+    basis: Basis,
+    bank: AdapterBank,
+    host: HostTier,
+    dtype: torch.dtype,
+) -> AdapterLibrary:
+    registry_url = config.registry_url
+    if config.registry is None:
+        platformdirs.user_data_path("shoal").mkdir(parents=True, exist_ok=True)
+    bases = BasisStore(places(registry_url, config.store).bases)
+    # Kept beside the adapters that are written in it: should this machine's cache be lost and the
+    # basis come out a rounding error apart, they still find the very one they were stored with.
+    bases.add(basis)
+    bank.add_basis(basis)
+    shipped = SHIPPED / config.model if config.shipped_adapters else None
+    return AdapterLibrary.open(
+        registry_url=registry_url,
+        store_url=config.store,
+        shape=shape,
+        weight_of=decoder.weight_of,
+        canonical=basis,
+        bases=bases,
+        host=host,
+        on_basis=bank.add_basis,
+        dtype=dtype,
+        reserved_names=frozenset({config.base_name.lower()}),
+        max_upload_bytes=config.max_upload_bytes,
+        shipped=shipped if shipped is not None and shipped.is_dir() else None,
+    )
+
+
+def _engine_loop(
+    config: ServeConfig, plan: EnginePlan, decoder: Decoder, bank: AdapterBank, host: HostTier
+) -> Callable[[Deliver], EngineLoop]:
+    kv = KVCache(
+        decoder.config,
+        num_blocks=plan.num_blocks,
+        block_tokens=plan.block_tokens,
+        device=decoder.device,
+        dtype=decoder.dtype,
+    )
+    scheduler = Scheduler(
+        SchedulerLimits(
+            block_tokens=plan.block_tokens,
+            num_blocks=plan.num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+            max_waiting=config.max_waiting,
+            vocab_size=decoder.config.vocab_size,
+        ),
+        SlotTable(bank.num_units, UNIT_ELEMENTS),
+        decoder.config.eos_token_ids,
+    )
+    return partial(EngineLoop, scheduler, ModelRunner(decoder, kv, bank, host, Sampler()))
+
+
+def _model_facts(config: ModelConfig) -> ModelFacts:
+    return ModelFacts(
+        kv_elements_per_token=2 * config.num_layers * config.kv_size,
+        max_model_len=config.max_model_len,
+        checkpoint_dtype=config.dtype or "float32",
+    )
+
+
+def _memory(device: torch.device) -> MemoryFacts:
+    if device.type == "cpu":
+        return MemoryFacts(total_bytes=0, free_bytes=0)
+    free, total = torch.cuda.mem_get_info(device)
+    return MemoryFacts(total_bytes=total, free_bytes=free)

@@ -1,0 +1,41 @@
+"""``shoal serve [MODEL]``: a base model and its adapters behind an OpenAI-style endpoint."""
+
+import argparse
+import logging
+import sys
+
+from shoal.server import config
+from shoal.server.config import ServeConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    config.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        asked = config.from_args(args)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    logging.getLogger().setLevel(asked.log_level.upper())
+    return _serve(asked)
+
+
+def _serve(asked: ServeConfig) -> int:
+    # Imported here, so that `--help` and a bad flag do not wait for torch.
+    from shoal.adapters.library import RegistryError
+    from shoal.server.assemble import assemble
+    from shoal.server.http.app import create_app
+    from shoal.server.http.serving import serve
+    from shoal.server.model.config import ModelError
+    from shoal.server.model.pull import PullError
+
+    # One line a request is our own log's business.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        with assemble(asked) as services:
+            return serve(create_app(services), services, asked)
+    except (ModelError, PullError, RegistryError, ValueError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
