@@ -1,0 +1,178 @@
+"""Writing adapter directories: what the trainer saves and `shoal.adapters.reading` reads back.
+
+Owns the layouts. Each directory gets ``adapter_model.safetensors``, then ``adapter_config.json``,
+each written atomically, so that a config never lies beside tensors that are not there yet.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from shoal.adapters.basis import Basis, probe
+from shoal.adapters.formats.config_fields import CONFIG_FILE
+from shoal.adapters.formats.container import tensor_chunks, write_atomically
+from shoal.adapters.formats.keys import OFFICIAL_LATENT, module_path, tensor_name
+from shoal.adapters.formats.lora_xs import COMPACT_LATENT, PROBE
+from shoal.adapters.spec import MODULES, BaseShape, Target
+from shoal.adapters.weights import WeightOf
+
+ExtraConfig = Mapping[str, object] | None
+
+
+def write_compact_lora_xs(
+    directory: Path,
+    r: Mapping[Target, Tensor],
+    *,
+    alpha: float,
+    rank: int,
+    basis: Basis,
+    shape: BaseShape,
+    extra_config: ExtraConfig = None,
+) -> None:
+    """Write LoRA-XS without its frozen factors.
+
+    Args:
+        directory: created if needed.
+        r: per target ``R (k, k)``, unscaled, ``k = min(rank, d_out, d_in)``.
+        alpha: the scale of every target is ``alpha / rank``.
+        rank: what was asked for.
+        basis: what it was trained on; its leading ``k`` columns are the frozen factors.
+        shape: the base.
+        extra_config: further fields, e.g. ``base_correction``; may not replace one of ours.
+    """
+    tensors = {}
+    for target, latent in r.items():
+        own = min(rank, *shape.dims[target.module])
+        _expect(target, latent, own, own)
+        tensors[f"{tensor_name(target, COMPACT_LATENT)}.weight"] = latent
+        tensors[tensor_name(target, PROBE)] = probe(basis.factors[target][:, :own], target)
+    config = {
+        "peft_type": "LORA_XS",
+        "r": rank,
+        "lora_alpha": alpha,
+        "basis": {"id": basis.id, "base_digest": basis.base_digest, "rank": basis.rank},
+    }
+    _write(directory, tensors, config, r, shape, extra_config)
+
+
+def write_official_lora_xs(
+    directory: Path,
+    r: Mapping[Target, Tensor],
+    *,
+    alpha: float,
+    rank: int,
+    basis: Basis,
+    shape: BaseShape,
+    weight_of: WeightOf,
+    extra_config: ExtraConfig = None,
+) -> None:
+    """Write LoRA-XS in the authors' layout: ``lora_A = BᵀW``, ``lora_B = B`` and ``R``.
+
+    Arguments as for `write_compact_lora_xs`. Where a small weight limits a target's rank, patterns
+    record it and keep its scale at ``alpha / rank``.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for target, latent in r.items():
+        own = min(rank, *shape.dims[target.module])
+        _expect(target, latent, own, own)
+        weight = weight_of(target).detach()
+        b = basis.factors[target][:, :own]
+        tensors[f"{tensor_name(target, 'lora_A')}.weight"] = b.T.to(weight.device) @ weight.float()
+        tensors[f"{tensor_name(target, 'lora_B')}.weight"] = b
+        tensors[f"{tensor_name(target, OFFICIAL_LATENT)}.weight"] = latent
+        if own != rank:
+            ranks[module_path(target)] = own
+            alphas[module_path(target)] = alpha * own / rank
+    config: dict[str, object] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "init_lora_weights": True,
+    }
+    _write(directory, tensors, config, r, shape, extra_config)
+
+
+def write_miss(
+    directory: Path,
+    d: Mapping[Target, Tensor],
+    *,
+    rank: int,
+    shape: BaseShape,
+    extra_config: ExtraConfig = None,
+) -> None:
+    """Write MiSS in its default mode; ``d`` is per target ``D (rank, d_out)``, scale 1."""
+    tensors = {}
+    for target, block in d.items():
+        _expect(target, block, rank, shape.dims[target.module].d_out)
+        tensors[tensor_name(target, "miss_block")] = block
+    config = {"peft_type": "MISS", "r": rank, "init_weights": True}
+    _write(directory, tensors, config, d, shape, extra_config)
+
+
+def write_lora(
+    directory: Path,
+    ab: Mapping[Target, tuple[Tensor, Tensor]],
+    *,
+    alpha: float,
+    rank: int,
+    shape: BaseShape,
+    extra_config: ExtraConfig = None,
+) -> None:
+    """Write PEFT LoRA; per target ``A (rank, d_in)`` and ``B (d_out, rank)``, scale alpha/rank."""
+    tensors = {}
+    for target, (a, b) in ab.items():
+        dims = shape.dims[target.module]
+        _expect(target, a, rank, dims.d_in)
+        _expect(target, b, dims.d_out, rank)
+        tensors[f"{tensor_name(target, 'lora_A')}.weight"] = a
+        tensors[f"{tensor_name(target, 'lora_B')}.weight"] = b
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "init_lora_weights": True}
+    _write(directory, tensors, config, ab, shape, extra_config)
+
+
+def _expect(target: Target, tensor: Tensor, *expected: int) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{target}: shape {list(tensor.shape)} must be {list(expected)}")
+
+
+def _write(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    own_config: Mapping[str, object],
+    targets: Iterable[Target],
+    shape: BaseShape,
+    extra_config: ExtraConfig,
+) -> None:
+    targets = list(targets)
+    if not targets:
+        raise ValueError("an adapter needs at least one target")
+    config = {
+        "base_model_name_or_path": shape.name,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": _target_modules(targets, shape),
+        "task_type": "CAUSAL_LM",
+        **own_config,
+    }
+    taken = set(config) & set(extra_config or {})
+    if taken:
+        raise ValueError(f"extra_config must not replace {', '.join(sorted(taken))}")
+    text = json.dumps({**config, **(extra_config or {})}, indent=2, sort_keys=True) + "\n"
+    write_atomically(
+        directory / "adapter_model.safetensors", tensor_chunks(tensors, {"format": "pt"})
+    )
+    write_atomically(directory / CONFIG_FILE, [text.encode()])
+
+
+def _target_modules(targets: list[Target], shape: BaseShape) -> list[str]:
+    """Module names when every layer has them, else full paths: PEFT builds modules from these."""
+    modules = [m for m in MODULES if any(target.module == m for target in targets)]
+    if len(targets) == len(modules) * shape.num_layers:
+        return modules
+    return [module_path(target) for target in targets]
