@@ -17,9 +17,10 @@ import torch
 
 from shoal.adapters.basis import Basis, BasisStore, load_basis
 from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
+from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
-from shoal.adapters.reading import read_adapter
+from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
@@ -162,6 +163,7 @@ class AdapterLibrary:
         self._registry.claim(name)
         weights = self._read(files, self._bases)
         content, record, packed = self._prepare(weights)
+        self._keep_basis(content)
         self._announce(content.basis_id)
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
@@ -171,6 +173,8 @@ class AdapterLibrary:
 
     def check(self, files: Mapping[str, Path]) -> AdapterWeights:
         """What an upload of ``files`` would be served as; changes nothing.
+
+        Copies the known bases to a temporary folder: not for a server's every request.
 
         Raises:
             AdapterRejected, AdapterTooLarge.
@@ -232,15 +236,16 @@ class AdapterLibrary:
         self._registry.close()
 
     def _read(self, files: Mapping[str, Path], bases: BasisStore) -> AdapterWeights:
-        return read_adapter(
-            files,
-            shape=self._shape,
-            weight_of=self._weight_of,
-            bases=bases,
-            canonical=self._canonical,
-            max_bytes=self._max_upload_bytes,
-            max_bases=self._max_bases,
-        )
+        with _disk_failures():
+            return read_adapter(
+                files,
+                shape=self._shape,
+                weight_of=self._weight_of,
+                bases=bases,
+                canonical=self._canonical,
+                max_bytes=self._max_upload_bytes,
+                max_bases=self._max_bases,
+            )
 
     def _prepare(self, weights: AdapterWeights) -> tuple[Content, bytes, PackedAdapter]:
         """The canonical record of ``weights``, and what it is once it is read back."""
@@ -276,6 +281,16 @@ class AdapterLibrary:
         weights = from_record(self._registry.read(info.digest), self._shape)
         self._host.put(self._pack(weights, info.digest), pin=True)
 
+    def _keep_basis(self, content: Content) -> None:
+        """Keep the canonical basis with the first adapter on it.
+
+        It comes from a cache, and may be computed again with other bits or another rank; the
+        registry's adapters must outlive that.
+        """
+        if content.basis_id == self._canonical.id:
+            with _disk_failures():
+                self._bases.add(self._canonical)
+
     def _announce(self, basis_id: str | None) -> None:
         """Give the basis that an adapter needs to whoever multiplies by it."""
         if basis_id is not None:
@@ -296,10 +311,11 @@ class AdapterLibrary:
         return basis
 
     def _publish_shipped(self, shipped: Path) -> None:
-        for folder in sorted(path for path in shipped.iterdir() if path.is_dir()):
-            files = {path.name: path for path in folder.iterdir() if path.is_file()}
+        for folder in sorted(path.parent for path in shipped.glob(f"*/{CONFIG_FILE}")):
             try:
-                content, record, _ = self._prepare(self._read(files, self._bases))
+                weights = self._read(adapter_files(folder), self._bases)
+                content, record, _ = self._prepare(weights)
+                self._keep_basis(content)
                 info = self._registry.publish_shipped(folder.name, content, record)
             except AdapterError as error:
                 # A broken folder must not keep the server from starting.
@@ -307,6 +323,14 @@ class AdapterLibrary:
                 continue
             if info is not None:
                 log.info("shipped adapter=%s@%d", info.name, info.version)
+
+
+@contextmanager
+def _disk_failures() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RegistryUnavailable(f"a file could not be read or written: {error}") from error
 
 
 class _KeyedLocks:

@@ -52,7 +52,6 @@ def test_a_model_name_is_a_name_or_a_name_and_a_version(registry: Registry) -> N
 
 @pytest.mark.parametrize(
     "model",
-    # fmt: off
     [
         "",
         "a",
@@ -75,7 +74,6 @@ def test_a_model_name_is_a_name_or_a_name_and_a_version(registry: Registry) -> N
         "a.b\x00",
         "a" * 10_000,
     ],
-    # fmt: on
 )
 def test_everything_else_is_not_found(registry: Registry, model: str) -> None:
     publish(registry, "a.b", b"1")
