@@ -109,9 +109,9 @@ def grouped_matmul_kernel(
     TRANSPOSED: tl.constexpr,
     HAS_RANKS: tl.constexpr,
     HAS_TILES: tl.constexpr,
-    SINGLE: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    SINGLE_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
@@ -119,7 +119,7 @@ def grouped_matmul_kernel(
     """Program ``(tile, c)`` computes outputs ``c·BLOCK_N …`` of one tile.
 
     The tile is the fastest program axis: tiles of one adapter run side by side and find its
-    matrix in the cache. SINGLE sends tiles of one token to the plain arithmetic units.
+    matrix in the cache. SINGLE_K > 0 sends tiles of one token to the plain arithmetic units.
     """
     tile = tl.program_id(0).to(tl.int64)
     if HAS_TILES:
@@ -139,29 +139,28 @@ def grouped_matmul_kernel(
             else:
                 used_k = tl.minimum(k, rank)
         first_column = tl.program_id(1).to(tl.int64) * BLOCK_N
-        if SINGLE:  # noqa: SIM108 (Triton compiles only the branch taken)
-            alone = length == 1
-        else:
-            alone = False
         if (address >= 0) & (first_column < used_n):
             matrix = arena_ptr + tl.multiple_of(address, ALIGN)
             column = first_column + tl.arange(0, BLOCK_N)
             x_row = x_ptr + start * x_stride
             out_row = out_ptr + start * out_stride
-            if alone:
-                _one_token(
-                    x_row,
-                    matrix,
-                    out_row,
-                    used_k,
-                    used_n,
-                    row_stride,
-                    column,
-                    TRANSPOSED,
-                    BLOCK_K,
-                    BLOCK_N,
-                )
-            else:
+            together = length > 0
+            if SINGLE_K > 0:
+                together = length > 1
+                if length == 1:
+                    _one_token(
+                        x_row,
+                        matrix,
+                        out_row,
+                        used_k,
+                        used_n,
+                        row_stride,
+                        column,
+                        TRANSPOSED,
+                        SINGLE_K,
+                        BLOCK_N,
+                    )
+            if together:
                 _many_tokens(
                     x_row,
                     matrix,
@@ -175,7 +174,7 @@ def grouped_matmul_kernel(
                     column,
                     TRANSPOSED,
                     TILE,
-                    BLOCK_K,
+                    TILE_K,
                     BLOCK_N,
                     FLOAT32_DOT,
                 )

@@ -45,17 +45,17 @@ class MatmulConfig:
     """How to launch.
 
     Attributes:
-        block_k: inner elements per step.
         block_n: outputs per program.
-        single: send tiles of one token to the plain arithmetic units instead of a matrix unit
-            whose other rows are empty.
+        tile_k: inner elements per step where tokens share a tile (matrix units).
+        single_k: inner elements per step for a tile of one token, which takes the plain
+            arithmetic units. None: such tiles use the matrix units too, mostly empty.
     """
 
-    block_k: int
     block_n: int
+    tile_k: int
+    single_k: int | None
     num_warps: int = 4
     num_stages: int = 3
-    single: bool = True
 
 
 def grouped_matmul(
@@ -137,8 +137,9 @@ def launch_grouped_matmul(
 def default_config(k: int, n: int, *, transposed: bool) -> MatmulConfig:
     """The launch parameters for a shape."""
     if transposed:
-        return MatmulConfig(block_k=256, block_n=power_of_two(min(n, 16), least=16))
-    return MatmulConfig(block_k=power_of_two(min(k, 64), least=16), block_n=128)
+        return MatmulConfig(block_n=16, tile_k=128, single_k=512)
+    step = power_of_two(min(k, 64), least=16)
+    return MatmulConfig(block_n=128, tile_k=step, single_k=step)
 
 
 def _check(
@@ -222,9 +223,9 @@ def _launch(
         TRANSPOSED=transposed,
         HAS_RANKS=ranks is not None,
         HAS_TILES=tiles is not None,
-        SINGLE=chosen.single,
         TILE=16 if tiles is None else tiles.tile_tokens,
-        BLOCK_K=chosen.block_k,
+        TILE_K=chosen.tile_k,
+        SINGLE_K=chosen.single_k or 0,
         BLOCK_N=chosen.block_n,
         ALIGN=alignment,
         FLOAT32_DOT=dot_in_float32(arena.dtype),

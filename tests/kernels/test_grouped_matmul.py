@@ -89,7 +89,8 @@ def test_reference_equals_the_definition_in_float64(case: Case) -> None:
 @pytest.mark.parametrize("case", RUNNABLE, ids=lambda c: c.name)
 def test_kernel_equals_reference(case: Case, dtype: torch.dtype, single: bool) -> None:
     inputs = make_inputs(case, dtype, DEVICE, seed=2)
-    config = MatmulConfig(block_k=64, block_n=16 if case.transposed else 64, single=single)
+    block_n = 16 if case.transposed else 64
+    config = MatmulConfig(block_n=block_n, tile_k=64, single_k=128 if single else None)
     actual = apply(launch_grouped_matmul, inputs, alignment=case.alignment, config=config)
     assert_close(actual, apply(grouped_matmul_reference, inputs), dtype)
 
