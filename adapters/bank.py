@@ -79,6 +79,8 @@ class AdapterBank:
         self._records = Records(arena, UNIT_ELEMENTS)
         self._bases: dict[str, CoreBasis] = {}
         self._bases_lock = threading.Lock()
+        self._last_rows: list[tuple[RowAdapter | None, int]] | None = None
+        self._last_step: StepAdapters | None = None
 
     def add_basis(self, basis: Basis) -> None:
         """Bring a basis to the device; nothing happens when it is there already."""
@@ -100,6 +102,7 @@ class AdapterBank:
         slot = adapter.slot
         assert elements <= slot.num_units * UNIT_ELEMENTS
         assert slot.unit + slot.num_units <= self.num_units
+        self._last_rows = None  # the last step may have read the slot
         extent = self._records.arena.narrow(0, slot.unit * UNIT_ELEMENTS, elements)
         extent.copy_(packed.data, non_blocking=True)
 
@@ -111,8 +114,17 @@ class AdapterBank:
                 in which the rows' tokens are concatenated.
 
         Returns:
-            What to apply after each GEMM, or None when no row has an adapter.
+            What to apply after each GEMM, or None when no row has an adapter. The same object as
+            before when neither the rows nor the bank have changed: decode steps repeat.
         """
+        rows = list(rows)
+        if rows != self._last_rows:
+            self._last_step = self._build(rows)
+            self._last_rows = rows
+        return self._last_step
+
+    def _build(self, rows: Sequence[tuple[RowAdapter | None, int]]) -> StepAdapters | None:
+        """``step`` without the memory of the last one."""
         cores: dict[tuple[int, str], list[Segment]] = {}
         folds: dict[int, list[Segment]] = {}
         loras: dict[int, list[Segment]] = {}

@@ -12,7 +12,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shoal.adapters.families.tiles import Records, Segment, Tiling, Tokens, apply_tiles
+from shoal.adapters.families.tiles import (
+    Records,
+    Segment,
+    Tiling,
+    Tokens,
+    apply_tiles,
+    gather_whole,
+)
 from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group, Target
 from shoal.adapters.weights import AdapterWeights
 
@@ -109,12 +116,19 @@ class CorePart:
         self.basis = basis
         self.shape = shape
         self.records = records
-        self.tokens = Tokens.of(segments, records.arena.device)
-        self.tiling = Tiling.of(segments, records.arena.device)
+        device = records.arena.device
+        self.tokens, self.inside = Tokens.covering(segments, device)
+        self.tiling = Tiling.of(segments, device)
+        self._whole: list[Tensor] | None = None
+        self._gathered = False
 
     def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
         """Add the deltas to ``y``, which holds ``y0``: each module reads and writes its columns."""
         rank = self.rank
+        if not self._gathered:  # on first use: by then everything has been loaded
+            elements = packed_elements(self.shape, rank)
+            self._whole = gather_whole(self.tiling, self.records, elements)
+            self._gathered = True
         part = self.tokens.take(y, self.records.arena.dtype)
         start = 0
         for module in GROUPS[group]:
@@ -125,8 +139,16 @@ class CorePart:
             if basis is None:
                 continue
             offset = record_offset(self.shape, rank, layer, module)
-            h = columns @ basis.T
-            turned = apply_tiles(self.tiling, self.records, h, offset, rank * rank, _turn)
+            # (Bᵀ yᵀ)ᵀ rather than y B: half the time on a CPU (64 tokens, rank 8, MKL).
+            h = (basis @ columns.T).T
+            if self.inside is not None:
+                h = h.index_select(0, self.inside)
+            turned = apply_tiles(
+                self.tiling, self.records, h, offset, rank * rank, _turn, self._whole
+            )
+            if self.inside is not None:  # the others in the range get exactly zero added
+                spread = turned.new_zeros(part.shape[0], rank)
+                turned = spread.index_copy_(0, self.inside, turned)
             columns.addmm_(turned, basis)
         self.tokens.put(y, part)
 

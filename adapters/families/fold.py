@@ -148,9 +148,7 @@ class FoldPart:
                 delta = apply_tiles(
                     member.tiling, self.records, own.to(dtype), offset, member.rank * width, _expand
                 )
-                part = member.tokens.take(y)
-                part += delta
-                member.tokens.put(y, part)
+                member.tokens.add(y, delta)
 
 
 class _Member:

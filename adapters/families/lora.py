@@ -117,6 +117,4 @@ class LoraPart:
             group_elements(self.shape, rank, group),
             both,
         )
-        part = self.tokens.take(y)
-        part += delta
-        self.tokens.put(y, part)
+        self.tokens.add(y, delta)

@@ -52,6 +52,22 @@ class Tokens:
         positions = [t for s in segments for t in range(s.start, s.start + s.length)]
         return cls(0, count, index_tensor(positions, device))
 
+    @classmethod
+    def covering(
+        cls, segments: Sequence[Segment], device: torch.device
+    ) -> "tuple[Tokens, Tensor | None]":
+        """A range to work on in place of scattered tokens, and where they are within it.
+
+        Where the tokens are at least half of the range they span, a narrow product over all of it
+        costs less than copying them out and back. Otherwise it is the tokens themselves.
+        """
+        tokens = cls.of(segments, device)
+        first, last = segments[0], segments[-1]
+        span = last.start + last.length - first.start
+        if tokens.index is None or span > 2 * tokens.count:
+            return tokens, None
+        return cls(first.start, span, None), tokens.index - first.start
+
     def take(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Their rows of ``tensor``: a view where they are a range and the dtype is the same."""
         if self.index is not None:
@@ -68,6 +84,15 @@ class Tokens:
             tensor.index_copy_(0, self.index, part.to(tensor.dtype))
         elif part.dtype != tensor.dtype:
             tensor.narrow(0, self.start, self.count).copy_(part)
+
+    def add(self, tensor: Tensor, delta: Tensor) -> None:
+        """Add ``delta`` to their rows of ``tensor``, rounding once."""
+        if self.index is not None and delta.dtype == tensor.dtype:
+            tensor.index_add_(0, self.index, delta)
+        elif self.index is not None:
+            tensor.index_copy_(0, self.index, self.take(tensor).add_(delta))
+        else:
+            self.take(tensor).add_(delta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +187,22 @@ class Records:
         return self.arena.narrow(0, unit * self.unit_elements + offset, length).unsqueeze(0)
 
 
+def gather_whole(tiling: Tiling, records: Records, elements: int) -> list[Tensor] | None:
+    """Each batch's whole records, ``(tiles, elements)``, or None when they exceed the bound.
+
+    Small records are cheaper to read once per step, in long runs, than once per layer and module.
+    """
+    tiles = sum(batch.tiles for batch in tiling.batches)
+    if tiles * elements * records.arena.element_size() > GATHER_BYTES:
+        return None
+    return [
+        records.gather(batch.units, 0, elements)
+        if batch.unit is None
+        else records.view(batch.unit, 0, elements)
+        for batch in tiling.batches
+    ]
+
+
 def apply_tiles(
     tiling: Tiling,
     records: Records,
@@ -169,6 +210,7 @@ def apply_tiles(
     offset: int,
     length: int,
     compute: Callable[[Tensor, Tensor], Tensor],
+    whole: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Run ``compute`` on every tile with its record, in token order.
 
@@ -176,16 +218,19 @@ def apply_tiles(
         inputs: ``(tokens, k)`` of the group.
         offset, length: the part of each record that is needed.
         compute: ``(inputs (tiles, size, k), data (tiles, length)) -> (tiles, size, n)``.
+        whole: from ``gather_whole``, where that has been done.
 
     Returns:
         ``(tokens, n)``. At most ``GATHER_BYTES`` of records (or one) are gathered at a time.
     """
     results = []
     per_turn = max(1, GATHER_BYTES // (length * records.arena.element_size()))
-    for batch in tiling.batches:
+    for i, batch in enumerate(tiling.batches):
         tokens = inputs if batch.index is None else inputs.index_select(0, batch.index)
         tiled = tokens.view(batch.tiles, batch.size, -1)
-        if batch.unit is not None:
+        if whole is not None:
+            results.append(compute(tiled, whole[i].narrow(1, offset, length)))
+        elif batch.unit is not None:
             results.append(compute(tiled, records.view(batch.unit, offset, length)))
         elif batch.tiles <= per_turn:
             results.append(compute(tiled, records.gather(batch.units, offset, length)))
