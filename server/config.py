@@ -158,6 +158,11 @@ class ServeConfig:
             0.0 < self.gpu_memory_utilization <= 1.0,
             "above 0 and at most 1",
         )
+        self._require(
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"at least --max-num-seqs ({self.max_num_seqs}), so that every row advances",
+        )
         self._require("block_size", self.block_size.bit_count() == 1, "a power of two")
         self._require("shutdown_timeout", 0 <= self.shutdown_timeout < 86400, "0 to 86400 seconds")
         for name in ("tensor_parallel_size", "api_workers"):
@@ -181,23 +186,6 @@ class ServeConfig:
         if self.registry is not None:
             return self.registry
         return f"sqlite:///{platformdirs.user_data_path('shoal') / 'registry.db'}"
-
-    @property
-    def store_url(self) -> str:
-        """fsspec URL of the adapters' bytes.
-
-        Raises:
-            ValueError: not given, and the registry is not a SQLite file to put it beside.
-        """
-        if self.store is not None:
-            return self.store
-        scheme, _, path = self.registry_url.partition(":///")
-        if scheme.partition("+")[0] != "sqlite" or path in ("", ":memory:"):
-            raise ValueError(
-                f"--store is missing: must be given when --registry is not a SQLite file"
-                f" ({scheme}://...)"
-            )
-        return f"{path.partition('?')[0]}.store"
 
 
 _POSITIVE = (

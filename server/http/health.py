@@ -1,0 +1,36 @@
+"""``GET /health``, ``/version`` and ``/metrics``: open also when keys are required."""
+
+import anyio.to_thread
+from fastapi import APIRouter, Response
+
+import shoal
+from shoal.server.errors import Draining, EngineFailure
+from shoal.server.http.errors import error_response
+from shoal.server.http.metrics import CONTENT_TYPE
+from shoal.server.http.services import Services
+
+
+def health_router(services: Services) -> APIRouter:
+    """The three routes."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        if services.draining:
+            return error_response(Draining("the server is shutting down"))
+        if not services.engine.alive:
+            response = error_response(EngineFailure("the engine does not run"))
+            response.status_code = 503
+            return response
+        return Response(status_code=200)
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": shoal.__version__}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        text = await anyio.to_thread.run_sync(services.metrics.render)
+        return Response(text, media_type=CONTENT_TYPE)
+
+    return router

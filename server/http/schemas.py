@@ -1,0 +1,378 @@
+"""What clients may send: OpenAI's requests plus vLLM's extra fields, checked once, here.
+
+Every field is listed: used, harmless and ignored, or known and refused. Anything else is a 400
+that names it. Values are strict (``"5"`` is not 5). Rules that need the model's facts (context
+length, vocabulary) are in ``prompts.py``.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from shoal.server.errors import InvalidRequest
+
+STOP_STRINGS_MAX = 16
+STOP_CHARS_MAX = 256
+STOP_IDS_MAX = 256
+LOGPROBS_MAX = 20
+LOGIT_BIAS_MAX = 1024
+CHOICES_MAX = 128  # prompts x n of one HTTP request
+
+# Change nothing about the answer, so they may be there. OpenAI's client and tools send them.
+_IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "parallel_tool_calls",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+    }
+)
+# Would change the answer, and are not supported: accepted only with a value that asks for nothing.
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "best_of": (1,),
+    "suffix": ("",),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "documents": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "priority": (0,),
+}
+_NEUTRAL_IN_MESSAGE: Mapping[str, tuple[object, ...]] = {
+    "tool_calls": ([],),
+    "function_call": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+}
+
+
+class Body(BaseModel):
+    """A JSON object whose every field is known."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in cls.neutral:
+                allowed = cls.neutral[name]
+                if value is not None and value not in allowed:
+                    rule = f"; leave it out or send {allowed[0]!r}" if allowed else "; leave it out"
+                    raise InvalidRequest(
+                        f"`{name}` is not supported by this server{rule}", param=name
+                    )
+            elif name not in cls.ignored:
+                kept[name] = value  # pydantic's extra="forbid" names it
+        return kept
+
+
+def _stops(value: object) -> tuple[str, ...]:
+    found = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(stop, str) for stop in found):
+        raise ValueError("must be a string or a list of strings")
+    if len(found) > STOP_STRINGS_MAX:
+        raise ValueError(f"must hold at most {STOP_STRINGS_MAX} strings")
+    if not all(0 < len(stop) <= STOP_CHARS_MAX for stop in found):
+        raise ValueError(f"each string must have 1 to {STOP_CHARS_MAX} characters")
+    return tuple(found)
+
+
+def _prompts(value: object) -> list[str] | list[list[int]]:
+    rule = "must be a string, a list of strings, a list of token ids, or a list of such lists"
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError(rule)
+    if not value:
+        raise ValueError("must not be empty")
+    if all(type(item) is int for item in value):
+        return [value]
+    if not all(isinstance(item, str) for item in value) and not all(
+        isinstance(item, list) and all(type(i) is int for i in item) for item in value
+    ):
+        raise ValueError(rule)
+    if len(value) > CHOICES_MAX:
+        raise ValueError(f"must hold at most {CHOICES_MAX} prompts")
+    return value
+
+
+def _content(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of text parts")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(f"a part has type {kind!r}: only text parts are supported")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError('a text part must be {"type": "text", "text": string}')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Stops = Annotated[
+    tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)
+]
+Prompts = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Content = Annotated[
+    str | None,
+    PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]] | None),
+]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class StreamOptions(Body):
+    """``stream_options``."""
+
+    ignored = frozenset({"include_obfuscation"})
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Sampling(Body):
+    """The fields that chat and plain completions share."""
+
+    ignored = _IGNORED
+    neutral = _NEUTRAL
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stops = ()
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=STOP_IDS_MAX)] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=LOGIT_BIAS_MAX)
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "Sampling":
+        limit = self.limit
+        if limit is not None and self.min_tokens > limit:
+            raise InvalidRequest(
+                f"`min_tokens` is {self.min_tokens}: must be at most max_tokens ({limit})",
+                param="min_tokens",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest(
+                "`stream_options` needs `stream` to be true", param="stream_options"
+            )
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens to generate at most, when the client said so."""
+        return self.max_tokens
+
+    @property
+    def top_logprobs_wanted(self) -> int | None:
+        """None, or how many alternatives to report beside each token."""
+        raise NotImplementedError
+
+    @property
+    def choices_per_prompt(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_in_every_chunk(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+class Message(Body):
+    """One chat message."""
+
+    neutral = _NEUTRAL_IN_MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise InvalidRequest(
+                f"`content` of a {self.role} message is missing: must be a string or text parts",
+                param="messages",
+            )
+        return self
+
+    def as_template_input(self) -> dict[str, str]:
+        """Role and text, as chat templates take them."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content or ""}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+
+
+class ChatRequest(Sampling):
+    """``POST /v1/chat/completions``."""
+
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **_NEUTRAL,
+        "echo": (False,),
+        "add_generation_prompt": (True,),
+        "add_special_tokens": (False,),
+    }
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_asked(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def top_logprobs_wanted(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Sampling):
+    """``POST /v1/completions``."""
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> "CompletionRequest":
+        total = len(self.prompt) * self.choices_per_prompt
+        if total > CHOICES_MAX:
+            raise InvalidRequest(
+                f"`n` times the number of prompts is {total}: must be at most {CHOICES_MAX}",
+                param="n",
+            )
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest(
+                "`echo` with `logprobs` is not supported: log-probabilities of the prompt are not"
+                " computed",
+                param="echo",
+            )
+        return self
+
+    @property
+    def top_logprobs_wanted(self) -> int | None:
+        return self.logprobs
+
+
+class TokenizeRequest(Body):
+    """``POST /tokenize``: a prompt, or chat messages."""
+
+    ignored = frozenset({"user"})
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("give either `prompt` or `messages`", param="prompt")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class ActivateRequest(Body):
+    """``POST /v1/adapters/{name}/activate``."""
+
+    version: Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class LoadLoraRequest(Body):
+    """vLLM's ``POST /v1/load_lora_adapter``."""
+
+    ignored = frozenset({"load_inplace", "base_model_name"})
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class UnloadLoraRequest(Body):
+    """vLLM's ``POST /v1/unload_lora_adapter``."""
+
+    ignored = frozenset({"lora_int_id"})
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]

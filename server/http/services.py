@@ -1,0 +1,175 @@
+"""What the routes work with: the engine, the adapters, the tokenizer, and the state of the door.
+
+Owns admission (draining, requests in flight) and the bounded thread pools for blocking calls. It
+builds none of what it holds; the command line does.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from shoal.adapters.errors import (
+    AdapterConflict,
+    AdapterError,
+    AdapterNameInvalid,
+    AdapterNotFound,
+    AdapterRejected,
+    AdapterTooLarge,
+)
+from shoal.adapters.spec import AdapterSpec
+from shoal.server.config import ServeConfig
+from shoal.server.engine.request import Request, TokenEvent
+from shoal.server.engine.stats import EngineStats
+from shoal.server.errors import (
+    BodyTooLarge,
+    Conflict,
+    InvalidRequest,
+    ModelNotFound,
+    ShoalError,
+    UnusableAdapter,
+)
+from shoal.server.http.metrics import Metrics
+
+if TYPE_CHECKING:  # pulls in the tensor library, which nothing here needs at run time
+    from shoal.adapters.library import AdapterInfo
+
+T = TypeVar("T")
+
+_POLL_S = 0.02
+
+
+class Engine(Protocol):
+    """The part of ``EngineClient`` that HTTP uses."""
+
+    async def start(self) -> None:
+        """Start the engine; its events go to the running event loop."""
+        ...
+
+    async def stop(self) -> None:
+        """End the engine; what is left is aborted."""
+        ...
+
+    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Events of one request; closing the generator aborts it."""
+        ...
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new, wait for what runs, abort the rest; whether nothing was aborted."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """The latest snapshot."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        ...
+
+
+class Library(Protocol):
+    """The part of ``AdapterLibrary`` that HTTP uses: blocking, thread-safe."""
+
+    def upload(self, name: str, files: Mapping[str, Path]) -> "AdapterInfo": ...
+    def resolve(self, model: str) -> "AdapterInfo": ...
+    def stage(self, info: "AdapterInfo") -> AdapterSpec: ...
+    def unstage(self, spec: AdapterSpec) -> None: ...
+    def list(
+        self, *, limit: int, after: str | None, prefix: str = ""
+    ) -> "tuple[list[AdapterInfo], str | None]": ...
+    def versions(self, name: str) -> "Sequence[AdapterInfo]": ...
+    def activate(self, name: str, version: int) -> "AdapterInfo": ...
+    def delete(self, name: str) -> None: ...
+    def count(self) -> int: ...
+
+
+class TextStream(Protocol):
+    """Token ids in, text that later tokens cannot change out."""
+
+    def push(self, ids: Sequence[int]) -> str: ...
+    def flush(self) -> str: ...
+
+
+class TextCodec(Protocol):
+    """The part of ``Tokenizer`` that HTTP uses; safe to call from several threads."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> list[int]: ...
+    def stream(self) -> TextStream: ...
+
+
+# What is wrong with an adapter -> how it is said over HTTP.
+_ADAPTER_ERRORS: dict[type[AdapterError], type[ShoalError]] = {
+    AdapterRejected: UnusableAdapter,
+    AdapterTooLarge: BodyTooLarge,
+    AdapterNotFound: ModelNotFound,
+    AdapterConflict: Conflict,
+    AdapterNameInvalid: InvalidRequest,
+}
+
+
+def from_adapter_error(error: AdapterError, *, param: str | None = None) -> ShoalError:
+    """The HTTP-side error for ``error``, with its message unchanged."""
+    return _ADAPTER_ERRORS.get(type(error), UnusableAdapter)(str(error), param=param)
+
+
+@dataclass(kw_only=True, slots=True)
+class Services:
+    """One process's HTTP side.
+
+    Attributes:
+        model_name: the base's name in the API.
+        model_root: what ``/v1/models`` shows as the base's ``root`` (where it came from).
+        vocab_size: token ids of a request are below this.
+    """
+
+    config: ServeConfig
+    engine: Engine
+    library: Library
+    tokenizer: TextCodec
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    model_root: str = ""
+    metrics: Metrics = field(init=False)
+    draining: bool = field(default=False, init=False)
+    in_flight: int = field(default=0, init=False)
+    started: int = field(default_factory=lambda: int(time.time()), init=False)
+    _lookups: anyio.CapacityLimiter = field(init=False)
+    _uploads: anyio.CapacityLimiter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.model_name, stats=self.engine.stats)
+        # Uploads read and check whole files: a few at a time, and never in the way of look-ups.
+        self._lookups = anyio.CapacityLimiter(8)
+        self._uploads = anyio.CapacityLimiter(2)
+
+    async def lookup(self, call: Callable[[], T]) -> T:
+        """Run a short blocking call in a thread."""
+        return await anyio.to_thread.run_sync(call, limiter=self._lookups)
+
+    async def work(self, call: Callable[[], T]) -> T:
+        """Run a long blocking call (an upload) in a thread of a smaller pool."""
+        return await anyio.to_thread.run_sync(call, limiter=self._uploads)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse what is new, wait for what is in flight, abort what is left.
+
+        Returns:
+            Whether everything ended by itself. Calling it again returns at once when nothing runs.
+        """
+        self.draining = True
+        deadline = time.monotonic() + timeout_s
+        while self.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
+        left = max(0.0, deadline - time.monotonic()) if self.in_flight == 0 else 0.0
+        return await self.engine.drain(left) and self.in_flight == 0

@@ -1,0 +1,125 @@
+"""Runs the app under uvicorn, with an orderly end.
+
+The first SIGTERM or SIGINT drains: new requests get 503, running ones have ``--shutdown-timeout``
+to end, then what is left is aborted and the process exits with 0. A second signal aborts at once.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from shoal.server.config import ServeConfig
+from shoal.server.http.services import Services
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# After the drain, for answers already made to reach their clients.
+_FLUSH_S = 5
+FORCED_EXIT_CODE = 1
+
+
+def serve(app: FastAPI, services: Services, config: ServeConfig) -> int:
+    """Serve until a signal; return the exit code: 0, or 1 when a second signal cut it short.
+
+    Prints one line with the URL once it listens. Must run in the main thread.
+
+    Raises:
+        ValueError: the address cannot be listened on.
+    """
+    listener = _listen(config)
+    with listener:
+        return asyncio.run(_serve(app, services, config, listener))
+
+
+async def _serve(
+    app: FastAPI, services: Services, config: ServeConfig, listener: socket.socket
+) -> int:
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,  # the process's own logging applies
+            access_log=config.log_level == "debug",
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=_FLUSH_S,
+        ),
+        url=_url(config.host, listener),
+    )
+    drained: list[asyncio.Task[None]] = []
+    forced = False
+
+    async def drain() -> None:
+        if not await services.drain(config.shutdown_timeout):
+            logger.warning("shutdown: some requests were aborted")
+        server.should_exit = True
+
+    def on_signal() -> None:
+        nonlocal forced
+        if drained:
+            forced = True
+            server.should_exit = server.force_exit = True
+            server.config.timeout_graceful_shutdown = 0
+            drained[0].cancel()
+            return
+        logger.info("shutdown: draining for at most %.0f s", config.shutdown_timeout)
+        drained.append(asyncio.create_task(drain()))
+
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+        if forced:
+            # uvicorn skips the lifespan's end then.
+            await services.engine.stop()
+    return FORCED_EXIT_CODE if forced else 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers of its own, that says where it listens."""
+
+    def __init__(self, config: uvicorn.Config, *, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            print(f"shoal is listening on {self._url}", flush=True)
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    try:
+        found: Sequence[tuple[int, int, int, str, tuple[object, ...]]] = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, _, _, _, address = found[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ValueError(f"cannot listen on {config.host}:{config.port}: {error}") from error
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

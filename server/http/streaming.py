@@ -1,0 +1,113 @@
+"""How an answer leaves: as one JSON body or as server-sent events, and only while somebody reads.
+
+Owns the watch for the client's disconnect (whatever the work is, it is cancelled then) and the
+rule for errors: before the first byte they are a status and a body, after it a ``data:`` event.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import anyio
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from shoal.server.errors import STATUS, ShoalError
+from shoal.server.http.errors import error_body, internal_body
+from shoal.server.http.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[Send], Awaitable[None]]
+
+_DONE = b"data: [DONE]\n\n"
+
+
+class WhileConnected(Response):
+    """A response that does its work when it is sent, and stops when the client goes away."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with anyio.CancelScope() as running:
+
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                running.cancel()
+
+            watcher = asyncio.create_task(watch())
+            try:
+                await self._work(send)
+            finally:
+                watcher.cancel()
+
+
+async def send_json(
+    send: Send, content: Mapping[str, Any], headers: Mapping[str, str] | None = None
+) -> None:
+    """Send one JSON body with status 200."""
+    body = _dumps(content)
+    raw = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 200, "headers": raw + _raw(headers)})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_events(
+    send: Send,
+    chunks: AsyncGenerator[Mapping[str, Any], None],
+    headers: Mapping[str, str],
+    metrics: Metrics,
+) -> None:
+    """Send each chunk as an event, then ``[DONE]``.
+
+    The response starts with the first chunk, so that what is refused before it has a status.
+    """
+    started = False
+    async with aclosing(chunks):
+        try:
+            async for chunk in chunks:
+                if not started:
+                    await _start_events(send, headers)
+                    started = True
+                await _send_part(send, b"data: " + _dumps(chunk) + b"\n\n")
+            last = _DONE
+        except ShoalError as error:
+            if not started:
+                raise
+            metrics.error(STATUS[type(error)][0])
+            last = b"data: " + _dumps(error_body(error)) + b"\n\n"
+        except Exception:
+            # The status is sent; without this the client would only see the connection break.
+            if not started:
+                raise
+            metrics.error(500)
+            logger.exception("a stream failed after it began")
+            last = b"data: " + _dumps(internal_body()) + b"\n\n"
+    await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _start_events(send: Send, headers: Mapping[str, str]) -> None:
+    raw = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),  # proxies: pass each event on at once
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": raw + _raw(headers)})
+
+
+async def _send_part(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _raw(headers: Mapping[str, str] | None) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+
+
+def _dumps(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()

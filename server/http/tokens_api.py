@@ -1,0 +1,48 @@
+"""``POST /tokenize`` and ``/detokenize``, in vLLM's shapes."""
+
+from fastapi import APIRouter
+
+from shoal.server.http.answer import Json
+from shoal.server.http.jobs import check_token_ids, encode, encode_chat, resolve
+from shoal.server.http.schemas import DetokenizeRequest, TokenizeRequest
+from shoal.server.http.services import Services
+
+
+def tokens_router(services: Services) -> APIRouter:
+    """The two routes."""
+    router = APIRouter()
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Json:
+        await _known(services, body.model)
+        if body.messages is not None:
+            messages = [message.as_template_input() for message in body.messages]
+            ids = await encode_chat(
+                services, messages, add_generation_prompt=body.add_generation_prompt
+            )
+        else:
+            ids = await encode(
+                services, body.prompt or "", add_special_tokens=body.add_special_tokens
+            )
+        strings = None
+        if body.return_token_strs:
+            strings = [services.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        return {
+            "count": len(ids),
+            "max_model_len": services.max_model_len,
+            "tokens": ids,
+            "token_strs": strings,
+        }
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Json:
+        await _known(services, body.model)
+        check_token_ids(services, body.tokens, "tokens")
+        return {"prompt": services.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+
+    return router
+
+
+async def _known(services: Services, model: str | None) -> None:
+    if model is not None:
+        await resolve(services, model)  # adapters share the base's tokenizer
