@@ -198,7 +198,7 @@ class AdapterLibrary:
 
         Raises:
             AdapterTooLarge: it does not fit beside what is pinned.
-            RecordDamaged: its bytes are gone or have changed.
+            RecordDamaged: its bytes or its basis are gone or have changed.
         """
         self._announce(info.basis_id)
         if not self._host.pin(info.digest):
@@ -278,7 +278,12 @@ class AdapterLibrary:
     def _load_and_pin(self, info: AdapterInfo) -> None:
         if self._host.pin(info.digest):
             return  # another thread loaded it while we waited
-        weights = from_record(self._registry.read(info.digest), self._shape)
+        record = self._registry.read(info.digest)
+        try:
+            weights = from_record(record, self._shape)
+        except AdapterRejected as error:
+            # It was accepted once, so this is not the caller's mistake.
+            raise RecordDamaged(f"record {info.digest} is unusable: {error}") from error
         self._host.put(self._pack(weights, info.digest), pin=True)
 
     def _keep_basis(self, content: Content) -> None:
