@@ -6,6 +6,7 @@ kernel is launched: a CPU server never loads it.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -17,6 +18,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALIGNMENTS = (1, 2, 4, 8, 16)
 
 
+@functools.cache  # looking a package up takes longer than a launch
 def require_triton() -> None:
     """Explain a missing Triton before the import of a kernel would fail.
 
@@ -32,6 +34,11 @@ def require_triton() -> None:
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU; decided before the first kernel is defined."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernel_runs_on(device: torch.device) -> bool:
+    """Whether a launch works there: on a GPU, or on a CPU in the interpreter."""
+    return device.type != "cpu" or interpreting()
 
 
 def dot_in_float32(*dtypes: torch.dtype) -> bool:
