@@ -66,8 +66,8 @@ def torch_attention(batch: Batch, kv: KVCache) -> StepAttention:
 class _Group:
     """Some decode rows, and the cache positions that one window lets them see."""
 
-    def __init__(self, batch: Batch, rows: list[int], window: int | None, block_tokens: int):
-        device = batch.input_ids.device
+    def __init__(self, batch: Batch, rows: list[int], window: int | None, kv: KVCache):
+        device, block_tokens = batch.input_ids.device, kv.block_tokens
         lens = torch.tensor([batch.context_lens[i] for i in rows], device=device)
         begin = (lens - window).clamp_min(0) if window else torch.zeros_like(lens)
         first = begin // block_tokens  # blocks wholly before the window are not read
@@ -80,7 +80,7 @@ class _Group:
             width * block_tokens, device=device
         )
         seen = (positions < lens[:, None]) & (positions >= begin[:, None])
-        self.mask = seen[:, None, None, :]  # (rows, 1, 1, positions)
+        self.mask = _additive(seen, kv)[:, None, None, :]  # (rows, 1, 1, positions)
         self.count = len(rows)
 
 
@@ -94,7 +94,7 @@ class _Chunk:
         self.blocks = batch.block_tables[row, : -(-self.context // block_tokens)]
 
     def mask(self, window: int | None, device: torch.device) -> Tensor:
-        """``(chunk, context)`` bool, true where a token may look."""
+        """``(chunk, context)``, true where a token may look."""
         at = torch.arange(self.start, self.context, device=device)[:, None]
         key = torch.arange(self.context, device=device)
         seen = key <= at
@@ -160,13 +160,14 @@ class _TorchAttention:
                     groups.append([])
                 groups[-1].append(row)
                 room -= 1
-            self._groups[window] = [_Group(batch, g, window, kv.block_tokens) for g in groups]
+            self._groups[window] = [_Group(batch, g, window, kv) for g in groups]
         return self._groups[window]
 
     def _chunk_mask(self, index: int, window: int | None) -> Tensor:
         key = (index, window)
         if key not in self._masks:
-            self._masks[key] = self._chunks[index].mask(window, self._batch.input_ids.device)
+            seen = self._chunks[index].mask(window, self._batch.input_ids.device)
+            self._masks[key] = _additive(seen, self._kv)
         return self._masks[key]
 
 
@@ -186,6 +187,12 @@ def _decode(
     return _attend(grouped, k, v, group.mask, scale, softcap).reshape(group.count, -1, head_dim)
 
 
+def _additive(seen: Tensor, kv: KVCache) -> Tensor:
+    """0 where ``seen``, else -inf: SDPA converts a bool mask on every call, once per layer."""
+    mask = torch.zeros(seen.shape, dtype=kv.keys[0].dtype, device=seen.device)
+    return mask.masked_fill_(~seen, float("-inf"))
+
+
 def _repeat(x: Tensor, times: int) -> Tensor:
     """``(1, kv_heads, n, d)`` -> ``(1, kv_heads * times, n, d)``, each head ``times`` in a row."""
     return x if times == 1 else x.repeat_interleave(times, dim=1)
@@ -201,6 +208,5 @@ def _attend(
         )
     assert mask is not None
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
-    scores = torch.tanh(scores / softcap) * softcap
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    weights = (torch.tanh(scores / softcap) * softcap + mask).softmax(-1)
     return torch.matmul(weights.to(v.dtype), v)

@@ -144,6 +144,8 @@ class ModelConfig:
             raise ModelError(
                 f"architecture {arch!r} is not supported; supported: {', '.join(sorted(_DEFAULTS))}"
             )
+        if config.get("quantization_config") or text.get("quantization_config"):
+            raise ModelError("the checkpoint is quantised; use unquantised safetensors or a GGUF")
         return _build(arch, {**_COMMON, **_DEFAULTS[arch], **text}, config, generation or {})
 
 
@@ -356,8 +358,9 @@ def _rope(p: Mapping[str, Any], theta: float, context: int, c: Mapping[str, Any]
     if partial != 1.0 or p.get("mrope_section"):
         raise ModelError("partial and multi-section rotary embeddings are not supported")
     theta = float(p.get("rope_theta") or theta)
+    divisors = tuple(float(v) for v in p.get("divisors") or ())  # only gguf.py writes these
     if kind == "default":
-        return Rope(theta=theta)
+        return Rope(theta=theta, divisors=divisors)
     if not p.get("factor") and kind != "yarn":
         raise ModelError(f"rope type {kind!r} needs a factor")
     original = int(
@@ -367,7 +370,7 @@ def _rope(p: Mapping[str, Any], theta: float, context: int, c: Mapping[str, Any]
     )
     factor = float(p.get("factor") or context / original)
     if kind == "linear":
-        return Rope(theta=theta, kind="linear", factor=factor)
+        return Rope(theta=theta, kind="linear", factor=factor, divisors=divisors)
     if kind == "llama3":
         missing = [f for f in ("low_freq_factor", "high_freq_factor") if f not in p]
         if missing:
