@@ -7,6 +7,7 @@ step: which tokens use which records, worked out once and applied after every fu
 
 import threading
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -15,14 +16,20 @@ from torch import Tensor
 from shoal.adapters.basis import Basis
 from shoal.adapters.families.core import CoreBasis, CorePart
 from shoal.adapters.families.fold import FoldPart
+from shoal.adapters.families.kernel_parts import KernelCorePart, KernelFoldPart, KernelLoraPart
 from shoal.adapters.families.lora import LoraPart
 from shoal.adapters.families.tiles import Records, Segment
 from shoal.adapters.packing import PackedAdapter
 from shoal.adapters.spec import BaseShape, Group, RowAdapter
+from shoal.kernels.core_apply.kernel import MAX_RANK as CORE_KERNEL_RANK_MAX
 
 # Extents are multiples of this. 1024 wastes 4 % on a rank-8 LoRA-XS of a 30-layer base (13,440
 # elements), and keeps records aligned for vector loads.
 UNIT_ELEMENTS = 1024
+
+
+# Segments of one family by rank, in token order.
+_ByRank = dict[int, list[Segment]]
 
 
 class StepPart(Protocol):
@@ -59,13 +66,21 @@ class AdapterBank:
     """
 
     def __init__(
-        self, shape: BaseShape, *, capacity_bytes: int, device: torch.device, dtype: torch.dtype
+        self,
+        shape: BaseShape,
+        *,
+        capacity_bytes: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernels: bool | None = None,
     ) -> None:
         """Allocate the arena.
 
         Args:
             capacity_bytes: for the arena; bases come on top.
             dtype: of the arena, float32 on a CPU and the model's on CUDA.
+            kernels: whether steps run through ``shoal.kernels`` or in plain torch; by default
+                the kernels on CUDA when Triton is installed.
         """
         unit_bytes = UNIT_ELEMENTS * dtype.itemsize
         self.num_units = capacity_bytes // unit_bytes
@@ -74,6 +89,9 @@ class AdapterBank:
         self.shape = shape
         self.device = torch.device(device)
         self.dtype = dtype
+        if kernels is None:
+            kernels = self.device.type == "cuda" and find_spec("triton") is not None
+        self.kernels = kernels
         # Not cleared: what no record has been loaded into is never read.
         arena = torch.empty(self.num_units * UNIT_ELEMENTS, device=self.device, dtype=dtype)
         self._records = Records(arena, UNIT_ELEMENTS)
@@ -87,7 +105,12 @@ class AdapterBank:
         with self._bases_lock:
             if basis.id not in self._bases:
                 self._bases[basis.id] = CoreBasis(
-                    basis.factors, basis.rank, self.shape, self.device, self.dtype
+                    basis.factors,
+                    basis.rank,
+                    self.shape,
+                    self.device,
+                    self.dtype,
+                    rank_major=not self.kernels,
                 )
 
     def has_basis(self, basis_id: str) -> bool:
@@ -125,29 +148,55 @@ class AdapterBank:
 
     def _build(self, rows: Sequence[tuple[RowAdapter | None, int]]) -> StepAdapters | None:
         """``step`` without the memory of the last one."""
-        cores: dict[tuple[int, str], list[Segment]] = {}
-        folds: dict[int, list[Segment]] = {}
-        loras: dict[int, list[Segment]] = {}
+        cores: dict[str, _ByRank] = {}
+        folds: _ByRank = {}
+        loras: _ByRank = {}
         start = 0
         for adapter, num_tokens in rows:
             if adapter is not None and adapter.spec.rank > 0 and num_tokens > 0:
                 spec = adapter.spec
-                segment = Segment(adapter.slot.unit, start, num_tokens)
                 if spec.family == "core":
                     assert spec.basis_id is not None
-                    cores.setdefault((spec.rank, spec.basis_id), []).append(segment)
-                elif spec.family == "fold":
-                    folds.setdefault(spec.rank, []).append(segment)
+                    by_rank = cores.setdefault(spec.basis_id, {})
                 else:
-                    loras.setdefault(spec.rank, []).append(segment)
+                    by_rank = folds if spec.family == "fold" else loras
+                segment = Segment(adapter.slot.unit, start, num_tokens)
+                by_rank.setdefault(spec.rank, []).append(segment)
             start += num_tokens
+        if not (cores or folds or loras):
+            return None
+        make = self._kernel_parts if self.kernels else self._torch_parts
+        return StepAdapters(make(cores, folds, loras), start)
+
+    def _torch_parts(
+        self, cores: dict[str, _ByRank], folds: _ByRank, loras: _ByRank
+    ) -> list[StepPart]:
+        shape, records = self.shape, self._records
         parts: list[StepPart] = [
-            CorePart(segments, rank, self._bases[basis_id], self.shape, self._records)
-            for (rank, basis_id), segments in cores.items()
+            CorePart(segments, rank, self._bases[basis_id], shape, records)
+            for basis_id, by_rank in cores.items()
+            for rank, segments in by_rank.items()
         ]
         if folds:
-            parts.append(FoldPart(folds, self.shape, self._records))
-        parts.extend(
-            LoraPart(segments, rank, self.shape, self._records) for rank, segments in loras.items()
-        )
-        return StepAdapters(parts, start) if parts else None
+            parts.append(FoldPart(folds, shape, records))
+        parts += [LoraPart(segments, rank, shape, records) for rank, segments in loras.items()]
+        return parts
+
+    def _kernel_parts(
+        self, cores: dict[str, _ByRank], folds: _ByRank, loras: _ByRank
+    ) -> list[StepPart]:
+        shape, records = self.shape, self._records
+        parts: list[StepPart] = []
+        for basis_id, by_rank in cores.items():
+            basis = self._bases[basis_id]
+            small = {r: own for r, own in by_rank.items() if r <= CORE_KERNEL_RANK_MAX}
+            if small:
+                parts.append(KernelCorePart(small, basis, shape, records))
+            parts += [
+                CorePart(segments, rank, basis, shape, records)
+                for rank, segments in by_rank.items()
+                if rank not in small
+            ]
+        parts += [KernelFoldPart(own, rank, shape, records) for rank, own in folds.items()]
+        parts += [KernelLoraPart(own, rank, shape, records) for rank, own in loras.items()]
+        return parts

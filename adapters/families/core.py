@@ -70,10 +70,10 @@ def reference(
 
 
 class CoreBasis:
-    """One basis on the device: ``B`` transposed, per module and layer ``(rank, d_out)``.
+    """One basis on the device, per module and layer; modules it does not cover take no memory.
 
-    Rank-major, so that the factors of a smaller rank are one contiguous prefix. Modules that the
-    basis does not cover take no memory.
+    Kept ``(rank, d_out)`` (``rank_major``, where a smaller rank is one contiguous prefix: the torch
+    parts) or ``(d_out, rank)`` (what the kernels take).
     """
 
     def __init__(
@@ -83,21 +83,29 @@ class CoreBasis:
         shape: BaseShape,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        rank_major: bool,
     ) -> None:
         self.rank = rank
-        self._rows: dict[str, tuple[Tensor, ...]] = {}
+        self.rank_major = rank_major
+        self._kept: dict[str, tuple[Tensor, ...]] = {}
         for module in {target.module for target in factors}:
             stacked = torch.zeros(shape.num_layers, rank, shape.dims[module].d_out, dtype=dtype)
             for layer in range(shape.num_layers):
                 factor = factors.get(Target(layer, module))
                 if factor is not None:
                     stacked[layer, : factor.shape[1]] = factor.T.to(dtype)
-            self._rows[module] = stacked.to(device).unbind(0)
+            if not rank_major:
+                stacked = stacked.transpose(1, 2).contiguous()
+            self._kept[module] = stacked.to(device).unbind(0)
 
     def rows(self, layer: int, module: str, rank: int) -> Tensor | None:
         """``Bᵀ[:rank]`` of a target, ``(rank, d_out)``, a view; None outside the basis."""
-        rows = self._rows.get(module)
-        return None if rows is None else rows[layer].narrow(0, 0, rank)
+        kept = self._kept.get(module)
+        if kept is None:
+            return None
+        matrix = kept[layer]
+        return matrix[:rank] if self.rank_major else matrix[:, :rank].T
 
 
 class CorePart:

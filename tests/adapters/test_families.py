@@ -82,15 +82,19 @@ def make_weights(
 class Loaded:
     """A bank with adapters in it, placed with gaps."""
 
-    bank: AdapterBank = field(
-        default_factory=lambda: AdapterBank(
-            SHAPE, capacity_bytes=4 << 20, device=torch.device("cpu"), dtype=torch.float32
-        )
-    )
+    kernels: bool = False
+    bank: AdapterBank = field(init=False)
     weights: dict[RowAdapter, AdapterWeights] = field(default_factory=dict)
     next_unit: int = 3
 
     def __post_init__(self) -> None:
+        self.bank = AdapterBank(
+            SHAPE,
+            capacity_bytes=4 << 20,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            kernels=self.kernels,
+        )
         self.bank._records.arena.fill_(float("nan"))
         for basis in BASES.values():
             self.bank.add_basis(basis)
@@ -138,7 +142,7 @@ class Loaded:
 
 
 def all_kinds() -> list[AdapterWeights]:
-    """One adapter of every kind that may share a batch; fold ranks 13 and 2 divide 26."""
+    """One adapter of every kind that may share a batch; fold ranks 1, 2 and 13 divide 26."""
     some = frozenset({"k_proj", "up_proj", "o_proj"})
     return [
         *(make_weights("core", r, r, basis_id="basis-a") for r in (1, 4, 8, 16)),
@@ -154,9 +158,10 @@ def all_kinds() -> list[AdapterWeights]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_mixed_step_equals_each_row_alone(seed: int) -> None:
-    loaded = Loaded()
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_mixed_step_equals_each_row_alone(seed: int, kernels: bool) -> None:
+    loaded = Loaded(kernels)
     adapters: list[RowAdapter | None] = [loaded.add(weights) for weights in all_kinds()]
     generator = torch.Generator().manual_seed(seed)
 
