@@ -136,14 +136,16 @@ class Catalog:
         """Like ``publish``, for an adapter that comes with the software; a user's choice wins.
 
         Returns:
-            None, with nothing changed, when the name was deleted, has a version that a user
-            uploaded, belongs to another base, or has had this content before.
+            None, with nothing changed, when the name was deleted or rolled back, has a version
+            that a user uploaded, belongs to another base, or has had this content before.
         """
         validate_name(name)
         with self._write() as connection:
             row = self._adapter(connection, name)
             if row is not None:
                 if row.deleted_at is not None or row.base_digest != self._base_digest:
+                    return None
+                if row.active_version != row.next_version - 1:
                     return None
                 known = connection.execute(
                     select(VERSIONS.c.digest, VERSIONS.c.source)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, event, text, update
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from shoal.adapters.errors import AdapterConflict, AdapterNameInvalid, AdapterNotFound
 from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RegistryUnavailable, SchemaTooNew
-from shoal.adapters.registry.tables import SCHEMA, SCHEMA_VERSION
+from shoal.adapters.registry.tables import LIVE, METADATA, SCHEMA, SCHEMA_VERSION
 
 BASE = "b" * 64
 
@@ -241,6 +243,7 @@ def test_what_ships_never_overrides_a_users_choice(catalog: Catalog) -> None:
     assert ship("new", 1) is None, "an old one does not come back"
     catalog.activate("new", 1)
     assert ship("new", 2) is None
+    assert ship("new", 5) is None, "a newer one does not undo a roll-back"
     assert catalog.get("new").version == 1
 
     catalog.publish("new", content(3), created=0.0)
@@ -287,6 +290,15 @@ def test_sqlite_is_set_up_to_survive_power_failures(tmp_path: Path) -> None:
         }
     database.close()
     assert settings == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+
+def test_the_tables_are_also_postgresqls() -> None:
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    sql = [str(CreateTable(table).compile(dialect=dialect)) for table in METADATA.sorted_tables]
+    sql.append(str(CreateIndex(LIVE).compile(dialect=dialect)))
+    assert 'name VARCHAR(128) COLLATE "C" NOT NULL' in "".join(sql)
+    assert "id BIGSERIAL NOT NULL" in "".join(sql)
+    assert sql[-1].endswith("WHERE deleted_at IS NULL")
 
 
 def test_every_look_up_searches_an_index(database: Database, catalog: Catalog) -> None:
