@@ -129,11 +129,12 @@ def _envelope(job: Job, object_name: str) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class NamedLogprob:
-    """A token as text, and its log-probability."""
+    """A token as text and bytes (which may be part of a character), and its log-probability."""
 
     token: str
+    bytes: bytes
     logprob: float
-    top: tuple[tuple[str, float], ...]
+    top: tuple["NamedLogprob", ...] = ()
 
 
 def name_logprobs(
@@ -141,18 +142,11 @@ def name_logprobs(
 ) -> list[NamedLogprob]:
     """Put text and JSON-able numbers to what the engine reported."""
 
-    def text(token_id: int) -> str:
-        return codec.decode([token_id], skip_special_tokens=False)
+    def named(token_id: int, logprob: float, top: tuple[NamedLogprob, ...] = ()) -> NamedLogprob:
+        finite = logprob if math.isfinite(logprob) else _LEAST_LOGPROB
+        return NamedLogprob(codec.id_to_text(token_id), codec.id_to_bytes(token_id), finite, top)
 
     return [
-        NamedLogprob(
-            text(token_id),
-            _finite(entry.logprob),
-            tuple((text(other), _finite(logprob)) for other, logprob in entry.top),
-        )
+        named(token_id, entry.logprob, tuple(named(*other) for other in entry.top))
         for token_id, entry in zip(token_ids, logprobs, strict=True)
     ]
-
-
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB

@@ -5,7 +5,7 @@ import time
 from fastapi import APIRouter, Response
 
 from shoal.server.engine.request import TokenLogprobs
-from shoal.server.http.answer import Choice, Json, answer, name_logprobs
+from shoal.server.http.answer import Choice, Json, NamedLogprob, answer, name_logprobs
 from shoal.server.http.generation import Delta
 from shoal.server.http.jobs import Job, encode_chat, make_job, resolve
 from shoal.server.http.schemas import ChatRequest
@@ -92,13 +92,13 @@ class ChatShape:
             return None
         content = [
             {
-                **_token(named.token, named.logprob),
-                "top_logprobs": [_token(token, logprob) for token, logprob in named.top],
+                **_token(named),
+                "top_logprobs": [_token(other) for other in named.top],
             }
             for named in name_logprobs(self._codec, token_ids, logprobs)
         ]
         return {"content": content, "refusal": None}
 
 
-def _token(text: str, logprob: float) -> Json:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _token(named: NamedLogprob) -> Json:
+    return {"token": named.token, "logprob": named.logprob, "bytes": list(named.bytes)}

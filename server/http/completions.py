@@ -123,6 +123,8 @@ class CompletionShape:
         return {
             "tokens": [token.token for token in named],
             "token_logprobs": [token.logprob for token in named],
-            "top_logprobs": [{token.token: token.logprob} | dict(token.top) for token in named],
+            "top_logprobs": [
+                {one.token: one.logprob for one in (token, *token.top)} for token in named
+            ],
             "text_offset": offsets,
         }

@@ -97,7 +97,8 @@ class Generation:
             adapter=adapter,
             arrival_s=job.arrival_s,
         )
-        text = _ChoiceText(index, job, self.services.tokenizer.stream())
+        stream = self.services.tokenizer.stream(job.skip_special)
+        text = _ChoiceText(index, job, stream)
         times = _Times(self.services, job, len(request.prompt_ids))
         try:
             async with aclosing(self.services.engine.generate(request)) as events:

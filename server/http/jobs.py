@@ -42,6 +42,7 @@ class Job:
     sampling: SamplingParams
     stops: tuple[str, ...]
     include_stop: bool
+    skip_special: bool
     created: int
     arrival_s: float
 
@@ -105,6 +106,7 @@ async def make_job(
         ),
         stops=body.stop,
         include_stop=body.include_stop_str_in_output,
+        skip_special=body.skip_special_tokens,
         created=int(time.time()),
         arrival_s=arrival_s,
     )
@@ -148,14 +150,9 @@ async def encode_chat(
     def apply() -> list[int]:
         return services.tokenizer.chat(messages, add_generation_prompt=add_generation_prompt)
 
-    try:
-        if sum(len(message["content"]) for message in messages) <= _INLINE_CHARS:
-            return apply()
-        return await services.lookup(apply)
-    except ValueError as error:
-        raise InvalidRequest(
-            f"`messages` do not fit the model's chat template: {error}", param="messages"
-        ) from error
+    if sum(len(message["content"]) for message in messages) <= _INLINE_CHARS:
+        return apply()
+    return await services.lookup(apply)
 
 
 def check_token_ids(services: Services, ids: Sequence[int], param: str) -> None:

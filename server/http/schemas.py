@@ -63,7 +63,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "priority": (0,),
 }
@@ -192,6 +191,7 @@ class Sampling(Body):
     stop: Stops = ()
     stop_token_ids: Annotated[list[TokenId], Field(max_length=STOP_IDS_MAX)] | None = None
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

@@ -1,0 +1,256 @@
+"""The real app, engine loop, scheduler and tokenizer over a fake runner and a library in memory."""
+
+import hashlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from shoal.adapters.errors import (
+    AdapterConflict,
+    AdapterNameInvalid,
+    AdapterNotFound,
+    AdapterRejected,
+)
+from shoal.adapters.slots import SlotTable
+from shoal.adapters.spec import ADAPTER_NAME, AdapterSpec
+from shoal.server.config import ServeConfig
+from shoal.server.engine.client import EngineClient
+from shoal.server.engine.loop import EngineLoop
+from shoal.server.engine.plan import StepPlan
+from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
+from shoal.server.http.app import create_app
+from shoal.server.http.services import Services
+from shoal.server.model.fake import FakeRunner
+from shoal.server.model.tokenizer import Tokenizer
+
+EOS = 1
+MAX_MODEL_LEN = 256
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Info:
+    """As ``AdapterInfo``."""
+
+    name: str
+    version: int
+    digest: str
+    family: str = "core"
+    format: str = "lora_xs"
+    rank: int = 4
+    bytes: int = 100
+    created: float = 1_700_000_000.0
+    active: bool = True
+    basis_id: str | None = None
+    packed_elements: int = 64
+
+
+class MemoryLibrary:
+    """The library's contract, on dicts; counts pins and how uploads were left behind."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._versions: dict[str, list[Info]] = {}
+        self._active: dict[str, int] = {}
+        self.pins: dict[str, int] = {}
+        self.staged = 0
+        self.folders: list[Path] = []
+
+    def upload(self, name: str, files: Mapping[str, Path]) -> Info:
+        self.folders += [path.parent for path in files.values()]
+        if not ADAPTER_NAME.fullmatch(name):
+            raise AdapterNameInvalid(f"adapter name {name!r} must match {ADAPTER_NAME.pattern}")
+        if name == "base":
+            raise AdapterConflict("the name 'base' is reserved")
+        content = b"".join(files[key].read_bytes() for key in sorted(files))
+        if b"bad" in content:
+            raise AdapterRejected("layers.0.q_proj.R", "must be finite")
+        digest = hashlib.sha256(content).hexdigest()
+        with self._guard:
+            known = self._versions.setdefault(name, [])
+            found = next((info for info in known if info.digest == digest), None)
+            if found is None:
+                found = Info(name, len(known) + 1, digest)
+                known.append(found)
+            self._active[name] = found.version
+        return found
+
+    def resolve(self, model: str) -> Info:
+        name, _, version = model.partition("@")
+        with self._guard:
+            if name not in self._active:
+                raise AdapterNotFound(f"no adapter {model!r}")
+            number = int(version) if version.isdigit() else 0 if version else self._active[name]
+            if not 1 <= number <= len(self._versions[name]):
+                raise AdapterNotFound(f"no adapter {model!r}")
+            return replace(self._versions[name][number - 1], active=number == self._active[name])
+
+    def stage(self, info: Info) -> AdapterSpec:
+        with self._guard:
+            self.pins[info.digest] = self.pins.get(info.digest, 0) + 1
+            self.staged += 1
+        return AdapterSpec(info.digest, "core", info.rank, info.basis_id, info.packed_elements)
+
+    def unstage(self, spec: AdapterSpec) -> None:
+        with self._guard:
+            assert self.pins[spec.digest] > 0, "unstaged more often than staged"
+            self.pins[spec.digest] -= 1
+
+    def list(
+        self, *, limit: int, after: str | None = None, prefix: str = ""
+    ) -> tuple[list[Info], str | None]:
+        assert limit >= 1
+        names = sorted(n for n in self._active if n.startswith(prefix) and n > (after or ""))
+        page = [self.resolve(name) for name in names[:limit]]
+        return page, page[-1].name if len(names) > limit else None
+
+    def versions(self, name: str) -> Sequence[Info]:
+        latest = self.resolve(name)
+        return [replace(i, active=i.version == latest.version) for i in self._versions[name]]
+
+    def activate(self, name: str, version: int) -> Info:
+        self.resolve(f"{name}@{version}")
+        self._active[name] = version
+        return self.resolve(name)
+
+    def delete(self, name: str) -> None:
+        self.resolve(name)
+        del self._active[name]
+
+    def count(self) -> int:
+        return len(self._active)
+
+
+class Gate:
+    """Lets steps through, or holds them; stands before every step of the fake device."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        self.error: Exception | None = None
+        self.delay_s = 0.0
+
+    def __call__(self, plan: StepPlan) -> None:
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        self._open.wait(10)
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@dataclass
+class Harness:
+    """One served app."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    services: Services
+    library: MemoryLibrary
+    runner: FakeRunner
+    gate: Gate
+    tokenizer: Tokenizer
+
+    async def chat(self, **fields: object) -> httpx.Response:
+        body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+        return await self.client.post("/v1/chat/completions", json=body | fields)
+
+    async def complete(self, **fields: object) -> httpx.Response:
+        body = {"model": "base", "prompt": "hello", "max_tokens": 8}
+        return await self.client.post("/v1/completions", json=body | fields)
+
+    async def upload(self, name: str, content: bytes = b"data") -> httpx.Response:
+        files = [("file", ("adapter_config.json", b"{}")), ("file", ("adapter_model", content))]
+        return await self.client.post("/v1/adapters", data={"name": name}, files=files)
+
+    def all_given_back(self) -> bool:
+        stats = self.services.engine.stats()
+        return (
+            not any(self.library.pins.values())
+            and stats.running == stats.waiting == stats.kv_blocks_used == 0
+            and self.services.in_flight == 0
+        )
+
+
+Serve = Callable[..., AbstractAsyncContextManager[Harness]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """One token per byte, so that characters are often split between tokens."""
+    vocab = {"<unk>": 0, "<eos>": EOS}
+    for piece in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[piece] = len(vocab)
+    backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = CHAT_TEMPLATE
+    return Tokenizer(fast)
+
+
+@pytest.fixture
+def serve(tokenizer: Tokenizer) -> Serve:
+    """``async with serve(max_waiting=1) as h:`` with fields of ``ServeConfig``."""
+
+    @asynccontextmanager
+    async def start(**fields: object) -> AsyncIterator[Harness]:
+        config = ServeConfig(**{"served_model_name": "base", "shutdown_timeout": 0.2, **fields})
+        gate = Gate()
+        runner = FakeRunner(tokenizer.vocab_size, 16, before_step=gate)
+        limits = SchedulerLimits(
+            block_tokens=16,
+            num_blocks=256,
+            max_num_seqs=64,
+            max_num_batched_tokens=512,
+            max_model_len=MAX_MODEL_LEN,
+            max_waiting=config.max_waiting,
+        )
+        scheduler = Scheduler(limits, SlotTable(1024, 64), frozenset({EOS}))
+        library = MemoryLibrary()
+        services = Services(
+            config=config,
+            engine=EngineClient(partial(EngineLoop, scheduler, runner)),
+            library=library,
+            tokenizer=tokenizer,
+            model_name="base",
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=tokenizer.vocab_size,
+        )
+        app = create_app(services)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://shoal") as client,
+        ):
+            try:
+                yield Harness(app, client, services, library, runner, gate, tokenizer)
+            finally:
+                gate.error, gate.delay_s = None, 0.0
+                gate.open()
+
+    return start
