@@ -41,8 +41,8 @@ def names(catalog: Catalog, **query: object) -> list[str]:
     found: list[AdapterInfo] = []
     after = None
     while True:
-        page, after = catalog.page(limit=7, after=after, **query)  # type: ignore[arg-type]
-        assert len(page) <= 7
+        page, after = catalog.page(limit=13, after=after, **query)  # type: ignore[arg-type]
+        assert len(page) <= 13
         found += page
         if after is None:
             return [info.name for info in found]
@@ -68,7 +68,7 @@ class Model:
         return version
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_walk_agrees_with_the_model(catalog: Catalog, seed: int) -> None:
     rng = random.Random(seed)
     model = Model()
@@ -141,13 +141,13 @@ def test_paging_a_thousand_names_skips_and_repeats_none(catalog: Catalog) -> Non
     expected = sorted(f"{p}{n}" for p, n in itertools.product(("a-", "a.", "a_", "zz"), range(250)))
     for name in random.Random(0).sample(expected, len(expected)):
         catalog.publish(name, content(name), created=0.0)
-    for name in expected[::2]:
+    for name in expected[::4]:
         catalog.publish(name, content(name + " again"), created=0.0)
     assert names(catalog) == expected
     assert names(catalog, prefix="a_2") == [n for n in expected if n.startswith("a_2")]
     page, after = catalog.page(limit=1000)
     assert ([info.name for info in page], after) == (expected, None)
-    assert [info.version for info in page] == [2, 1] * 500
+    assert [info.version for info in page] == [2, 1, 1, 1] * 250
 
 
 def test_a_page_goes_on_after_a_name_that_has_been_deleted(catalog: Catalog) -> None:

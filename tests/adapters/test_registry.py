@@ -276,7 +276,7 @@ def test_what_was_acknowledged_survives_kill_9_at_random_moments(tmp_path: Path)
 
 def test_a_writer_killed_at_every_step_leaves_all_or_nothing(tmp_path: Path) -> None:
     # Opening takes 7 such calls and an upload up to 14: this reaches into the third upload.
-    steps = range(1, 42)
+    steps = range(1, 36)
     for step in steps:
         (tmp_path / str(step)).mkdir()
     writer = start_writer(tmp_path, 0, *steps)
