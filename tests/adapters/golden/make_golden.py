@@ -1,0 +1,168 @@
+"""Make the golden adapters beside this file: ``python tests/adapters/golden/make_golden.py``.
+
+Independent of the code under test: PEFT writes the MiSS and LoRA directories and says what merging
+them changes; the official LoRA-XS layout is built with scikit-learn's TruncatedSVD as its authors
+do, and its deltas come from the formula. Needs ``peft`` and ``scikit-learn``.
+
+Writes ``base.safetensors`` (the adaptable weights of a tiny random Llama), and per case a directory
+as a user would upload it plus, unless it is to be refused, ``<case>.delta.safetensors``: float32
+``ΔW`` by module path, computed in float64.
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, MissConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from sklearn.decomposition import TruncatedSVD
+from transformers import LlamaConfig, LlamaForCausalLM
+
+HERE = Path(__file__).parent
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_base() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config)
+
+
+def adaptable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name.removesuffix(".weight"): value.detach().clone()
+        for name, value in model.state_dict().items()
+        if name.split(".")[-2] in ALL
+    }
+
+
+def save_deltas(case: str, deltas: dict[str, torch.Tensor]) -> None:
+    save_file(
+        {k: v.float().contiguous() for k, v in deltas.items()}, HERE / f"{case}.delta.safetensors"
+    )
+
+
+def peft_case(case: str, config, *, adapter_name: str = "default", refused: bool = False) -> None:
+    """Write one adapter with PEFT, and the change that PEFT's own merge makes."""
+    model = get_peft_model(make_base(), config, adapter_name=adapter_name)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * 0.3 + (
+                1.0 if "magnitude" in name else 0.0
+            )
+    model.save_pretrained(HERE / case)
+    (HERE / case / "README.md").unlink(missing_ok=True)
+    if refused:
+        return
+    merged = adaptable(model.double().merge_and_unload())
+    before = adaptable(make_base().double())
+    deltas = {name: merged[name] - before[name] for name in merged}
+    save_deltas(case, {name: d for name, d in deltas.items() if d.abs().max() > 0})
+
+
+def bone_case() -> None:
+    """Bone is MiSS under its earlier names."""
+    shutil.copytree(HERE / "miss", HERE / "bone")
+    config = json.loads((HERE / "bone/adapter_config.json").read_text())
+    del config["mini_r"]
+    config["peft_type"] = "BONE"
+    (HERE / "bone/adapter_config.json").write_text(json.dumps(config, indent=2))
+    tensors = load_file(HERE / "bone/adapter_model.safetensors")
+    renamed = {name.replace(".miss_", ".bone_"): value for name, value in tensors.items()}
+    save_file(renamed, HERE / "bone/adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copy(HERE / "miss.delta.safetensors", HERE / "bone.delta.safetensors")
+
+
+def xs_case(case: str, *, latent: str, seed: int = 42, rank: int = 4, alike: bool = False) -> None:
+    """The authors' construction: B and A from a truncated SVD of Wᵀ, R dense, scale alpha/r.
+
+    With ``alike`` the factors come from the SVD of another matrix, as LoRA-SB takes them from a
+    gradient: the same file layout, but ``A ≠ BᵀW``.
+    """
+    rng = np.random.default_rng(seed)
+    alpha = 2.0 * rank
+    tensors, deltas = {}, {}
+    for name, weight in adaptable(make_base()).items():
+        matrix = weight.numpy()
+        if alike:
+            matrix = rng.standard_normal(matrix.shape).astype(np.float32)
+        svd = TruncatedSVD(n_components=rank, n_iter=10, random_state=seed).fit(matrix.T)
+        a = svd.transform(matrix.T).T.astype(np.float32)
+        b = svd.components_.T.astype(np.float32)
+        r = rng.standard_normal((rank, rank)).astype(np.float32)
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.from_numpy(a.copy())
+        tensors[f"{prefix}.lora_B.weight"] = torch.from_numpy(b.copy())
+        tensors[prefix + latent] = torch.from_numpy(r)
+        product = b.astype(np.float64) @ r.astype(np.float64) @ a.astype(np.float64)
+        deltas[name] = torch.from_numpy(alpha / rank * product)
+    (HERE / case).mkdir()
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=ALL, task_type="CAUSAL_LM", inference_mode=True
+    )
+    config.save_pretrained(HERE / case)
+    save_file(tensors, HERE / case / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_deltas(case, deltas)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    for old in HERE.iterdir():
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.suffix == ".safetensors":
+            old.unlink()
+    save_file(adaptable(make_base()), HERE / "base.safetensors")
+
+    common = {"target_modules": ALL, "task_type": "CAUSAL_LM"}
+    peft_case("miss", MissConfig(r=4, **common))
+    peft_case("miss_ragged", MissConfig(r=5, **common))
+    peft_case("miss_mini", MissConfig(r=4, mini_r=4, init_weights="mini", **common))
+    peft_case("miss_bat", MissConfig(r=4, init_weights="bat", **common), refused=True)
+    peft_case("miss_named", MissConfig(r=3, target_modules=["v_proj"]), adapter_name="weight")
+    bone_case()
+
+    peft_case("lora", LoraConfig(r=4, lora_alpha=6, **common))
+    peft_case("lora_rs", LoraConfig(r=4, lora_alpha=6, use_rslora=True, **common))
+    peft_case(
+        "lora_patterns",
+        LoraConfig(
+            r=4,
+            lora_alpha=6,
+            rank_pattern={"layers.1.self_attn.q_proj": 2, r"^model\.layers\.0\.mlp\..*_proj": 3},
+            alpha_pattern={"k_proj": 5, "model.layers.[01].mlp.down_proj": 1.5},
+            **common,
+        ),
+    )
+    peft_case(
+        "lora_partial",
+        LoraConfig(
+            r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"], layers_to_transform=[1]
+        ),
+    )
+    one = {"r": 2, "target_modules": ["q_proj"]}
+    peft_case("lora_dora", LoraConfig(use_dora=True, **one), refused=True)
+    peft_case("lora_head", LoraConfig(modules_to_save=["lm_head"], **one), refused=True)
+    peft_case("lora_bias", LoraConfig(lora_bias=True, **one), refused=True)
+    peft_case("lora_olora", LoraConfig(init_lora_weights="olora", **one), refused=True)
+
+    xs_case("xs_new_key", latent=".default_lora_latent_mapping.weight")
+    xs_case("xs_old_key", latent="_lora_latent_mapping.weight")
+    xs_case("xs_rank_8", latent=".default_lora_latent_mapping.weight", rank=8)
+    xs_case("xs_alike", latent=".default_lora_latent_mapping.weight", alike=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""MiSS and Bone as PEFT writes them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.adapters.errors import AdapterRejected, AdapterTooLarge
+from shoal.adapters.formats.writing import write_miss
+from shoal.adapters.spec import Target
+
+
+@pytest.mark.parametrize("case", ["miss", "miss_ragged", "miss_mini", "bone", "miss_named"])
+def test_delta_equals_what_peft_merges(golden: Any, case: str) -> None:
+    weights = golden.read(golden.copy(case))
+    assert (weights.format, weights.family, weights.basis_id) == ("miss", "fold", None)
+    golden.assert_delta(weights, case)
+
+
+def test_mini_is_tiled_to_all_outputs(golden: Any) -> None:
+    weights = golden.read(golden.copy("miss_mini"))
+    (d,) = weights.tensors[Target(0, "up_proj")]
+    assert d.shape == (4, 24)
+    assert torch.equal(d[:, :4], d[:, 4:8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_keep_their_dtype(golden: Any, dtype: torch.dtype) -> None:
+    case = golden.copy("miss")
+    golden.save(case, {n: t.to(dtype) for n, t in golden.tensors(case).items()})
+    weights = golden.read(case)
+    assert all(parts[0].dtype == dtype for parts in weights.tensors.values())
+    golden.assert_delta(weights, "miss", rtol=5e-3)
+
+
+def test_bat_is_refused_and_says_what_to_do(golden: Any) -> None:
+    case = golden.copy("miss_bat")
+    with pytest.raises(AdapterRejected, match="shoal adapters convert --merge"):
+        golden.read(case)
+    with pytest.raises(AdapterRejected, match=r"layers\.0.*miss_block.*convert --merge"):
+        golden.read(golden.edit_config(case, init_weights=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 3}, r"layers\.0\.self_attn\.q_proj\.miss_block: shape \[4, 16\] must be \[3, 16\]"),
+        ({"r": 0}, r"adapter_config\.json: r: must be a positive integer"),
+        ({"r": "4"}, "r: must be a positive integer"),
+        ({"r": True}, "r: must be a positive integer"),
+        ({"r": 17}, r"r is 17, must be at most d_in 16"),
+        ({"init_weights": "mini", "mini_r": 3}, "mini_r 3 must divide"),
+        ({"init_weights": "mini", "mini_r": 4}, r"must be \[4, 4\]"),
+        ({"init_weights": "other"}, "init_weights: must be true, false"),
+        ({"init_weights": ["bat"]}, "init_weights"),
+        ({"peft_type": "BONE"}, "miss_block: peft_type BONE holds one bone_block"),
+        ({"peft_type": "LORA"}, "peft_type: is LORA, but the tensors are those of miss"),
+        ({"peft_type": ["MISS"]}, "peft_type"),
+        ({"bias": "all"}, "bias: trained biases"),
+        ({"base_correction": {"method": "milora", "r": 4}}, "base_correction: .*residual base"),
+    ],
+)
+def test_contradicting_config_is_refused_by_name(
+    golden: Any, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AdapterRejected, match=message):
+        golden.read(golden.edit_config(golden.copy("miss"), **changes))
+
+
+def test_mini_cannot_expand_beyond_the_limit(golden: Any) -> None:
+    case = golden.copy("miss_mini")
+    with pytest.raises(AdapterTooLarge, match="once expanded"):
+        golden.read(case, max_bytes=3200)
+
+
+def test_what_is_written_is_read_back(golden: Any) -> None:
+    d = {t: torch.randn(5, golden.shape.dims[t.module].d_out) for t in golden.shape.targets()}
+    write_miss(golden.folder / "out", d, rank=5, shape=golden.shape, extra_config={"note": "n"})
+    weights = golden.read(golden.folder / "out")
+    assert (weights.family, weights.rank) == ("fold", 5)
+    assert all(torch.equal(weights.tensors[t][0], d[t]) for t in d)
+    assert set(weights.scales.values()) == {1.0}
