@@ -111,8 +111,8 @@ def _download(directory: Path, progress: bool) -> Path:
     command = [*_pip(), "download", *options, "-d", str(directory), REQUIREMENT]
     if not progress:
         command.append("--quiet")
-    # pip's progress goes to our stderr: stdout belongs to whoever called.
-    done = subprocess.run(command, stdout=sys.stderr.fileno(), check=False)
+    # pip's progress goes to stderr (2): stdout belongs to whoever called.
+    done = subprocess.run(command, stdout=2, check=False)
     wheels = list(directory.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         raise ModelError(
