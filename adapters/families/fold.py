@@ -12,6 +12,7 @@ ranks, and a target's rows repeat, which is exact.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from shoal.adapters.weights import AdapterWeights
 
 # Mixed ranks cost their least common multiple; beyond this the adapter is better served as lora.
 RANK_MAX = 1024
+
+# Below a cache line per row, the index costs more than the gather that it saves.
+RUN_ELEMENTS_MIN = 16
 
 
 def packed_rank(weights: AdapterWeights) -> int:
@@ -126,6 +130,7 @@ class FoldPart:
         """``segments``: by rank, each in ascending order."""
         self.shape = shape
         self.records = records
+        self._run = _run_elements(shape, records)
         self._shared: list[_SharedFold] = []
         left = sorted(segments, reverse=True)
         while left:
@@ -146,9 +151,40 @@ class FoldPart:
                     own = fold(own, member.rank)
                 offset = record_offset(self.shape, member.rank, layer, group)
                 delta = apply_tiles(
-                    member.tiling, self.records, own.to(dtype), offset, member.rank * width, _expand
+                    member.tiling,
+                    self.records,
+                    own.to(dtype),
+                    offset,
+                    member.rank * width,
+                    _expand,
+                    single=partial(self._sum_rows, member, width, offset) if self._run else None,
                 )
                 member.tokens.add(y, delta)
+
+    def _sum_rows(
+        self, member: "_Member", width: int, offset: int, folded: Tensor, units: Tensor
+    ) -> Tensor:
+        """``S D`` for tokens that each have their own record, read in place.
+
+        A gather would write the record and read it again. Here each output is a weighted sum of
+        arena rows, which torch fuses on a CPU: 0.7 ms instead of 1.3 for 64 records of rank 16
+        and 3072 columns (two cores). The arena is seen as rows of ``_run`` elements.
+        """
+        index = member.index.get(width)
+        if index is None:
+            blocks = torch.arange(width // self._run)[:, None]
+            rows = torch.arange(member.rank)[None, :] * (width // self._run)
+            first = units * (self.records.unit_elements // self._run)
+            index = (first[:, None, None] + blocks + rows).view(-1, member.rank)
+            member.index[width] = index
+        weights = folded.expand(-1, width // self._run, -1).reshape(-1, member.rank)
+        sums = torch.nn.functional.embedding_bag(
+            index + offset // self._run,
+            self.records.arena.view(-1, self._run),
+            mode="sum",
+            per_sample_weights=weights,
+        )
+        return sums.view(-1, 1, width)
 
 
 class _Member:
@@ -164,6 +200,7 @@ class _Member:
         self.rank = rank
         self.tokens = Tokens.of(segments, device)
         self.tiling = Tiling.of(segments, device)
+        self.index: dict[int, Tensor] = {}  # by group width, see FoldPart._sum_rows
         places: dict[int, int] = {}
         place = 0
         for segment in shared:
@@ -183,6 +220,15 @@ class _SharedFold:
         )
         self.tokens = Tokens.of(together, device)
         self.members = [_Member(rank, own, together, device) for rank, own in segments.items()]
+
+
+def _run_elements(shape: BaseShape, records: Records) -> int:
+    """Longest run that every row of every record is a whole number of; 0 where not worth it."""
+    if records.arena.device.type != "cpu" or records.arena.dtype != torch.float32:
+        return 0
+    widths = [shape.group_dims(group).d_out for group in GROUPS]
+    run = math.gcd(records.unit_elements, *widths)
+    return run if run >= RUN_ELEMENTS_MIN else 0
 
 
 def _expand(folded: Tensor, data: Tensor) -> Tensor:

@@ -211,6 +211,7 @@ def apply_tiles(
     length: int,
     compute: Callable[[Tensor, Tensor], Tensor],
     whole: Sequence[Tensor] | None = None,
+    single: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Run ``compute`` on every tile with its record, in token order.
 
@@ -219,6 +220,8 @@ def apply_tiles(
         offset, length: the part of each record that is needed.
         compute: ``(inputs (tiles, size, k), data (tiles, length)) -> (tiles, size, n)``.
         whole: from ``gather_whole``, where that has been done.
+        single: ``(inputs (tiles, 1, k), units (tiles,)) -> (tiles, 1, n)``: used for tiles of one
+            token in place of a gather and ``compute``.
 
     Returns:
         ``(tokens, n)``. At most ``GATHER_BYTES`` of records (or one) are gathered at a time.
@@ -232,6 +235,8 @@ def apply_tiles(
             results.append(compute(tiled, whole[i].narrow(1, offset, length)))
         elif batch.unit is not None:
             results.append(compute(tiled, records.view(batch.unit, offset, length)))
+        elif single is not None and batch.size == 1:
+            results.append(single(tiled, batch.units))
         elif batch.tiles <= per_turn:
             results.append(compute(tiled, records.gather(batch.units, offset, length)))
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +30,21 @@ SHAPE = BaseShape(
         "down_proj": Dims(26, 35),
     },
 )
+# Everything is a multiple of 16: records can be read in runs.
+EVEN = BaseShape(
+    name="even",
+    digest="0" * 64,
+    num_layers=2,
+    dims={
+        "q_proj": Dims(32, 32),
+        "k_proj": Dims(16, 32),
+        "v_proj": Dims(16, 32),
+        "o_proj": Dims(32, 32),
+        "gate_proj": Dims(48, 32),
+        "up_proj": Dims(48, 32),
+        "down_proj": Dims(32, 48),
+    },
+)
 REFERENCES = {"core": core.reference, "fold": fold.reference, "lora": lora.reference}
 
 
@@ -37,16 +53,19 @@ def random(seed: int) -> Callable[..., Tensor]:
     return lambda *size: torch.randn(*size, generator=generator)
 
 
-def make_basis(name: str, seed: int, rank: int = 16) -> Basis:
+def make_basis(shape: BaseShape, name: str, seed: int, rank: int = 16) -> Basis:
     rand = random(seed)
     factors = {}
-    for target in SHAPE.targets():
-        dims = SHAPE.dims[target.module]
+    for target in shape.targets():
+        dims = shape.dims[target.module]
         factors[target] = torch.linalg.qr(rand(dims.d_out, min(rank, *dims)))[0]
     return Basis(id=name, rank=rank, factors=factors, kind="canonical")
 
 
-BASES = {name: make_basis(name, seed) for seed, name in enumerate(("basis-a", "basis-b"))}
+BASES = {
+    shape.name: {name: make_basis(shape, name, i) for i, name in enumerate(("basis-a", "basis-b"))}
+    for shape in (SHAPE, EVEN)
+}
 
 
 def make_weights(
@@ -54,6 +73,7 @@ def make_weights(
     rank: int,
     seed: int,
     *,
+    shape: BaseShape = SHAPE,
     basis_id: str | None = None,
     skip: frozenset[str] = frozenset(),
     ranks: Mapping[str, int] = {},
@@ -62,10 +82,10 @@ def make_weights(
     rand = random(seed)
     tensors: dict[Target, tuple[Tensor, ...]] = {}
     scales = {}
-    for target in SHAPE.targets():
+    for target in shape.targets():
         if target.module in skip:
             continue
-        d_out, d_in = SHAPE.dims[target.module]
+        d_out, d_in = shape.dims[target.module]
         own = ranks.get(target.module, rank)
         if family == "core":
             own = min(own, d_out, d_in)
@@ -83,24 +103,25 @@ class Loaded:
     """A bank with adapters in it, placed with gaps."""
 
     kernels: bool = False
+    shape: BaseShape = SHAPE
     bank: AdapterBank = field(init=False)
     weights: dict[RowAdapter, AdapterWeights] = field(default_factory=dict)
     next_unit: int = 3
 
     def __post_init__(self) -> None:
         self.bank = AdapterBank(
-            SHAPE,
+            self.shape,
             capacity_bytes=4 << 20,
             device=torch.device("cpu"),
             dtype=torch.float32,
             kernels=self.kernels,
         )
         self.bank._records.arena.fill_(float("nan"))
-        for basis in BASES.values():
+        for basis in BASES[self.shape.name].values():
             self.bank.add_basis(basis)
 
     def add(self, weights: AdapterWeights) -> RowAdapter:
-        packed = pack_adapter(weights, SHAPE, f"digest-{self.next_unit}", torch.float32)
+        packed = pack_adapter(weights, self.shape, f"digest-{self.next_unit}", torch.float32)
         units = -(-packed.spec.packed_elements // UNIT_ELEMENTS)
         adapter = RowAdapter(packed.spec, Slot(self.next_unit, units))
         self.next_unit += units + 1
@@ -113,9 +134,9 @@ class Loaded:
         step = self.bank.step(rows)
         total = sum(n for _, n in rows)
         rand = random(seed)
-        for layer in range(SHAPE.num_layers):
+        for layer in range(self.shape.num_layers):
             for group in GROUPS:
-                dims = SHAPE.group_dims(group)
+                dims = self.shape.group_dims(group)
                 x, y0 = rand(total, dims.d_in), rand(total, dims.d_out)
                 y = y0.clone()
                 assert step is not None
@@ -130,39 +151,43 @@ class Loaded:
                     weights = self.weights[adapter]
                     expected = y0[part].double() + REFERENCES[weights.family](
                         weights,
-                        SHAPE,
+                        self.shape,
                         layer,
                         group,
                         x[part].double(),
                         y0[part].double(),
-                        BASES[weights.basis_id].factors if weights.basis_id else {},
+                        BASES[self.shape.name][weights.basis_id].factors
+                        if weights.basis_id
+                        else {},
                     )
                     error = (y[part].double() - expected).norm() / expected.norm()
                     assert error < 1e-5, (layer, group, adapter.spec)
 
 
-def all_kinds() -> list[AdapterWeights]:
+def all_kinds(shape: BaseShape = SHAPE) -> list[AdapterWeights]:
     """One adapter of every kind that may share a batch; fold ranks 1, 2 and 13 divide 26."""
     some = frozenset({"k_proj", "up_proj", "o_proj"})
+    make = partial(make_weights, shape=shape)
     return [
-        *(make_weights("core", r, r, basis_id="basis-a") for r in (1, 4, 8, 16)),
-        *(make_weights("core", r, 50 + r, basis_id="basis-b") for r in (4, 8)),
-        make_weights("core", 8, 60, basis_id="basis-a", skip=some),
-        make_weights("core", 8, 61, basis_id="basis-b", ranks={"q_proj": 0, "down_proj": 3}),
-        *(make_weights("fold", r, 70 + r) for r in (1, 2, 4, 8, 12, 13, 30)),
-        make_weights("fold", 8, 90, skip=some),
-        make_weights("fold", 4, 91, ranks={"q_proj": 6, "v_proj": 0}),
-        *(make_weights("lora", r, 100 + r) for r in (1, 2, 3, 8, 16)),
-        make_weights("lora", 8, 120, skip=some),
-        make_weights("lora", 8, 121, ranks={"gate_proj": 0, "k_proj": 2}),
+        *(make("core", r, r, basis_id="basis-a") for r in (1, 4, 8, 16)),
+        *(make("core", r, 50 + r, basis_id="basis-b") for r in (4, 8)),
+        make("core", 8, 60, basis_id="basis-a", skip=some),
+        make("core", 8, 61, basis_id="basis-b", ranks={"q_proj": 0, "down_proj": 3}),
+        *(make("fold", r, 70 + r) for r in (1, 2, 4, 8, 12, 13, 30)),
+        make("fold", 8, 90, skip=some),
+        make("fold", 4, 91, ranks={"q_proj": 6, "v_proj": 0}),
+        *(make("lora", r, 100 + r) for r in (1, 2, 3, 8, 16)),
+        make("lora", 8, 120, skip=some),
+        make("lora", 8, 121, ranks={"gate_proj": 0, "k_proj": 2}),
     ]
 
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_mixed_step_equals_each_row_alone(seed: int, kernels: bool) -> None:
-    loaded = Loaded(kernels)
-    adapters: list[RowAdapter | None] = [loaded.add(weights) for weights in all_kinds()]
+@pytest.mark.parametrize("shape", [SHAPE, EVEN], ids=lambda shape: shape.name)
+def test_a_mixed_step_equals_each_row_alone(seed: int, kernels: bool, shape: BaseShape) -> None:
+    loaded = Loaded(kernels, shape)
+    adapters: list[RowAdapter | None] = [loaded.add(weights) for weights in all_kinds(shape)]
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n: int) -> int:
@@ -185,10 +210,11 @@ def test_one_adapter_for_all_rows(index: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["core", "fold", "lora"])
-def test_decode_rows_that_each_have_their_own_adapter(family: Family) -> None:
-    loaded = Loaded()
-    basis_id = "basis-a" if family == "core" else None
-    adapters = [loaded.add(make_weights(family, 4, s, basis_id=basis_id)) for s in range(12)]
+@pytest.mark.parametrize("shape", [SHAPE, EVEN], ids=lambda shape: shape.name)
+def test_decode_rows_that_each_have_their_own_adapter(family: Family, shape: BaseShape) -> None:
+    loaded = Loaded(shape=shape)
+    make = partial(make_weights, shape=shape, basis_id="basis-a" if family == "core" else None)
+    adapters = [loaded.add(make(family, 4, seed)) for seed in range(12)]
     loaded.check([(adapter, 1) for adapter in adapters])
     loaded.check([(None, 1), *((adapter, 1) for adapter in adapters), (None, 5)])
 
@@ -257,7 +283,7 @@ def test_a_16_bit_step_over_a_float32_bank(family: Family) -> None:
         y = y0.clone()
         step.apply(0, "down", x, y)
         expected = REFERENCES[family](
-            weights, SHAPE, 0, "down", x.double(), y0.double(), BASES["basis-a"].factors
+            weights, SHAPE, 0, "down", x.double(), y0.double(), BASES["tiny"]["basis-a"].factors
         )
         start = 0
         for used, length in rows:
