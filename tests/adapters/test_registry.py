@@ -275,8 +275,8 @@ def test_what_was_acknowledged_survives_kill_9_at_random_moments(tmp_path: Path)
 
 
 def test_a_writer_killed_at_every_step_leaves_all_or_nothing(tmp_path: Path) -> None:
-    # Opening takes 7 such calls and an upload up to 14: this reaches into the third upload.
-    steps = range(1, 36)
+    # Opening takes about 7 such calls and an upload 14: this reaches into the second upload.
+    steps = range(1, 32)
     for step in steps:
         (tmp_path / str(step)).mkdir()
     writer = start_writer(tmp_path, 0, *steps)
@@ -290,4 +290,4 @@ def test_a_writer_killed_at_every_step_leaves_all_or_nothing(tmp_path: Path) -> 
         assert_whole(folder, acknowledged)
         counts.append(len(acknowledged))
     assert counts == sorted(counts)
-    assert set(counts) >= {0, 1, 2}
+    assert set(counts) == {0, 1}
