@@ -213,12 +213,11 @@ class Bench:
 
 
 def _driver() -> str:
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
     return done.stdout.split("\n")[0].strip() or "unknown"
 
 
@@ -301,13 +300,14 @@ def run(benches: Sequence[OpBench], argv: Sequence[str] | None = None) -> int:
     rows: list[Record] = []
     variants: list[Record] = []
     for bench in benches:
-        rows.extend(bench.measure(clock))
         if options.sweep and clock.on_gpu:
-            variants.extend(bench.sweep(clock))
+            found_variants = bench.sweep(clock)
+            print(format_winners(found_variants), flush=True)
+            variants.extend(found_variants)
+        found_rows = bench.measure(clock)
+        print(format_table(found_rows), flush=True)
+        rows.extend(found_rows)
         print(f"{bench.op}: {time.perf_counter() - began:.0f} s since the start", file=sys.stderr)
-    if variants:
-        print(format_winners(variants))
-    print(format_table(rows))
     line = json.dumps(
         {
             "machine": asdict(clock.machine),

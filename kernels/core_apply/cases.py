@@ -73,7 +73,8 @@ class Inputs(NamedTuple):
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     """Random inputs whose deltas have magnitude about one.
 
-    NaN fills the arena around the adapters and the columns of h that a token's rank leaves out.
+    NaN fills the arena around the adapters, the columns of h that a token's rank leaves out, and
+    all of h for a token without adapter.
     """
     generator = torch.Generator().manual_seed(seed)
     ranks = [case.ranks[a % len(case.ranks)] for a in range(case.adapters)]
@@ -84,8 +85,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     address = [-1 if bare[t] else addresses[owner] for t, owner in enumerate(owners)]
     rank = [ranks[owner] for owner in owners]
     h = random((case.tokens, case.columns), generator, dtype)
-    beyond = torch.arange(case.columns)[None, :] >= torch.tensor(rank).view(-1, 1)
-    h = h.masked_fill(beyond[: case.tokens], float("nan"))
+    used = torch.tensor([0 if bare[t] else rank[t] for t in range(case.tokens)])
+    beyond = torch.arange(case.columns)[None, :] >= used.view(-1, 1)
+    h = h.masked_fill(beyond, float("nan"))
     y = random((case.tokens, case.n), generator, dtype)
     basis = random((case.n, case.columns), generator, dtype, case.columns**-0.5)
     y, h, arena, basis = (tensor.to(device) for tensor in (y, h, arena, basis))
