@@ -6,9 +6,10 @@ It owns the order of start-up and of shutdown; each part's behaviour is in its o
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
@@ -54,8 +55,7 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
     The engine is started and stopped by whoever has the event loop (the app's lifespan).
 
     Raises:
-        ModelError: the model cannot be loaded.
-        PullError: a model known by name cannot be fetched.
+        ModelError: the model cannot be fetched or loaded.
         ValueError: what was asked does not fit the device or the model.
         RegistryError: the adapter registry cannot be opened.
     """
@@ -66,8 +66,13 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
         resolve_dtype(config.dtype, device=device.type, checkpoint_dtype=facts.dtype or "float32")
     )
     log.info("loading model=%s device=%s dtype=%s", path, device, dtype)
-    decoder = load_model(path, device=device, dtype=dtype, load_format=config.load_format)
-    tokenizer = Tokenizer.from_path(path)
+    decoder = load_model(
+        path,
+        device=device,
+        dtype=dtype,
+        load_format="dummy" if config.load_format == "dummy" else "auto",
+    )
+    tokenizer = Tokenizer.load(path)
     shape = decoder.config.base_shape(config.base_name, base_digest(path))
     basis = load_canonical_basis(decoder, shape, config.basis_rank)
     plan = plan_engine(
@@ -115,13 +120,14 @@ def load_canonical_basis(decoder: Decoder, shape: BaseShape, rank: int) -> Basis
     """The base's canonical basis, from the user's cache or computed once, with progress."""
     cache = platformdirs.user_cache_path("shoal") / "bases"
     cache.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=0, unit="target", desc="computing the basis", disable=True) as bar:
+    with ExitStack() as bars:
+        shown: list[Any] = []
 
         def progress(done: int, total: int) -> None:
-            if bar.disable:  # shown only when there is something to compute
-                bar.disable = False
-                bar.reset(total)
-            bar.update(done - bar.n)
+            if not shown:  # only when there is something to compute
+                bar = tqdm(total=total, unit="target", desc="computing the basis", disable=None)
+                shown.append(bars.enter_context(bar))
+            shown[0].update(done - shown[0].n)
 
         return canonical_basis(decoder.weight_of, shape, rank, cache, progress)
 
@@ -183,7 +189,8 @@ def _engine_loop(
         SlotTable(bank.num_units, UNIT_ELEMENTS),
         decoder.config.eos_token_ids,
     )
-    return partial(EngineLoop, scheduler, ModelRunner(decoder, kv, bank, host, Sampler()))
+    runner = ModelRunner(decoder, kv, bank, host, Sampler())
+    return partial(EngineLoop, scheduler, runner, staged=host)
 
 
 def _model_facts(config: ModelConfig) -> ModelFacts:

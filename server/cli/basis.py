@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from shoal.adapters.errors import AdapterError
     from shoal.server.assemble import load_canonical_basis
     from shoal.server.model.config import ModelError
-    from shoal.server.model.pull import PullError, resolve_model
+    from shoal.server.model.pull import resolve_model
     from shoal.server.model.weights import load_model, read_config
 
     cache = platformdirs.user_cache_path("shoal") / "bases"
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             load_canonical_basis(decoder, shape, args.basis_rank)
         shutil.copyfile(cached, args.file)
         print(f"{args.file}  {load_basis(args.file, shape).id}")
-    except (AdapterError, ModelError, PullError, OSError, ValueError) as problem:
+    except (AdapterError, ModelError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
     return 0

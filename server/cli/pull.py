@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from shoal.server.model.pull import PullError, pull_smollm2
+from shoal.server.model.config import ModelError
+from shoal.server.model.pull import pull_smollm2
 
 MODELS = {"smollm2": pull_smollm2}
 
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         print(MODELS[args.name]())
-    except PullError as problem:
+    except ModelError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
     return 0

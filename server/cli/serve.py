@@ -29,13 +29,12 @@ def _serve(asked: ServeConfig) -> int:
     from shoal.server.http.app import create_app
     from shoal.server.http.serving import serve
     from shoal.server.model.config import ModelError
-    from shoal.server.model.pull import PullError
 
     # One line a request is our own log's business.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         with assemble(asked) as services:
             return serve(create_app(services), services, asked)
-    except (ModelError, PullError, RegistryError, ValueError) as problem:
+    except (ModelError, RegistryError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 from shoal.server.engine.plan import Runner
 from shoal.server.engine.request import FinishReason, Request, TokenEvent
@@ -19,6 +20,19 @@ from shoal.server.engine.stats import EngineStats
 from shoal.server.errors import Draining, EngineFailure, Overloaded
 
 Deliver = Callable[[list[TokenEvent]], None]
+
+
+class Staged(Protocol):
+    """Where adapters wait in host memory; pinned ones stay. ``HostTier`` is one."""
+
+    def pin(self, digest: str) -> bool:
+        """Keep an adapter; False when it is not there."""
+        ...
+
+    def unpin(self, digest: str) -> None:
+        """Undo one ``pin``."""
+        ...
+
 
 # How long ``drain`` waits, after its timeout, for the step under way to let aborts through.
 ABORT_GRACE_S = 10.0
@@ -34,7 +48,18 @@ class EngineLoop:
     All methods may be called from any thread except the loop's own.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, deliver: Deliver) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        deliver: Deliver,
+        staged: Staged | None = None,
+    ) -> None:
+        """Args:
+        staged: pinned for each request from ``submit`` to its last event, since a plan may ask
+            for its adapter until then, even when whoever submitted it has long left.
+        """
+        self._staged = staged
         self._scheduler = scheduler
         self._runner = runner
         self._deliver = deliver
@@ -43,7 +68,7 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._new: deque[Request] = deque()
         self._aborts: dict[str, None] = {}
-        self._live: set[str] = set()  # accepted, last event not delivered yet
+        self._live: dict[str, Request] = {}  # accepted, last event not delivered yet
         self._draining = self._stopping = self._dead = False
         self._stats = scheduler.stats()
 
@@ -74,7 +99,10 @@ class EngineLoop:
                     retry_after_s=RETRY_AFTER_S,
                 )
             assert request.id not in self._live, f"request id {request.id} is in use"
-            self._live.add(request.id)
+            if self._staged is not None and request.adapter is not None:
+                pinned = self._staged.pin(request.adapter.digest)
+                assert pinned, "an adapter must be staged before its request is submitted"
+            self._live[request.id] = request
             self._new.append(request)
             self._changed.notify_all()
 
@@ -179,7 +207,10 @@ class EngineLoop:
         ended = {e.request_id for e in events if e.finish_reason is not None or e.error is not None}
         if ended:
             with self._changed:
-                self._live -= ended
+                for request_id in ended:
+                    request = self._live.pop(request_id)
+                    if self._staged is not None and request.adapter is not None:
+                        self._staged.unpin(request.adapter.digest)
                 self._changed.notify_all()
 
     def _end_all(self, last_event: Callable[[str], TokenEvent]) -> None:

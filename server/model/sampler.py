@@ -122,13 +122,13 @@ def _penalise(logits: Tensor, row: Row) -> None:
     sampling = row.sampling
     history = torch.tensor(row.history_ids, device=logits.device)
     if sampling.repetition_penalty != 1.0:
-        seen = history.unique()
+        seen = torch.unique(history)
         score = logits[seen]
         logits[seen] = torch.where(
             score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty
         )
     if sampling.frequency_penalty or sampling.presence_penalty:
-        tokens, counts = history[row.prompt_tokens :].unique(return_counts=True)
+        tokens, counts = torch.unique(history[row.prompt_tokens :], return_counts=True)
         logits[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
 
 
