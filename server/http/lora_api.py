@@ -45,13 +45,16 @@ def adapter_files(root: Path, path: str) -> dict[str, Path]:
         Forbidden: it, or one of its files, is outside.
         InvalidRequest: it is no folder, or holds no adapter.
     """
-    root = root.resolve()
     if "\0" in path:
         raise InvalidRequest("`lora_path` holds a NUL character", param="lora_path")
     try:
-        folder = (root / path).resolve()
-    except (OSError, RuntimeError) as error:  # too long, or a loop of links
-        raise InvalidRequest("`lora_path` cannot be resolved", param="lora_path") from error
+        return _found(root.resolve(), path)
+    except (OSError, RuntimeError) as error:  # not readable, a name too long, a loop of links
+        raise InvalidRequest("`lora_path` cannot be read", param="lora_path") from error
+
+
+def _found(root: Path, path: str) -> dict[str, Path]:
+    folder = (root / path).resolve()
     _require_inside(folder, root)
     if not folder.is_dir():
         raise InvalidRequest(

@@ -104,9 +104,20 @@ class Body(BaseModel):
         return kept
 
 
+def _is_text(value: object) -> bool:
+    """Whether it is a string that UTF-8 can hold: JSON can write half a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _stops(value: object) -> tuple[str, ...]:
     found = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(stop, str) for stop in found):
+    if not isinstance(found, list) or not all(map(_is_text, found)):
         raise ValueError("must be a string or a list of strings")
     if len(found) > STOP_STRINGS_MAX:
         raise ValueError(f"must hold at most {STOP_STRINGS_MAX} strings")
@@ -117,7 +128,7 @@ def _stops(value: object) -> tuple[str, ...]:
 
 def _prompts(value: object) -> list[str] | list[list[int]]:
     rule = "must be a string, a list of strings, a list of token ids, or a list of such lists"
-    if isinstance(value, str):
+    if isinstance(value, str) and _is_text(value):
         return [value]
     if not isinstance(value, list):
         raise ValueError(rule)
@@ -125,7 +136,7 @@ def _prompts(value: object) -> list[str] | list[list[int]]:
         raise ValueError("must not be empty")
     if all(type(item) is int for item in value):
         return [value]
-    if not all(isinstance(item, str) for item in value) and not all(
+    if not all(map(_is_text, value)) and not all(
         isinstance(item, list) and all(type(i) is int for i in item) for item in value
     ):
         raise ValueError(rule)
@@ -135,7 +146,7 @@ def _prompts(value: object) -> list[str] | list[list[int]]:
 
 
 def _content(value: object) -> str | None:
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and _is_text(value)):
         return value
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of text parts")
@@ -144,7 +155,7 @@ def _content(value: object) -> str | None:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise ValueError(f"a part has type {kind!r}: only text parts are supported")
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        if set(part) != {"type", "text"} or not _is_text(part["text"]):
             raise ValueError('a text part must be {"type": "text", "text": string}')
         texts.append(part["text"])
     return "".join(texts)
@@ -256,7 +267,8 @@ class Message(Body):
     def _has_content(self) -> "Message":
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(
-                f"`content` of a {self.role} message is missing: must be a string or text parts",
+                f"`messages` has a {self.role} message without `content`: must be a string or"
+                " text parts",
                 param="messages",
             )
         return self

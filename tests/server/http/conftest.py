@@ -90,9 +90,9 @@ class MemoryLibrary:
         return found
 
     def resolve(self, model: str) -> Info:
-        name, _, version = model.partition("@")
+        name, at, version = model.partition("@")
         with self._guard:
-            if name not in self._active:
+            if name not in self._active or (at and not version):
                 raise AdapterNotFound(f"no adapter {model!r}")
             number = int(version) if version.isdigit() else 0 if version else self._active[name]
             if not 1 <= number <= len(self._versions[name]):
@@ -213,12 +213,22 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(fast)
 
 
-@pytest.fixture
-def serve(tokenizer: Tokenizer) -> Serve:
-    """``async with serve(max_waiting=1) as h:`` with fields of ``ServeConfig``."""
+@dataclass
+class Parts:
+    """An app that nobody runs yet."""
 
-    @asynccontextmanager
-    async def start(**fields: object) -> AsyncIterator[Harness]:
+    app: FastAPI
+    services: Services
+    library: MemoryLibrary
+    runner: FakeRunner
+    gate: Gate
+
+
+@pytest.fixture
+def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
+    """``build(max_waiting=1)`` with fields of ``ServeConfig``."""
+
+    def make(**fields: object) -> Parts:
         config = ServeConfig(**{"served_model_name": "base", "shutdown_timeout": 0.2, **fields})
         gate = Gate()
         runner = FakeRunner(tokenizer.vocab_size, 16, before_step=gate)
@@ -241,16 +251,35 @@ def serve(tokenizer: Tokenizer) -> Serve:
             max_model_len=MAX_MODEL_LEN,
             vocab_size=tokenizer.vocab_size,
         )
-        app = create_app(services)
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        return Parts(create_app(services), services, library, runner, gate)
+
+    return make
+
+
+@pytest.fixture
+def serve(build: Callable[..., Parts], tokenizer: Tokenizer) -> Serve:
+    """``async with serve(max_waiting=1) as h:`` with fields of ``ServeConfig``."""
+
+    @asynccontextmanager
+    async def start(**fields: object) -> AsyncIterator[Harness]:
+        parts = build(**fields)
+        transport = httpx.ASGITransport(parts.app, raise_app_exceptions=False)
         async with (
-            app.router.lifespan_context(app),
+            parts.app.router.lifespan_context(parts.app),
             httpx.AsyncClient(transport=transport, base_url="http://shoal") as client,
         ):
             try:
-                yield Harness(app, client, services, library, runner, gate, tokenizer)
+                yield Harness(
+                    parts.app,
+                    client,
+                    parts.services,
+                    parts.library,
+                    parts.runner,
+                    parts.gate,
+                    tokenizer,
+                )
             finally:
-                gate.error, gate.delay_s = None, 0.0
-                gate.open()
+                parts.gate.error, parts.gate.delay_s = None, 0.0
+                parts.gate.open()
 
     return start
