@@ -15,6 +15,9 @@ RopeKind = Literal["default", "linear", "llama3", "yarn"]
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
+MAX_LAYERS = 1024  # far above any model; a damaged file must not ask for billions
+
+
 class ModelError(Exception):
     """The base model cannot be loaded or served; the text says what, where and why."""
 
@@ -146,7 +149,11 @@ class ModelConfig:
             )
         if config.get("quantization_config") or text.get("quantization_config"):
             raise ModelError("the checkpoint is quantised; use unquantised safetensors or a GGUF")
-        return _build(arch, {**_COMMON, **_DEFAULTS[arch], **text}, config, generation or {})
+        fields = {**_COMMON, **_DEFAULTS[arch], **text}
+        try:
+            return _build(arch, fields, config, generation or {})
+        except (TypeError, ValueError, AttributeError) as error:  # a field of the wrong type
+            raise ModelError(f"the model's configuration is malformed: {error}") from error
 
 
 # What transformers assumes when a field is absent; saved configs rely on it.
@@ -226,6 +233,8 @@ def _build(
     hidden, heads, layers = (
         _positive(c, field) for field in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
+    if layers > MAX_LAYERS:
+        raise ModelError(f"num_hidden_layers is {layers}, expected at most {MAX_LAYERS}")
     kv_heads = int(c.get("num_key_value_heads") or heads)
     head_dim = int(c.get("head_dim") or hidden // heads)
     if heads % kv_heads:

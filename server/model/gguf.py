@@ -105,26 +105,15 @@ class GGUFFile:
 
         A tensor whose name is not known is yielded under its own name.
         """
-        heads = int(self._arch_field("attention.head_count", required=True))
-        kv_heads = int(self._arch_field("attention.head_count_kv") or heads)
         for name in self._tensors:
-            if name == _ROPE_DIVISORS:
-                continue
-            data = self._read(name)
-            if self.architecture == "llama" and ".attn_q." in name:
-                data = _unpermute(data, heads)
-            elif self.architecture == "llama" and ".attn_k." in name:
-                data = _unpermute(data, kv_heads)
-            elif self.architecture.startswith("gemma") and name.endswith("norm.weight"):
-                data = data - 1.0
-            # Memory-mapped arrays are read-only, which torch does not accept silently.
-            yield (
-                self._hf_name(name),
-                torch.from_numpy(data if data.flags.writeable else np.array(data)),
-            )
+            if name != _ROPE_DIVISORS:
+                data = self._read(name)
+                # Memory-mapped arrays are read-only, which torch does not accept silently.
+                data = data if data.flags.writeable else np.array(data)
+                yield self._hf_name(name), torch.from_numpy(data)
 
     def _read(self, name: str) -> np.ndarray[Any, Any]:
-        """One tensor, dequantised to float32."""
+        """One tensor as Hugging Face has it, dequantised to float32."""
         tensor = self._tensors[name]
         try:
             kind = GGMLQuantizationType(tensor.quantization)
@@ -135,9 +124,19 @@ class GGUFFile:
             shape = (*reversed(outer), row // block * block_bytes)
             start = self._data_start + tensor.offset
             raw = self._bytes[start : start + math.prod(shape)].reshape(shape)
-            data: np.ndarray[Any, Any] = dequantize(raw, kind)
+            with np.errstate(all="ignore"):  # what a damaged file holds is not worth a warning
+                return self._as_trained(name, dequantize(raw, kind))
         except (NotImplementedError, ValueError, KeyError) as error:
             raise ModelError(f"{self.path}: tensor {name} cannot be read: {error}") from error
+
+    def _as_trained(self, name: str, data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Undo what llama.cpp's converter does to the values of a tensor."""
+        if self.architecture == "llama" and ".attn_q." in name:
+            return _unpermute(data, self._integer("attention.head_count"))
+        if self.architecture == "llama" and ".attn_k." in name:
+            return _unpermute(data, self._kv_heads())
+        if self.architecture.startswith("gemma") and name.endswith("norm.weight"):
+            return data - 1.0
         return data
 
     def _hf_name(self, name: str) -> str:
@@ -154,34 +153,34 @@ class GGUFFile:
     def _hf_config(self) -> dict[str, Any]:
         """The metadata, spelled as a Hugging Face ``config.json``."""
         arch = self.architecture
-        hidden = int(self._arch_field("embedding_length", required=True))
-        heads = int(self._arch_field("attention.head_count", required=True))
-        head_dim = int(self._arch_field("attention.key_length") or hidden // heads)
-        rotated = int(self._arch_field("rope.dimension_count") or head_dim)
+        hidden = self._integer("embedding_length")
+        heads = self._integer("attention.head_count")
+        head_dim = self._integer("attention.key_length", hidden // heads)
+        rotated = self._integer("rope.dimension_count", head_dim)
         tokens = self._field("tokenizer.ggml.tokens") or ()
         ends = [self._field(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot", "eom")]
         config: dict[str, Any] = {
             "model_type": ARCHITECTURES[arch],
             "hidden_size": hidden,
-            "intermediate_size": self._arch_field("feed_forward_length", required=True),
-            "num_hidden_layers": self._arch_field("block_count", required=True),
+            "intermediate_size": self._integer("feed_forward_length"),
+            "num_hidden_layers": self._integer("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._arch_field("attention.head_count_kv") or heads,
+            "num_key_value_heads": self._kv_heads(),
             "head_dim": head_dim,
-            "vocab_size": self._arch_field("vocab_size") or len(tokens),
-            "max_position_embeddings": self._arch_field("context_length", required=True),
-            "rms_norm_eps": self._arch_field("attention.layer_norm_rms_epsilon", required=True),
+            "vocab_size": self._integer("vocab_size", len(tokens)),
+            "max_position_embeddings": self._integer("context_length"),
+            "rms_norm_eps": self._real("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "attention_bias": "blk.0.attn_q.bias" in self._tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in self._tensors,
-            "rope_theta": self._arch_field("rope.freq_base") or 10_000.0,
+            "rope_theta": self._real("rope.freq_base", 10_000.0),
             "partial_rotary_factor": rotated / head_dim,
-            "eos_token_id": [end for end in ends if end is not None],
+            "eos_token_id": [end for end in ends if isinstance(end, int)],
             "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
         }
         config["rope_scaling"] = self._rope_scaling()
         if arch in ("gemma2", "gemma3"):
-            config |= self._gemma(hidden // heads, head_dim, int(config["num_hidden_layers"]))
+            config |= self._gemma(hidden // heads, head_dim, self._integer("block_count"))
         return config
 
     def _rope_scaling(self) -> dict[str, Any]:
@@ -189,10 +188,10 @@ class GGUFFile:
         if kind in (None, "none"):
             scaling: dict[str, Any] = {"rope_type": "default"}
         else:
-            original = self._arch_field("rope.scaling.original_context_length")
+            original = self._integer("rope.scaling.original_context_length", 0)
             scaling = {
                 "rope_type": kind,
-                "factor": self._arch_field("rope.scaling.factor"),
+                "factor": self._real("rope.scaling.factor", 0.0),
                 "original_max_position_embeddings": original,
             }
         if _ROPE_DIVISORS in self._tensors:
@@ -204,20 +203,42 @@ class GGUFFile:
         # only their depth identifies; llama.cpp tells them apart in the same way.
         is_27b = (self.architecture, layers) in (("gemma2", 46), ("gemma3", 62))
         config: dict[str, Any] = {
-            "sliding_window": self._arch_field("attention.sliding_window", required=True),
+            "sliding_window": self._integer("attention.sliding_window"),
             "query_pre_attn_scalar": even_dim if is_27b else head_dim,
         }
         pattern = self._arch_field("attention.sliding_window_pattern")
         if isinstance(pattern, list):
             kinds = ("full_attention", "sliding_attention")
             config["layer_types"] = [kinds[bool(slides)] for slides in pattern]
-        elif pattern:
-            config["sliding_window_pattern"] = pattern
+        elif pattern is not None:
+            config["sliding_window_pattern"] = self._integer("attention.sliding_window_pattern")
         for field in ("attn_logit_softcapping", "final_logit_softcapping"):
-            value = self._arch_field(field)
-            if value is not None:
-                config[field] = value
+            if self._arch_field(field) is not None:
+                config[field] = self._real(field)
         return config
+
+    def _kv_heads(self) -> int:
+        return self._integer("attention.head_count_kv", self._integer("attention.head_count"))
+
+    def _integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer of this architecture, or ``default`` where the file has none."""
+        value = self._arch_field(key, required=default is None)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or value <= 0:
+            raise self._invalid(key, value, "a positive integer")
+        return value
+
+    def _real(self, key: str, default: float | None = None) -> float:
+        value = self._arch_field(key, required=default is None)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self._invalid(key, value, "a positive number")
+        return float(value)
+
+    def _invalid(self, key: str, value: Any, rule: str) -> ModelError:
+        return ModelError(f"{self.path}: {self.architecture}.{key} is {value!r}, expected {rule}")
 
     def _arch_field(self, key: str, *, required: bool = False) -> Any:
         return self._field(f"{self.architecture}.{key}", required=required)

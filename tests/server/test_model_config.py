@@ -189,6 +189,9 @@ def test_yarn_takes_its_factor_from_the_contexts_when_it_has_none() -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantised"]),
         ({"use_bidirectional_attention": True}, ["causal"]),
         ({"model_type": "gemma3"}, ["text_config"]),
+        ({"num_hidden_layers": 2**31}, ["num_hidden_layers", "1024"]),
+        ({"rms_norm_eps": "small"}, ["malformed", "small"]),
+        ({"rope_scaling": "llama3"}, ["malformed"]),
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_name(
