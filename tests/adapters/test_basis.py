@@ -85,6 +85,21 @@ def test_progress_counts_every_target() -> None:
     assert seen == [(n, 14) for n in range(15)]
 
 
+def test_failure_ends_the_work_and_restores_the_threads() -> None:
+    threads = torch.get_num_threads()
+    asked: list[Target] = []
+
+    def fails(target: Target) -> Tensor:
+        asked.append(target)
+        if len(asked) == 4:
+            raise RuntimeError("no such weight")
+        return weight_of(target)
+
+    with pytest.raises(RuntimeError, match="no such weight"):
+        compute_basis(fails, SHAPE, 2)
+    assert torch.get_num_threads() == threads
+
+
 def test_seeded_columns_never_change() -> None:
     # Signs and probes in stored files depend on these numbers.
     drawn = seeded_columns(Target(3, "up_proj"), 3, 2, "probe")
