@@ -68,7 +68,8 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._new: deque[Request] = deque()
         self._aborts: dict[str, None] = {}
-        self._live: dict[str, Request] = {}  # accepted, last event not delivered yet
+        self._live: dict[str, Request] = {}  # accepted, last event not on its way yet
+        self._delivering = False
         self._draining = self._stopping = self._dead = False
         self._stats = scheduler.stats()
 
@@ -121,12 +122,12 @@ class EngineLoop:
         """
         with self._changed:
             self._draining = True
-            if self._changed.wait_for(lambda: not self._live, timeout_s):
+            if self._changed.wait_for(self._is_empty, timeout_s):
                 return True
             _log.warning("drain_timeout_s=%.1f aborted=%d", timeout_s, len(self._live))
             self._aborts.update(dict.fromkeys(self._live))
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._live, ABORT_GRACE_S)
+            self._changed.wait_for(self._is_empty, ABORT_GRACE_S)
             return False
 
     def stop(self) -> None:
@@ -175,13 +176,14 @@ class EngineLoop:
         stepped = self._step(events)
         stats = self._scheduler.stats()
         step_s = time.perf_counter() - started if stepped else self._stats.last_step_s
-        with self._changed:
-            self._stats = replace(stats, last_step_s=step_s)
-        self._hand_over(events)
+        self._hand_over(events, replace(stats, last_step_s=step_s))
         return True
 
     def _has_something_to_do(self) -> bool:
         return bool(self._new or self._aborts or self._stopping or self._scheduler.has_work)
+
+    def _is_empty(self) -> bool:
+        return not self._live and not self._delivering
 
     def _step(self, events: list[TokenEvent]) -> bool:
         plan = self._scheduler.plan()
@@ -197,20 +199,25 @@ class EngineLoop:
             events += self._scheduler.commit(plan, result)
         return True
 
-    def _hand_over(self, events: list[TokenEvent]) -> None:
+    def _hand_over(self, events: list[TokenEvent], stats: EngineStats) -> None:
+        """Publish the step, then deliver: who sees a last event sees its blocks freed."""
+        ended = {e.request_id for e in events if e.finish_reason is not None or e.error is not None}
+        with self._changed:
+            self._stats = stats
+            for request_id in ended:
+                request = self._live.pop(request_id)
+                if self._staged is not None and request.adapter is not None:
+                    self._staged.unpin(request.adapter.digest)
+            self._delivering = bool(events)
         if not events:
             return
         try:
             self._deliver(events)
         except Exception:  # the consumer's bug; other requests' events must go on
             _log.exception("deliver_failed events=%d", len(events))
-        ended = {e.request_id for e in events if e.finish_reason is not None or e.error is not None}
-        if ended:
-            with self._changed:
-                for request_id in ended:
-                    request = self._live.pop(request_id)
-                    if self._staged is not None and request.adapter is not None:
-                        self._staged.unpin(request.adapter.digest)
+        with self._changed:
+            self._delivering = False
+            if ended:
                 self._changed.notify_all()
 
     def _end_all(self, last_event: Callable[[str], TokenEvent]) -> None:
@@ -218,9 +225,9 @@ class EngineLoop:
             self._dead = True
             self._new.clear()
             self._aborts.clear()
-            self._stats = replace(self._stats, running=0, waiting=0, kv_blocks_used=0)
             left = sorted(self._live)
-        self._hand_over([last_event(name) for name in left])
+            stats = replace(self._stats, running=0, waiting=0, kv_blocks_used=0)
+        self._hand_over([last_event(name) for name in left], stats)
 
 
 def _aborted(request_id: str) -> TokenEvent:

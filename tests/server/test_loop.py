@@ -1,0 +1,309 @@
+"""The engine's thread. Steps are held and released by the tests; nothing here sleeps."""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from shoal.adapters.slots import SlotTable
+from shoal.server.engine.loop import EngineLoop
+from shoal.server.engine.plan import StepPlan
+from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
+from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
+from shoal.server.errors import Draining, EngineFailure, Overloaded, PromptTooLong
+from shoal.server.model.fake import FakeRunner
+
+WAIT_S = 20.0  # far above anything a passing test needs
+
+
+@dataclass
+class Bench:
+    """A loop over a fake runner, and what it delivered."""
+
+    max_waiting: int = 100
+    held: bool = False
+    batches: queue.Queue[list[TokenEvent]] = field(default_factory=queue.Queue)
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    go_on: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    fault: BaseException | None = None
+    deliver_fault: Exception | None = None
+
+    def __post_init__(self) -> None:
+        limits = SchedulerLimits(
+            block_tokens=4,
+            num_blocks=64,
+            max_num_seqs=4,
+            max_num_batched_tokens=64,
+            max_model_len=200,
+            max_waiting=self.max_waiting,
+        )
+        scheduler = Scheduler(limits, SlotTable(2, 10), frozenset())
+        self.runner = FakeRunner(1000, 4, before_step=self._before_step)
+        self.loop = EngineLoop(scheduler, self.runner, self._deliver)
+
+    def _before_step(self, plan: StepPlan) -> None:
+        self.entered.release()
+        if self.held:
+            assert self.go_on.acquire(timeout=WAIT_S)
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            raise fault
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        self.batches.put(events)
+        fault, self.deliver_fault = self.deliver_fault, None
+        if fault is not None:
+            raise fault
+
+    def wait_for_step(self) -> None:
+        assert self.entered.acquire(timeout=WAIT_S)
+
+    def until_end(self, name: str) -> list[TokenEvent]:
+        """Events of one request up to its last."""
+        events: list[TokenEvent] = []
+        while True:
+            events += [e for e in self.batches.get(timeout=WAIT_S) if e.request_id == name]
+            if events and (events[-1].finish_reason or events[-1].error):
+                return events
+
+
+@contextmanager
+def running(**options: int) -> Iterator[Bench]:
+    bench = Bench(**options)  # type: ignore[arg-type]
+    bench.loop.start()
+    try:
+        yield bench
+    finally:
+        bench.held = False
+        bench.go_on.release(1000)
+        bench.loop.stop()
+
+
+def request(name: str, max_tokens: int = 3, prompt: tuple[int, ...] = (1, 2, 3)) -> Request:
+    return Request(id=name, prompt_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens))
+
+
+def tokens(events: list[TokenEvent]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+def test_a_request_is_served() -> None:
+    with running() as bench:
+        bench.loop.submit(request("a"))
+        events = bench.until_end("a")
+    assert tokens(events) == bench.runner.expected((1, 2, 3), None, 3)
+    assert events[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_one_delivery_carries_all_of_a_step() -> None:
+    bench = Bench()
+    for name in "abc":
+        bench.loop.submit(request(name))
+    bench.loop.start()
+    first = bench.batches.get(timeout=WAIT_S)
+    bench.loop.stop()
+    assert [event.request_id for event in first] == ["a", "b", "c"]
+
+
+def test_an_idle_loop_runs_no_steps_and_wakes_for_work() -> None:
+    with running() as bench:
+        for name in ("a", "b"):
+            bench.loop.submit(request(name, max_tokens=2))
+            bench.until_end(name)
+        assert bench.loop.stats().steps_total == 4
+
+
+def test_an_abort_takes_effect_before_the_next_step() -> None:
+    with running() as bench:
+        bench.held = True
+        bench.loop.submit(request("a", max_tokens=100))
+        bench.wait_for_step()
+        bench.loop.abort("a")
+        bench.go_on.release()
+        events = bench.until_end("a")
+        assert events[-1].finish_reason is FinishReason.ABORT
+        assert len(tokens(events)) == 1
+        assert bench.loop.stats().kv_blocks_used == 0
+        assert bench.runner.steps == 1
+
+
+def test_aborting_what_was_never_submitted_or_has_ended_does_nothing() -> None:
+    with running() as bench:
+        bench.loop.abort("ghost")
+        bench.loop.submit(request("a"))
+        bench.until_end("a")
+        bench.loop.abort("a")
+        bench.loop.submit(request("b"))
+        assert bench.until_end("b")[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_submit_and_abort_in_one_inbox_end_once() -> None:
+    bench = Bench()
+    bench.loop.submit(request("a"))
+    bench.loop.abort("a")
+    bench.loop.start()
+    events = bench.until_end("a")
+    bench.loop.stop()
+    assert [event.finish_reason for event in events] == [FinishReason.ABORT]
+
+
+def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with running() as bench, caplog.at_level(logging.CRITICAL + 1):
+        bench.fault = RuntimeError("planted")
+        bench.loop.submit(request("a"))
+        (event,) = bench.until_end("a")
+        assert isinstance(event.error, EngineFailure)
+        assert "planted" not in str(event.error)
+        assert bench.loop.stats().kv_blocks_used == 0
+        bench.loop.submit(request("b"))
+        assert tokens(bench.until_end("b")) == bench.runner.expected((1, 2, 3), None, 3)
+
+
+def test_a_consumer_that_raises_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    with running() as bench:
+        bench.deliver_fault = RuntimeError("planted")
+        bench.loop.submit(request("a"))
+        assert len(tokens(bench.until_end("a"))) == 3
+    assert "deliver_failed" in caplog.text
+
+
+def test_a_thread_that_dies_leaves_no_request_hanging(caplog: pytest.LogCaptureFixture) -> None:
+    with running() as bench:
+        bench.fault = SystemExit()
+        bench.loop.submit(request("a"))
+        (event,) = bench.until_end("a")
+        assert isinstance(event.error, EngineFailure)
+        assert bench.loop.drain(WAIT_S)
+        assert not bench.loop.alive
+        with pytest.raises(Draining):
+            bench.loop.submit(request("b"))
+    assert "no further request is served" in caplog.text
+
+
+def test_a_request_that_can_never_run_ends_with_its_error() -> None:
+    with running() as bench:
+        bench.loop.submit(request("a", prompt=(1,) * 200))
+        (event,) = bench.until_end("a")
+    assert isinstance(event.error, PromptTooLong)
+
+
+def test_a_full_queue_refuses_and_changes_nothing() -> None:
+    bench = Bench(max_waiting=2)
+    bench.loop.submit(request("a"))
+    bench.loop.submit(request("b"))
+    with pytest.raises(Overloaded) as refusal:
+        bench.loop.submit(request("c"))
+    assert refusal.value.retry_after_s > 0
+    assert bench.loop.stats().waiting == 2
+    bench.loop.start()
+    bench.until_end("b")
+    bench.loop.submit(request("c"))
+    bench.until_end("c")
+    bench.loop.stop()
+
+
+def test_requests_taken_in_count_as_waiting_until_they_run() -> None:
+    with running(max_waiting=1) as bench:
+        bench.held = True
+        bench.loop.submit(request("a"))
+        bench.wait_for_step()  # taken in, its first step not over
+        with pytest.raises(Overloaded):
+            bench.loop.submit(request("b"))
+
+
+def test_drain_waits_for_what_runs_and_refuses_the_rest() -> None:
+    with running() as bench:
+        bench.held = True
+        bench.loop.submit(request("a"))
+        bench.wait_for_step()
+        outcome: list[bool] = []
+        thread = threading.Thread(target=lambda: outcome.append(bench.loop.drain(WAIT_S)))
+        thread.start()
+        while True:  # until the other thread has begun to drain
+            try:
+                bench.loop.submit(request("b", max_tokens=1))
+            except Draining:
+                break
+            except AssertionError:  # the id is in use: it got in before
+                continue
+        bench.held = False
+        bench.go_on.release()
+        thread.join(WAIT_S)
+        assert outcome == [True]
+        assert bench.until_end("a")[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_drain_aborts_what_is_left_after_its_timeout() -> None:
+    with running() as bench:
+        bench.held = True
+        bench.loop.submit(request("a", max_tokens=100))
+        bench.wait_for_step()
+        threading.Timer(0.05, bench.go_on.release, args=(2,)).start()
+        assert not bench.loop.drain(0.0)
+        assert bench.until_end("a")[-1].finish_reason is FinishReason.ABORT
+
+
+def test_stop_ends_every_request() -> None:
+    bench = Bench()
+    bench.loop.start()
+    bench.held = True
+    bench.loop.submit(request("a", max_tokens=100))
+    bench.wait_for_step()
+    bench.loop.submit(request("b"))
+    bench.go_on.release()
+    bench.held = False
+    bench.loop.stop()
+    bench.loop.stop()
+    assert not bench.loop.alive
+    last = {e.request_id: e for batch in list(bench.batches.queue) for e in batch}
+    assert last.keys() == {"a", "b"}
+    assert all(event.finish_reason for event in last.values())
+
+
+def test_stop_before_start_ends_every_request() -> None:
+    bench = Bench()
+    bench.loop.submit(request("a"))
+    bench.loop.stop()
+    assert bench.until_end("a")[-1].finish_reason is FinishReason.ABORT
+
+
+def test_stats_count_tokens_and_return_to_zero() -> None:
+    with running() as bench:
+        for name in "ab":
+            bench.loop.submit(request(name))
+            bench.until_end(name)
+        stats = bench.loop.stats()
+    assert (stats.prompt_tokens_total, stats.generation_tokens_total) == (6, 6)
+    assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+    assert stats.kv_blocks_total == 64
+    assert stats.last_step_s > 0
+
+
+def test_many_threads_submit_and_abort_and_each_request_ends_once() -> None:
+    with running(max_waiting=1000) as bench:
+
+        def work(worker: int) -> None:
+            for index in range(50):
+                bench.loop.submit(request(f"{worker}-{index}", max_tokens=1 + index % 4))
+                if index % 3 == 0:
+                    bench.loop.abort(f"{worker}-{index}")
+
+        threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert bench.loop.drain(WAIT_S)
+    ended = [
+        event.request_id
+        for batch in list(bench.batches.queue)
+        for event in batch
+        if event.finish_reason or event.error
+    ]
+    assert len(ended) == len(set(ended)) == 200
