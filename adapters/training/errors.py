@@ -1,0 +1,69 @@
+"""What can stop a training run, as typed errors whose text can be shown unchanged.
+
+::
+
+    TrainingError
+    ├── OptionRejected      a training option breaks a rule
+    ├── BaseRejected        the base model cannot be trained on
+    ├── DataRejected        a line of the data breaks a rule
+    ├── RunDirectoryError   the output directory is in use, or holds nothing to resume
+    ├── ResumeMismatch      the checkpoint belongs to a different run
+    └── Diverged            the loss is no longer a finite number
+"""
+
+from pathlib import Path
+
+
+class TrainingError(Exception):
+    """Base of every error that the user of the trainer can mend."""
+
+
+class OptionRejected(TrainingError):
+    """A training option breaks a rule.
+
+    Attributes:
+        option: the option's name, as on the command line without the dashes.
+    """
+
+    def __init__(self, option: str, value: object, rule: str) -> None:
+        super().__init__(f"{option} is {value}: {rule}")
+        self.option = option
+
+
+class BaseRejected(TrainingError):
+    """The base model cannot be trained on."""
+
+
+class DataRejected(TrainingError):
+    """A record cannot be used.
+
+    Attributes:
+        path: the data file.
+        line: 1-based line number, or None when the file as a whole is at fault.
+        rule: what was expected.
+    """
+
+    def __init__(self, path: Path, line: int | None, rule: str) -> None:
+        super().__init__(f"{path}{'' if line is None else f', line {line}'}: {rule}")
+        self.path = path
+        self.line = line
+        self.rule = rule
+
+
+class RunDirectoryError(TrainingError):
+    """The output directory is not what the options say it is."""
+
+
+class ResumeMismatch(TrainingError):
+    """The checkpoint was written by a run with other options, data or base."""
+
+
+class Diverged(TrainingError):
+    """The loss became infinite or not a number."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(
+            f"the loss at step {step} is {loss}: it must stay finite; lower lr, "
+            "or resume from the last checkpoint with other data"
+        )
+        self.step = step

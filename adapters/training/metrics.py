@@ -1,0 +1,126 @@
+"""What a run reports: ``metrics.jsonl``, one line per optimiser step, and ``loss.png``.
+
+It owns the two files' form and nothing of the training.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from shoal.adapters.formats.container import write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One optimiser step.
+
+    Attributes:
+        step: from 1.
+        loss: mean negative log-likelihood (nats) per supervised token, before the update.
+        lr: learning rate of the update.
+        grad_norm: norm of the gradient before clipping.
+        tokens_s: tokens read (padding excluded) per second of the step.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalMetrics:
+    """The loss on the evaluation data after ``step`` updates."""
+
+    step: int
+    loss: float
+
+
+class JsonLines:
+    """An append-only JSONL log; every line is handed to the operating system at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: StepMetrics | EvalMetrics) -> None:
+        """Write one line."""
+        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Return when every line is on disk."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_steps(path: Path) -> list[StepMetrics]:
+    """The steps of a ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    return [StepMetrics(**line) for line in _read_lines(path)]
+
+
+def read_evals(path: Path) -> list[EvalMetrics]:
+    """The evaluations of an ``eval.jsonl``; absent means none."""
+    return [EvalMetrics(**line) for line in _read_lines(path)] if path.exists() else []
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines after ``step``: those of steps that the checkpoint does not contain."""
+    if path.exists():
+        kept = [line for line in _read_lines(path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(path, [text.encode()])
+
+
+def plot_loss(steps: Sequence[StepMetrics], evals: Sequence[EvalMetrics], path: Path) -> None:
+    """Draw the loss curve as a PNG."""
+    # Imported here: matplotlib takes a second, and the figure needs no window system or pyplot.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    numbers = [step.step for step in steps]
+    losses = [step.loss for step in steps]
+    axes.plot(numbers, losses, color="#9db7d5", linewidth=1, label="loss")
+    axes.plot(numbers, _smoothed(losses), color="#1f4e8c", linewidth=2, label="smoothed")
+    if evals:
+        points = [point.step for point in evals], [point.loss for point in evals]
+        axes.plot(*points, "o-", color="#c2571a", linewidth=1, label="evaluation")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("nats per supervised token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = BytesIO()
+    canvas.print_png(image)
+    write_atomically(path, [image.getvalue()])
+
+
+def _smoothed(losses: Sequence[float]) -> list[float]:
+    """Exponential average over about ten steps."""
+    smooth: list[float] = []
+    for loss in losses:
+        smooth.append(loss if not smooth else 0.9 * smooth[-1] + 0.1 * loss)
+    return smooth
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines()]

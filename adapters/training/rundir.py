@@ -1,0 +1,76 @@
+"""The run directory: what lies where, and when it may be used.
+
+::
+
+    OUT/adapter_config.json adapter_model.safetensors    the adapter
+        training.json                                    the options, the data's and base's digests
+        metrics.jsonl eval.jsonl loss.png                what happened
+        checkpoint/state.safetensors                     what --resume needs
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.adapters.training.errors import RunDirectoryError
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Names the files of a run."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Everything ``--resume`` needs, in one file."""
+        return self.path / "checkpoint" / "state.safetensors"
+
+    @property
+    def options(self) -> Path:
+        """The options and digests, for people."""
+        return self.path / "training.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per optimiser step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evals(self) -> Path:
+        """One line per evaluation."""
+        return self.path / "eval.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        """The loss curve."""
+        return self.path / "loss.png"
+
+    @property
+    def adapter(self) -> tuple[Path, Path]:
+        """The adapter's config and tensors."""
+        return self.path / "adapter_config.json", self.path / "adapter_model.safetensors"
+
+    def prepare(self, *, resume: bool, overwrite: bool) -> None:
+        """Make the directory ready for a run, or refuse and change nothing.
+
+        With ``overwrite`` only the files named above are removed.
+
+        Raises:
+            RunDirectoryError: it is a file; it is not empty and neither option was given; or
+                there is no checkpoint to resume.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"out {self.path} is a file: must be a directory")
+        if resume:
+            if not self.checkpoint.is_file():
+                raise RunDirectoryError(f"{self.path} has no checkpoint to resume")
+            return
+        if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
+            raise RunDirectoryError(
+                f"out {self.path} is not empty: must be new or empty; "
+                "give --resume to go on, or --overwrite to replace the run in it"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        mine = (self.checkpoint, self.options, self.metrics, self.evals, self.plot, *self.adapter)
+        for path in mine:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,84 @@
+"""``shoal train``: the offline trainer's command line, generated from ``TrainConfig``."""
+
+import argparse
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from shoal.adapters.training.config import TrainConfig
+
+# Exit status of a run that SIGINT or SIGTERM ended early, as shells report an interrupted command.
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of ``TrainConfig``."""
+    for spec in fields(TrainConfig):
+        flag = "--" + spec.name.replace("_", "-")
+        text = spec.metadata["help"].replace("%", "%%")
+        if spec.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+            continue
+        if spec.default is not MISSING and spec.default is not None:
+            shown = ",".join(spec.default) if spec.name == "targets" else spec.default
+            text += f" (default: {shown})"
+        parser.add_argument(
+            flag,
+            type=_converter(spec.name, spec.type),
+            choices=spec.metadata.get("choices"),
+            required=spec.default is MISSING,
+            default=None if spec.default is MISSING else spec.default,
+            help=text,
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as asked; 0 when finished, 130 when interrupted, 2 when something was refused."""
+    # Imported here: torch and transformers take seconds that `--help` should not.
+    from shoal.adapters.errors import AdapterError
+    from shoal.adapters.training.errors import TrainingError
+    from shoal.server.model.config import ModelError
+
+    try:
+        return _train(args)
+    except (TrainingError, AdapterError, ModelError) as error:
+        print(f"shoal train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("shoal train: interrupted before the first step; nothing saved", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _train(args: argparse.Namespace) -> int:
+    from platformdirs import user_cache_path
+
+    from shoal.adapters.training.trainer import train
+    from shoal.server.model.pull import resolve_model
+
+    values = {spec.name: getattr(args, spec.name) for spec in fields(TrainConfig)}
+    asked = TrainConfig(**values)  # refuses bad options before anything is downloaded
+    values["base"] = resolve_model(str(asked.base))
+    result = train(TrainConfig(**values), cache_dir=user_cache_path("shoal") / "bases")
+    if not result.finished:
+        print(
+            f"shoal train: interrupted after step {result.steps} of {asked.steps}; the checkpoint "
+            f"is in {asked.out}, --resume goes on from it",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    print(
+        f"{asked.out}: {asked.method} adapter of {result.parameters} values, "
+        f"loss {result.loss:.3f} after {result.steps} steps"
+    )
+    return 0
+
+
+def _converter(name: str, kind: Any) -> Any:
+    """What turns an option's text into the field's type."""
+    if name == "targets":
+        return lambda text: tuple(part.strip() for part in text.split(","))
+    for candidate in (Path, int, float):
+        if kind in (candidate, candidate | None):
+            return candidate
+    return str

@@ -1,0 +1,154 @@
+"""What each method adds to a linear."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from shoal.adapters.basis import compute_basis
+from shoal.adapters.spec import Target
+from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
+from shoal.adapters.training.errors import BaseRejected, OptionRejected
+from shoal.adapters.training.methods import (
+    AdaptedLinear,
+    CoreLinear,
+    FoldLinear,
+    LoraLinear,
+    attach,
+    shape_of,
+    to_weights,
+    weight_reader,
+)
+
+
+def config_for(method: MethodName, base: Path, **options: object) -> TrainConfig:
+    asked: dict[str, object] = {"rank": 4, **options}
+    return TrainConfig(method=method, base=base, data=base, out=base, **asked)  # type: ignore[arg-type]
+
+
+def factors_of(model: nn.Module) -> Mapping[Target, Tensor]:
+    return compute_basis(weight_reader(model), shape_of(model, "tiny", "0"), 16).factors
+
+
+def linear_with_bias() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(10, 6).double().requires_grad_(False)
+
+
+def randomise(adapted: AdaptedLinear) -> None:
+    for parameter in adapted.factors():
+        nn.init.normal_(parameter)
+
+
+def test_lora_xs_applies_the_formula_before_the_bias() -> None:
+    linear = linear_with_bias()
+    basis = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64)).Q
+    adapted = CoreLinear(linear, basis, 0.5, torch.Generator()).double()
+    randomise(adapted)
+    x = torch.randn(2, 5, 10, dtype=torch.float64)
+
+    [core] = adapted.factors()
+    merged = linear.weight + 0.5 * basis @ core @ basis.T @ linear.weight
+    torch.testing.assert_close(adapted(x), x @ merged.T + linear.bias)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 5, 10])
+def test_miss_applies_the_formula_also_when_the_rank_does_not_divide(rank: int) -> None:
+    linear = linear_with_bias()
+    adapted = FoldLinear(linear, rank).double()
+    randomise(adapted)
+    x = torch.randn(2, 5, 10, dtype=torch.float64)
+
+    [block] = adapted.factors()
+    delta = torch.stack([block[column % rank] for column in range(10)], dim=1)
+    expected = x @ (linear.weight + delta).T + linear.bias
+    torch.testing.assert_close(adapted(x), expected)
+
+
+def test_lora_applies_the_formula() -> None:
+    linear = linear_with_bias()
+    adapted = LoraLinear(linear, 3, 2.0, torch.Generator()).double()
+    randomise(adapted)
+    x = torch.randn(2, 5, 10, dtype=torch.float64)
+
+    down, up = adapted.factors()
+    expected = x @ (linear.weight + 2.0 * up @ down).T + linear.bias
+    torch.testing.assert_close(adapted(x), expected)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_fresh_adapter_changes_nothing_to_speak_of_and_only_it_is_trained(
+    method: MethodName, base: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    config = config_for(method, base, targets=("q_proj", "down_proj"))
+    adapted = attach(model, config, factors_of(model))
+    with torch.no_grad():
+        after = model(input_ids=ids).logits
+
+    assert [str(target) for target in adapted] == [
+        "layers.0.q_proj", "layers.0.down_proj", "layers.1.q_proj", "layers.1.down_proj"
+    ]  # fmt: skip
+    torch.testing.assert_close(after, before, atol=5e-3, rtol=0)
+    trained = {id(parameter) for linear in adapted.values() for parameter in linear.factors()}
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_the_seed_decides_the_initial_values(method: MethodName, base: Path) -> None:
+    def initial(seed: int) -> list[Tensor]:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        config = config_for(method, base, seed=seed)
+        weights = to_weights(attach(model, config, factors_of(model)), config, None)
+        return [part for parts in weights.tensors.values() for part in parts]
+
+    first, again, other = initial(1), initial(1), initial(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    differs = any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert differs == (method != "miss")  # MiSS starts at zero
+
+
+def test_a_rank_that_does_not_fit_is_refused(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(OptionRejected, match="rank is 17: must not exceed 16"):
+        attach(model, config_for("lora", base, rank=17), {})
+
+
+def test_a_model_without_the_expected_linears_is_refused() -> None:
+    with pytest.raises(BaseRejected, match="q_proj"):
+        shape_of(nn.Sequential(nn.Linear(2, 2)), "wrong", "0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "dora"}, "method is dora: must be one of lora-xs, miss, lora"),
+        ({"method": "miss", "alpha": 8.0}, "alpha is 8.0: MiSS has no scale"),
+        ({"method": "lora", "format": "official"}, "format is official: lora has only one format"),
+        ({"method": "lora", "basis_rank": 8}, "basis-rank is 8: belongs to lora-xs"),
+        ({"rank": 9, "basis_rank": 8}, "basis-rank is 8: rank 9 needs more"),
+        ({"format": "zip"}, "format is zip: must be one of compact, official"),
+        ({"steps": 0}, "steps is 0: must be at least 1"),
+        ({"batch_size": -1}, "batch-size is -1: must be at least 1"),
+        ({"lr": float("nan")}, "lr is nan: must be a positive number"),
+        ({"alpha": 0.0}, "alpha is 0.0: must be a positive number"),
+        ({"warmup": 1.0}, "warmup is 1.0: must be at least 0 and below 1"),
+        ({"targets": ("q_proj", "lm_head")}, "targets is .*lm_head.* not among"),
+        ({"targets": ("q_proj", "q_proj")}, "names a linear twice"),
+        ({"targets": ()}, "must name at least one"),
+        ({"seed": -1}, "seed is -1: must not be negative"),
+        ({"resume": True, "overwrite": True}, "overwrite is True: excludes resume"),
+    ],
+)
+def test_options_that_break_a_rule_are_refused_by_name(
+    options: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    asked = {"method": "lora-xs", "base": tmp_path, "data": tmp_path, "out": tmp_path, **options}
+    with pytest.raises(OptionRejected, match=message):
+        TrainConfig(**asked)  # type: ignore[arg-type]
