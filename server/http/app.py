@@ -28,8 +28,8 @@ def create_app(services: Services) -> FastAPI:
         try:
             yield
         finally:
-            # At once when `serving.py` has drained before; the whole wait under a bare uvicorn.
-            await services.drain(services.config.shutdown_timeout)
+            # `serving.py` has drained before; under a bare uvicorn the wait is here.
+            await services.drain(0 if services.draining else services.config.shutdown_timeout)
             await services.engine.stop()
 
     app = FastAPI(

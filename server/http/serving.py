@@ -64,9 +64,10 @@ async def _serve(
         nonlocal forced
         if drained:
             forced = True
-            server.should_exit = server.force_exit = True
-            server.config.timeout_graceful_shutdown = 0
             drained[0].cancel()
+            # Not `force_exit`: that would skip the lifespan's end, which stops the engine.
+            server.config.timeout_graceful_shutdown = 0
+            server.should_exit = True
             return
         logger.info("shutdown: draining for at most %.0f s", config.shutdown_timeout)
         drained.append(asyncio.create_task(drain()))
@@ -79,9 +80,6 @@ async def _serve(
     finally:
         for number in SIGNALS:
             loop.remove_signal_handler(number)
-        if forced:
-            # uvicorn skips the lifespan's end then.
-            await services.engine.stop()
     return FORCED_EXIT_CODE if forced else 0
 
 

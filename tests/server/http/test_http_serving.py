@@ -105,13 +105,14 @@ def test_a_second_signal_ends_it_at_once(build: Build, capsys: pytest.CaptureFix
 
     def visit(url: str) -> None:
         with httpx.stream("POST", f"{url}/v1/completions", json=BODY, timeout=10) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             os.kill(os.getpid(), signal.SIGTERM)
             while not parts.services.draining:
                 time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(httpx.HTTPError):
-                stream.read()
+                list(lines)
 
     visitor = Visitor(capsys, visit)
     visitor.start()
