@@ -1,6 +1,6 @@
 """A mixed step against each adapter's own plain formula, in float64."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -129,7 +129,7 @@ class Loaded:
         self.weights[adapter] = weights
         return adapter
 
-    def check(self, rows: list[tuple[RowAdapter | None, int]], seed: int = 0) -> None:
+    def check(self, rows: Sequence[tuple[RowAdapter | None, int]], seed: int = 0) -> None:
         """Every layer and group of a step over ``rows`` equals the reference of each row alone."""
         step = self.bank.step(rows)
         total = sum(n for _, n in rows)
