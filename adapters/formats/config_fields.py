@@ -14,7 +14,10 @@ from shoal.adapters.formats.container import finite_number, printable
 from shoal.adapters.formats.patterns import Pattern, parse_pattern
 
 CONFIG_FILE = "adapter_config.json"
-PATTERNS_MAX = 4096
+# PEFT's EVA writes one pattern for every module. Patterns with quantifiers cost up to a millisecond
+# per module, so few are accepted.
+PATTERNS_MAX = 1024
+QUANTIFIED_MAX = 8
 
 Config = Mapping[str, Any]
 
@@ -166,4 +169,6 @@ def _patterns(config: Config, name: str) -> list[tuple[Pattern, float]]:
         if number is None:
             raise AdapterRejected(where, "must be a finite number")
         parsed.append((pattern, number))
+    if sum(pattern.fixed is None for pattern, _ in parsed) > QUANTIFIED_MAX:
+        raise AdapterRejected(field(name), f"at most {QUANTIFIED_MAX} keys may hold *, + or ?")
     return parsed

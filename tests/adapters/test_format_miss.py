@@ -7,6 +7,7 @@ import torch
 
 from shoal.adapters.errors import AdapterRejected, AdapterTooLarge
 from shoal.adapters.formats.writing import write_miss
+from shoal.adapters.record import to_record
 from shoal.adapters.spec import Target
 
 
@@ -80,3 +81,13 @@ def test_what_is_written_is_read_back(golden: Any) -> None:
     assert (weights.family, weights.rank) == ("fold", 5)
     assert all(torch.equal(weights.tensors[t][0], d[t]) for t in d)
     assert set(weights.scales.values()) == {1.0}
+
+
+def test_layout_is_that_of_peft(golden: Any) -> None:
+    peft = golden.copy("miss_ragged")
+    weights = golden.read(peft)
+    blocks = {target: parts[0] for target, parts in weights.tensors.items()}
+    write_miss(golden.folder / "out", blocks, rank=5, shape=golden.shape)
+    ours, theirs = golden.tensors(golden.folder / "out"), golden.tensors(peft)
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    assert to_record(golden.read(golden.folder / "out")) == to_record(weights)

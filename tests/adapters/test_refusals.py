@@ -98,6 +98,17 @@ def test_overlapping_tensors_are_refused(golden: Any) -> None:
         golden.read(case)
 
 
+def test_tensor_given_twice_is_refused(golden: Any) -> None:
+    case = golden.copy("lora")
+    path = case / "adapter_model.safetensors"
+    header, data = header_and_data(path)
+    name = f"{Q0}.lora_A.weight"
+    text = f'{{"{name}": {json.dumps(header[name])}, {json.dumps(header)[1:]}'.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(AdapterRejected, match=r"q_proj\.lora_A\.weight: the key is given twice"):
+        golden.read(case)
+
+
 def test_unused_bytes_are_refused(golden: Any) -> None:
     case = golden.copy("lora")
     path = case / "adapter_model.safetensors"
