@@ -133,7 +133,7 @@ async def encode(services: Services, text: str, *, add_special_tokens: bool) -> 
     """Tokenize ``text``; a long one in a thread."""
     if len(text) <= _INLINE_CHARS:
         return services.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await services.lookup(
+    return await services.tokenize(
         lambda: services.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     )
 
@@ -152,7 +152,7 @@ async def encode_chat(
 
     if sum(len(message["content"]) for message in messages) <= _INLINE_CHARS:
         return apply()
-    return await services.lookup(apply)
+    return await services.tokenize(apply)
 
 
 def check_token_ids(services: Services, ids: Sequence[int], param: str) -> None:

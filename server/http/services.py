@@ -147,17 +147,23 @@ class Services:
     in_flight: int = field(default=0, init=False)
     started: int = field(default_factory=lambda: int(time.time()), init=False)
     _lookups: anyio.CapacityLimiter = field(init=False)
+    _texts: anyio.CapacityLimiter = field(init=False)
     _uploads: anyio.CapacityLimiter = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.model_name, stats=self.engine.stats)
-        # Uploads read and check whole files: a few at a time, and never in the way of look-ups.
+        # Long texts and uploads keep a core busy: few at a time, never in the way of look-ups.
         self._lookups = anyio.CapacityLimiter(8)
+        self._texts = anyio.CapacityLimiter(2)
         self._uploads = anyio.CapacityLimiter(2)
 
     async def lookup(self, call: Callable[[], T]) -> T:
         """Run a short blocking call in a thread."""
         return await anyio.to_thread.run_sync(call, limiter=self._lookups)
+
+    async def tokenize(self, call: Callable[[], T]) -> T:
+        """Run the tokenizer on a long text in a thread."""
+        return await anyio.to_thread.run_sync(call, limiter=self._texts)
 
     async def work(self, call: Callable[[], T]) -> T:
         """Run a long blocking call (an upload) in a thread of a smaller pool."""

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -30,6 +31,7 @@ class Client:
         self._sent = False
         self._left = anyio.Event()
         self.messages: list[Any] = []
+        self.content_type = b"application/json"
 
     def leave(self) -> None:
         self._left.set()
@@ -55,7 +57,7 @@ class Client:
             "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"content-type", b"application/json"), (b"host", b"shoal")],
+            "headers": [(b"content-type", self.content_type), (b"host", b"shoal")],
             "server": ("shoal", 80),
             "client": ("client", 1),
         }
@@ -124,6 +126,29 @@ async def test_a_client_that_leaves_during_staging_leaves_no_pin(serve: Serve) -
         await until(h.all_given_back)
         assert h.library.staged == 1
         assert h.runner.steps == 0
+
+
+async def test_a_client_that_leaves_during_an_upload_leaves_no_file(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    begun = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nbytes'
+    messages = [{"type": "http.request", "body": begun, "more_body": True}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        assert list(tmp_path.glob("shoal-upload-*/part-0"))
+        return {"type": "http.disconnect"}
+
+    async with serve() as h:
+        client = Client({})
+        client.receive = receive
+        client.content_type = b"multipart/form-data; boundary=B"
+        await client.ask(h.app, "/v1/adapters")
+        assert list(tmp_path.glob("shoal-upload-*")) == []
+        assert h.library.count() == 0
+        assert h.all_given_back()
 
 
 async def test_a_cancelled_task_leaves_no_pin_either(serve: Serve) -> None:
