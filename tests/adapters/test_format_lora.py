@@ -39,7 +39,7 @@ def test_hostile_patterns_cost_little_or_are_refused(golden: Any) -> None:
     costly = {".+" * 60 + "x" * n: 1 for n in range(8)}
     began = time.process_time()
     golden.read(golden.edit_config(case, alpha_pattern=literal, rank_pattern=costly))
-    assert time.process_time() - began < 5  # measured 0.1; exponential would never end
+    assert time.process_time() - began < 5  # measured 0.4; exponential would never end
     for patterns, message in [
         (costly | {"a*": 1}, "at most 8"),
         (literal | {"b": 1}, "at most 1024"),
