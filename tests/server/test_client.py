@@ -117,7 +117,7 @@ def test_cancelling_the_consumer_aborts_the_request() -> None:
     async def test() -> None:
         async with engine() as (client, _):
             task = asyncio.create_task(collect(client, request("a", 3000)))
-            while not client.stats().running:
+            while not client.stats().steps_total:
                 await asyncio.sleep(0.001)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -201,7 +201,7 @@ def test_drain_lets_running_requests_finish() -> None:
     async def test() -> None:
         async with engine() as (client, _):
             task = asyncio.create_task(collect(client, request("a", 200)))
-            while not client.stats().running:
+            while not client.stats().steps_total:
                 await asyncio.sleep(0.001)
             assert await client.drain(20.0)
             assert (await task)[-1].finish_reason is FinishReason.LENGTH
@@ -213,7 +213,7 @@ def test_stop_ends_the_iterators() -> None:
     async def test() -> None:
         async with engine() as (client, _):
             task = asyncio.create_task(collect(client, request("a", 3000)))
-            while not client.stats().running:
+            while not client.stats().steps_total:
                 await asyncio.sleep(0.001)
             await client.stop()
             assert (await task)[-1].finish_reason is FinishReason.ABORT

@@ -1,0 +1,507 @@
+"""The scheduler, one rule a test; ``test_simulation.py`` puts them all together."""
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+from shoal.adapters.slots import SlotTable
+from shoal.adapters.spec import AdapterSpec
+from shoal.server.engine.plan import StepPlan, StepResult
+from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
+from shoal.server.engine.scheduler import PASSES_MAX, Scheduler, SchedulerLimits
+from shoal.server.errors import EngineFailure, InvalidRequest, PromptTooLong, UnusableAdapter
+from shoal.server.model.fake import FakeRunner
+
+EOS = 2
+LIMITS = SchedulerLimits(
+    block_tokens=4,
+    num_blocks=100,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    max_model_len=200,
+    max_waiting=100,
+    vocab_size=1000,
+)
+
+
+def scheduler(slots: int = 4, **limits: int) -> Scheduler:
+    return Scheduler(replace(LIMITS, **limits), SlotTable(slots, 10), frozenset({EOS}))
+
+
+def request(
+    name: str, prompt: int = 3, adapter: AdapterSpec | None = None, **sampling: Any
+) -> Request:
+    """A prompt of ``prompt`` tokens, different from any other name's."""
+    first = 10 + sum(map(ord, name))
+    params = SamplingParams(**{"max_tokens": 4, **sampling})
+    ids = tuple((first + 31 * i) % 1000 for i in range(prompt))
+    return Request(id=name, prompt_ids=ids, sampling=params, adapter=adapter)
+
+
+def spec(digest: str, units: int = 1) -> AdapterSpec:
+    return AdapterSpec(digest, "core", 4, None, packed_elements=units * 10)
+
+
+def step(engine: Scheduler, token: int = 500) -> tuple[StepPlan, list[TokenEvent]]:
+    """Plan, sample ``token`` for every row that samples, commit."""
+    plan = engine.plan()
+    assert plan is not None
+    engine.check()
+    result = StepResult(token_ids={row.request_id: token for row in plan.rows if row.sample})
+    events = engine.commit(plan, result)
+    engine.check()
+    return plan, events
+
+
+def ends(engine: Scheduler) -> dict[str, TokenEvent]:
+    """Run to the end; the last event of each request."""
+    last = {}
+    while engine.has_work:
+        for event in step(engine)[1]:
+            last[event.request_id] = event
+    return last
+
+
+def names(plan: StepPlan) -> list[str]:
+    return [row.request_id for row in plan.rows]
+
+
+# -- batching -------------------------------------------------------------------------------------
+
+
+def test_a_prompt_samples_in_its_first_step_and_one_token_a_step_after() -> None:
+    engine = scheduler()
+    engine.add(request("a", prompt=3))
+    plan, events = step(engine)
+    (row,) = plan.rows
+    assert (row.start, len(row.token_ids), row.sample, row.output_tokens) == (0, 3, True, 0)
+    assert events == [TokenEvent(request_id="a", token_ids=(500,))]
+    (row,) = step(engine)[0].rows
+    assert (row.start, row.token_ids, row.output_tokens) == (3, (500,), 1)
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decoding_rows() -> None:
+    engine = scheduler(max_num_batched_tokens=8)
+    engine.add(request("short", prompt=3, max_tokens=9))
+    step(engine)
+    engine.add(request("long", prompt=17))
+    rows = [step(engine)[0].rows for _ in range(3)]
+    assert [[len(row.token_ids) for row in each] for each in rows] == [[1, 7], [1, 7], [1, 3]]
+    assert [each[1].sample for each in rows] == [False, False, True]
+    assert [each[1].start for each in rows] == [0, 7, 14]
+
+
+def test_row_blocks_cover_exactly_its_positions() -> None:
+    engine = scheduler(max_num_batched_tokens=8)
+    engine.add(request("a", prompt=17))
+    assert [len(step(engine)[0].rows[0].block_ids) for _ in range(4)] == [2, 4, 5, 5]
+
+
+def test_no_more_rows_than_max_num_seqs() -> None:
+    engine = scheduler(max_num_seqs=2)
+    for name in "abc":
+        engine.add(request(name))
+    plan, _ = step(engine)
+    assert names(plan) == ["a", "b"]
+    assert (engine.num_running, engine.num_waiting) == (2, 1)
+
+
+def test_one_token_rows_come_first_and_an_adapters_rows_are_neighbours() -> None:
+    engine = scheduler()
+    for name, adapter in (("a", "x"), ("b", None), ("c", "y"), ("d", "x")):
+        engine.add(request(name, adapter=spec(adapter) if adapter else None, max_tokens=9))
+    assert names(step(engine)[0]) == ["b", "a", "d", "c"]
+    engine.add(request("e", prompt=5, adapter=spec("y")))
+    engine.add(request("f", prompt=5))
+    assert names(step(engine)[0]) == ["b", "a", "d", "c", "f", "e"]
+
+
+def test_nothing_to_do_plans_nothing() -> None:
+    engine = scheduler()
+    assert engine.plan() is None
+    assert not engine.has_work
+
+
+# -- what a row is told ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "penalty", [{"presence_penalty": 0.5}, {"frequency_penalty": -1.0}, {"repetition_penalty": 1.1}]
+)
+def test_penalised_rows_get_the_history(penalty: dict[str, Any]) -> None:
+    engine = scheduler()
+    asked = request("a", prompt=3, **penalty)
+    engine.add(asked)
+    step(engine)
+    (row,) = step(engine)[0].rows
+    assert row.history_ids == (*asked.prompt_ids, 500)
+    assert row.prompt_tokens == 3
+
+
+def test_rows_without_penalties_carry_no_history() -> None:
+    engine = scheduler()
+    engine.add(request("a", seed=1))
+    (row,) = step(engine)[0].rows
+    assert row.history_ids == ()
+
+
+def test_ends_are_suppressed_until_min_tokens_exist() -> None:
+    engine = scheduler()
+    engine.add(request("a", min_tokens=2, stop_token_ids=frozenset({7})))
+    suppressed = [step(engine)[0].rows[0].suppressed_ids for _ in range(4)]
+    assert suppressed == [(EOS, 7), (EOS, 7), (), ()]
+
+
+def test_a_prompt_chunk_that_does_not_sample_suppresses_nothing() -> None:
+    engine = scheduler(max_num_batched_tokens=8)
+    engine.add(request("a", prompt=9, min_tokens=2))
+    assert step(engine)[0].rows[0].suppressed_ids == ()
+
+
+# -- ending ---------------------------------------------------------------------------------------
+
+
+def tokens_until_end(engine: Scheduler, token: int) -> tuple[int, FinishReason | None]:
+    count = 0
+    while engine.has_work:
+        for event in step(engine, token)[1]:
+            count += len(event.token_ids)
+            reason = event.finish_reason
+    return count, reason
+
+
+@pytest.mark.parametrize(
+    ("sampling", "token", "ended"),
+    [
+        ({}, 500, (4, FinishReason.LENGTH)),
+        ({}, EOS, (1, FinishReason.STOP)),
+        ({"ignore_eos": True}, EOS, (4, FinishReason.LENGTH)),
+        ({"stop_token_ids": frozenset({7})}, 7, (1, FinishReason.STOP)),
+        ({"stop_token_ids": frozenset({7}), "ignore_eos": True}, 7, (1, FinishReason.STOP)),
+        ({"min_tokens": 2}, EOS, (3, FinishReason.STOP)),
+        ({"max_tokens": 1}, EOS, (1, FinishReason.STOP)),
+        ({"max_tokens": 1000}, 500, (197, FinishReason.LENGTH)),  # max_model_len 200, prompt 3
+    ],
+)
+def test_finish_rules(
+    sampling: dict[str, Any], token: int, ended: tuple[int, FinishReason]
+) -> None:
+    engine = scheduler()
+    engine.add(request("a", **sampling))
+    assert tokens_until_end(engine, token) == ended
+
+
+def test_a_request_alone_may_fill_the_whole_pool() -> None:
+    engine = scheduler(num_blocks=2)
+    engine.add(request("a", prompt=3, max_tokens=100))
+    assert tokens_until_end(engine, 500) == (6, FinishReason.LENGTH)  # 8 positions, and one more
+
+
+def test_the_longest_prompt_that_fits_gets_one_token() -> None:
+    engine = scheduler(num_blocks=2)
+    assert engine.add(request("a", prompt=8)) is None
+    assert tokens_until_end(engine, 500) == (1, FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize("limits", [{"num_blocks": 2}, {"max_model_len": 9}])
+def test_a_prompt_that_can_never_fit_ends_with_prompt_too_long(limits: dict[str, int]) -> None:
+    engine = scheduler(**limits)
+    event = engine.add(request("a", prompt=9))
+    assert event is not None
+    assert isinstance(event.error, PromptTooLong)
+    assert "9 tokens" in str(event.error)
+    assert not engine.has_work
+
+
+def test_an_adapter_larger_than_the_bank_ends_with_unusable_adapter() -> None:
+    engine = scheduler(slots=2)
+    event = engine.add(request("a", adapter=spec("x", units=3)))
+    assert event is not None
+    assert isinstance(event.error, UnusableAdapter)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("ids", [(), (1000,), (-1,), (5, 1000, 5)])
+def test_a_prompt_the_model_cannot_read_never_reaches_a_step(ids: tuple[int, ...]) -> None:
+    engine = scheduler()
+    event = engine.add(replace(request("a"), prompt_ids=ids))
+    assert event is not None
+    assert isinstance(event.error, InvalidRequest)
+    assert not engine.has_work
+
+
+# -- prefix cache ---------------------------------------------------------------------------------
+
+
+def test_a_repeated_prompt_computes_at_least_one_token() -> None:
+    engine = scheduler()
+    for name in ("a", "b"):
+        engine.add(replace(request("same", prompt=8, max_tokens=1), id=name))
+        plan, events = step(engine)
+    assert plan.rows[0].start == 4  # not 8: its last block would leave nothing to compute
+    assert events[0].cached_tokens == 4
+    assert engine.stats().prefix_cache_hits == 4
+    assert engine.stats().prefix_cache_queries == 16
+
+
+def test_cached_tokens_are_reported_once() -> None:
+    engine = scheduler()
+    for name in ("a", "b"):
+        engine.add(replace(request("same", prompt=8), id=name))
+        events = [step(engine)[1][0] for _ in range(4)]
+    assert [event.cached_tokens for event in events] == [4, 0, 0, 0]
+
+
+def test_the_cache_of_one_adapter_is_not_anothers() -> None:
+    engine = scheduler()
+    for name, adapter in (("a", spec("x")), ("b", spec("y")), ("c", None), ("d", spec("x"))):
+        engine.add(replace(request("same", prompt=8, max_tokens=1), id=name, adapter=adapter))
+        plan, _ = step(engine)
+        assert plan.rows[0].start == (4 if name == "d" else 0)
+
+
+def test_blocks_are_shared_only_after_their_step_is_committed() -> None:
+    engine = scheduler()
+    first = replace(request("same", prompt=8), id="a")
+    engine.add(first)
+    engine.add(replace(first, id="b"))
+    plan, _ = step(engine)
+    assert [row.start for row in plan.rows] == [0, 0]
+    assert not {*plan.rows[0].block_ids} & {*plan.rows[1].block_ids}
+
+
+def test_a_failed_step_caches_nothing() -> None:
+    engine = scheduler()
+    engine.add(replace(request("same", prompt=8), id="a"))
+    plan = engine.plan()
+    assert plan is not None
+    engine.fail(plan, EngineFailure("planted"))
+    engine.add(replace(request("same", prompt=8), id="b"))
+    assert step(engine)[0].rows[0].start == 0
+
+
+def test_generated_tokens_serve_the_next_turn_of_a_chat() -> None:
+    engine = scheduler()
+    first = request("a", prompt=3, max_tokens=6)
+    engine.add(first)
+    ends(engine)
+    engine.add(replace(first, id="b", prompt_ids=(*first.prompt_ids, *[500] * 6, 1, 1)))
+    assert step(engine)[0].rows[0].start == 8
+
+
+# -- preemption -----------------------------------------------------------------------------------
+
+
+def test_the_youngest_gives_way_and_finishes_later_with_its_tokens_kept() -> None:
+    engine = scheduler(num_blocks=4)
+    engine.add(request("old", prompt=4, max_tokens=9))
+    engine.add(request("young", prompt=4, max_tokens=9))
+    runner = FakeRunner(1000, 4)
+    outputs: dict[str, list[int]] = {"old": [], "young": []}
+    finished = []
+    while (plan := engine.plan()) is not None:
+        for event in engine.commit(plan, runner.execute(plan)):
+            outputs[event.request_id] += event.token_ids
+            if event.finish_reason:
+                finished.append(event.request_id)
+        engine.check()
+    assert finished == ["old", "young"]
+    assert engine.stats().preemptions_total >= 1
+    for name in outputs:
+        assert outputs[name] == runner.expected(request(name, prompt=4).prompt_ids, None, 9)
+
+
+def test_a_preempted_request_comes_back_before_newcomers() -> None:
+    engine = scheduler(num_blocks=4, max_num_seqs=3)
+    engine.add(request("old", prompt=4, max_tokens=9))
+    engine.add(request("young", prompt=4, max_tokens=9))
+    while not engine.stats().preemptions_total:
+        step(engine)
+    engine.add(request("new", prompt=2, max_tokens=9))
+    order = []
+    while engine.has_work:
+        order += [name for name in names(step(engine)[0]) if name not in order]
+    assert order == ["old", "young", "new"]
+
+
+def test_a_request_short_of_blocks_is_not_overtaken() -> None:
+    engine = scheduler(num_blocks=4)
+    engine.add(request("running", prompt=8, max_tokens=2))
+    step(engine)
+    engine.add(request("large", prompt=12))
+    engine.add(request("small", prompt=1))
+    assert names(step(engine)[0]) == ["running"]
+
+
+# -- adapters -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_loaded_once_while_it_stays() -> None:
+    engine = scheduler()
+    engine.add(request("a", adapter=spec("x")))
+    assert [load.adapter.spec.digest for load in step(engine)[0].adapter_loads] == ["x"]
+    engine.add(request("b", adapter=spec("x")))
+    assert step(engine)[0].adapter_loads == ()
+    ends(engine)
+    engine.add(request("c", adapter=spec("x")))
+    assert step(engine)[0].adapter_loads == ()
+
+
+def test_an_adapter_without_room_does_not_hold_up_the_others() -> None:
+    engine = scheduler(slots=1)
+    engine.add(request("a", adapter=spec("x")))
+    step(engine)
+    for name, adapter in (("b", spec("y")), ("c", None), ("d", spec("x")), ("e", spec("z"))):
+        engine.add(request(name, adapter=adapter))
+    assert sorted(names(step(engine)[0])) == ["a", "c", "d"]
+
+
+def test_an_adapter_without_room_is_passed_over_a_bounded_number_of_times() -> None:
+    engine = scheduler(slots=1)
+    engine.add(request("a0", adapter=spec("x")))
+    step(engine)
+    engine.add(request("starved", adapter=spec("y")))
+    started: list[str] = []
+    for index in range(1, 500):  # x never runs out of requests
+        engine.add(request(f"a{index}", adapter=spec("x")))
+        started += [name for name in names(step(engine)[0]) if name not in started]
+        if "starved" in started:
+            break
+    assert started.index("starved") <= PASSES_MAX + 1
+
+
+def test_a_failed_step_forgets_the_adapters_it_was_to_load() -> None:
+    engine = scheduler()
+    engine.add(request("a", adapter=spec("x")))
+    plan = engine.plan()
+    assert plan is not None
+    engine.fail(plan, EngineFailure("planted"))
+    engine.check()
+    engine.add(request("b", adapter=spec("x")))
+    assert len(step(engine)[0].adapter_loads) == 1
+
+
+# -- aborts and failures --------------------------------------------------------------------------
+
+
+def test_aborting_a_waiting_request_leaves_no_trace() -> None:
+    engine = scheduler()
+    engine.add(request("a"))
+    assert engine.abort("a") == TokenEvent(request_id="a", finish_reason=FinishReason.ABORT)
+    assert engine.abort("a") is None
+    assert not engine.has_work
+
+
+def test_aborting_a_running_request_frees_its_blocks_and_slot() -> None:
+    slots = SlotTable(1, 10)
+    engine = Scheduler(LIMITS, slots, frozenset())
+    engine.add(request("a", adapter=spec("x")))
+    step(engine)
+    engine.abort("a")
+    engine.check()
+    assert engine.stats().kv_blocks_used == 0
+    assert slots.num_pinned == 0
+
+
+def test_a_request_aborted_under_way_keeps_its_blocks_until_the_step_is_over() -> None:
+    slots = SlotTable(1, 10)
+    engine = Scheduler(LIMITS, slots, frozenset())
+    engine.add(request("a", adapter=spec("x")))
+    plan = engine.plan()
+    assert plan is not None
+    assert engine.abort("a") is not None
+    engine.check()
+    assert (engine.stats().kv_blocks_used, slots.num_pinned) == (1, 1)
+    assert engine.commit(plan, StepResult(token_ids={"a": 5})) == []
+    engine.check()
+    assert (engine.stats().kv_blocks_used, slots.num_pinned) == (0, 0)
+
+
+def test_an_id_may_be_used_again_while_the_old_requests_step_is_under_way() -> None:
+    engine = scheduler()
+    engine.add(request("a"))
+    plan = engine.plan()
+    assert plan is not None
+    engine.abort("a")
+    engine.add(request("a"))
+    assert engine.commit(plan, StepResult(token_ids={"a": 5})) == []
+    engine.check()
+    assert ends(engine)["a"].finish_reason is FinishReason.LENGTH
+
+
+def test_a_failed_step_ends_its_own_requests_only() -> None:
+    engine = scheduler(max_num_seqs=1)
+    engine.add(request("a"))
+    engine.add(request("b"))
+    plan = engine.plan()
+    assert plan is not None
+    (event,) = engine.fail(plan, EngineFailure("planted"))
+    assert event.request_id == "a"
+    assert isinstance(event.error, EngineFailure)
+    assert ends(engine).keys() == {"b"}
+
+
+@pytest.mark.parametrize(
+    "result",
+    [StepResult(token_ids={"b": 5}, failed={"a": "not finite"}), StepResult(token_ids={"b": 5})],
+    ids=["failed row", "no token"],
+)
+def test_a_row_without_a_result_ends_alone(result: StepResult) -> None:
+    engine = scheduler()
+    engine.add(request("a"))
+    engine.add(request("b"))
+    plan = engine.plan()
+    assert plan is not None
+    bad, good = engine.commit(plan, result)
+    assert isinstance(bad.error, EngineFailure)
+    assert good.token_ids == (5,)
+    assert engine.num_running == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [{"num_blocks": 0}, {"max_num_batched_tokens": 7}, {"max_model_len": 1}]
+)
+def test_impossible_limits_are_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        scheduler(**bad)
+
+
+def test_every_short_history_keeps_the_invariants() -> None:
+    """Three blocks, two slots, three requests with different adapters; all histories of four."""
+    operations = ("add", "abort 0", "abort 1", "step", "fail", "abort under way")
+    for history in product(operations, repeat=4):
+        engine = scheduler(slots=2, num_blocks=3, max_num_seqs=2)
+        runner = FakeRunner(1000, 4)
+        open_: set[str] = set()
+        added = 0
+        for operation in ("add", *history, *["step"] * 12):
+            if operation == "add" and added < 3:
+                engine.add(request(str(added), prompt=4, adapter=spec(str(added), added or 2)))
+                open_.add(str(added))
+                added += 1
+            elif operation in ("abort 0", "abort 1"):
+                event = engine.abort(operation[-1])
+                assert (event is not None) == (operation[-1] in open_)
+                open_.discard(operation[-1])
+            elif (plan := engine.plan()) is not None:
+                engine.check()
+                if operation == "abort under way":
+                    name = plan.rows[0].request_id
+                    engine.abort(name)
+                    open_.remove(name)
+                if operation == "fail":
+                    events = engine.fail(plan, EngineFailure("planted"))
+                else:
+                    events = engine.commit(plan, runner.execute(plan))
+                for event in events:
+                    if event.finish_reason or event.error:
+                        open_.remove(event.request_id)
+            engine.check()
+        while (plan := engine.plan()) is not None:
+            for event in engine.commit(plan, runner.execute(plan)):
+                if event.finish_reason or event.error:
+                    open_.remove(event.request_id)
+        assert not open_
+        assert engine.stats().kv_blocks_used == 0
