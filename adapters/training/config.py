@@ -21,6 +21,11 @@ SCHEDULES = ("cosine", "linear", "constant")
 # AdamW step sizes that learn without diverging when the option is left out. LoRA-XS: the paper's
 # 1e-3 .. 5e-3. MiSS sums d_in / r inputs without scaling, so it wants the smallest.
 DEFAULT_LR: dict[MethodName, float] = {"lora-xs": 2e-3, "miss": 2e-4, "lora": 5e-4}
+_LR_HELP = (
+    "peak learning rate (default: "
+    + ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_LR.items())
+    + ")"
+)
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
@@ -45,7 +50,7 @@ class TrainConfig:
     steps: int = option(200, "optimiser steps in all")
     rank: int = option(16, "rank r of the adapter on every target")
     alpha: float | None = option(None, "the delta is scaled by alpha / rank (default: rank)")
-    lr: float | None = option(None, f"peak learning rate (default by method: {DEFAULT_LR})")
+    lr: float | None = option(None, _LR_HELP)
     batch_size: int = option(4, "records per forward pass")
     accumulate: int = option(1, "forward passes per optimiser step")
     max_length: int = option(512, "tokens per record; the rest is cut off at the right")

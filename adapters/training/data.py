@@ -220,12 +220,9 @@ def _chat_parts(path: Path, record: Record, tokenizer: Any) -> list[tuple[str, b
 
 def _split_at_end(text: str, tokenizer: Any) -> tuple[str, str]:
     """Cut after the last special token: the turn's end is learnt, the white space behind is not."""
-    ends = [text.rfind(token) + len(token) for token in tokenizer.all_special_tokens]
-    ends = [
-        end
-        for token, end in zip(tokenizer.all_special_tokens, ends, strict=True)
-        if end >= len(token)
-    ]
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special}
+    ends = [text.rfind(token) + len(token) for token in special if token in text]
     cut = max(ends, default=len(text))
     return text[:cut], text[cut:]
 

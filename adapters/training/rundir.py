@@ -50,10 +50,8 @@ class RunDirectory:
         """The adapter's config and tensors."""
         return self.path / "adapter_config.json", self.path / "adapter_model.safetensors"
 
-    def prepare(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the directory ready for a run, or refuse and change nothing.
-
-        With ``overwrite`` only the files named above are removed.
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Say whether a run may use the directory; changes nothing.
 
         Raises:
             RunDirectoryError: it is a file; it is not empty and neither option was given; or
@@ -64,12 +62,14 @@ class RunDirectory:
         if resume:
             if not self.checkpoint.is_file():
                 raise RunDirectoryError(f"{self.path} has no checkpoint to resume")
-            return
-        if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
+        elif not overwrite and self.path.is_dir() and any(self.path.iterdir()):
             raise RunDirectoryError(
                 f"out {self.path} is not empty: must be new or empty; "
                 "give --resume to go on, or --overwrite to replace the run in it"
             )
+
+    def clear(self) -> None:
+        """Make the directory, and remove the files named above from it; others stay."""
         self.path.mkdir(parents=True, exist_ok=True)
         mine = (self.checkpoint, self.options, self.metrics, self.evals, self.plot, *self.adapter)
         for path in mine:

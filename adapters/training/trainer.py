@@ -27,7 +27,14 @@ from shoal.adapters.formats.container import write_atomically
 from shoal.adapters.spec import BaseShape, Target
 from shoal.adapters.training.checkpoint import load_checkpoint, save_checkpoint
 from shoal.adapters.training.config import TrainConfig
-from shoal.adapters.training.data import Batch, Example, collate, load_examples, order_of
+from shoal.adapters.training.data import (
+    Batch,
+    Example,
+    collate,
+    load_examples,
+    order_of,
+    read_records,
+)
 from shoal.adapters.training.errors import Diverged
 from shoal.adapters.training.export import write_adapter
 from shoal.adapters.training.interrupt import StopRequest
@@ -104,6 +111,11 @@ def train(
         TrainingError: an option, the data, the base or the run directory breaks a rule. What is
             refused leaves the run directory as it was.
     """
+    run = RunDirectory(config.out)
+    run.check(resume=config.resume, overwrite=config.overwrite)
+    # Loading the base takes a while: what is wrong with the records is said before it.
+    for path in filter(None, (config.data, config.eval_data)):
+        read_records(path)
     base = load_base(config.base, config.device, config.dtype)
     examples = load_examples(config.data, base.tokenizer, config.max_length)
     evaluation = (
@@ -115,11 +127,11 @@ def train(
     weight_of = weight_reader(base.model)
     basis = _basis(config, weight_of, shape, cache_dir, progress)
     adapted = attach(base.model, config, {} if basis is None else basis.factors)
-    run = RunDirectory(config.out)
-    run.prepare(resume=config.resume, overwrite=config.overwrite)
     trainer = _Trainer(config, base, adapted, examples, evaluation, run)
     if config.resume:
         trainer.restore()
+    else:
+        run.clear()
     trainer.write_options()
     finished = trainer.run_steps(progress, on_step)
     weights = to_weights(adapted, config, None if basis is None else basis.id)
@@ -226,8 +238,7 @@ class _Trainer:
             bar = stack.enter_context(
                 tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress)
             )
-            if evals is not None and self.step == 0:
-                evals.append(EvalMetrics(0, self._evaluate()))
+            self._report_evaluation(evals)
             while self.step < self.config.steps and not stop.requested:
                 done = self._update(next(batches))
                 metrics.append(done)
@@ -237,7 +248,7 @@ class _Trainer:
                     on_step(done)
                 if self.step % self.config.save_every == 0 and self.step < self.config.steps:
                     self._save(metrics, evals)
-            if self.step > started:
+            if self.step > started or not self.run.checkpoint.exists():
                 self._save(metrics, evals)
         return self.step == self.config.steps
 
@@ -278,6 +289,12 @@ class _Trainer:
     def _collate(self, examples: Sequence[Example]) -> Batch:
         return collate(examples, self.pad_id, self.base.device)
 
+    def _report_evaluation(self, evals: JsonLines | None) -> None:
+        """Measure and log the loss on the evaluation data, once for each step."""
+        if evals is not None and self.step not in {old.step for old in read_evals(self.run.evals)}:
+            evals.append(EvalMetrics(self.step, self._evaluate()))
+            evals.sync()
+
     @torch.no_grad()
     def _evaluate(self) -> float:
         size = self.config.batch_size
@@ -290,9 +307,7 @@ class _Trainer:
 
     def _save(self, metrics: JsonLines, evals: JsonLines | None) -> None:
         """Evaluate if asked to, then write a checkpoint; the logs are on disk before it is."""
-        if evals is not None:
-            evals.append(EvalMetrics(self.step, self._evaluate()))
-            evals.sync()
+        self._report_evaluation(evals)
         metrics.sync()
         save_checkpoint(
             self.run.checkpoint,
@@ -307,12 +322,14 @@ class _Trainer:
         options = asdict(self.config)
         for name in _FREE_OPTIONS:
             del options[name]
-        digest = hashlib.sha256(repr(self.examples).encode()).hexdigest()
+        data = hashlib.sha256()
+        for example in self.examples:
+            data.update(repr(example).encode())
         return {
             **{name: _plain(value) for name, value in options.items()},
             "lr": self.config.learning_rate,
             "base_digest": self.base.digest,
-            "data_digest": digest,
+            "data_digest": data.hexdigest(),
         }
 
 

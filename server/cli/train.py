@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"shoal train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("shoal train: interrupted before the first step; nothing saved", file=sys.stderr)
+        print("shoal train: interrupted; what follows the last checkpoint is lost", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -47,7 +47,7 @@ class Entry:
 
 def read_entries(letter: str) -> list[Entry]:
     """Every question of the source with the answer marked ``letter``."""
-    entries = []
+    entries: list[Entry] = []
     for paragraph in SOURCE.read_text(encoding="utf-8").split("\n\n"):
         lines = [line for line in paragraph.splitlines() if not line.startswith("#")]
         marked = dict(line.split(": ", 1) for line in lines)

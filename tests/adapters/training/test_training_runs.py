@@ -18,6 +18,7 @@ from shoal.adapters.base import base_digest
 from shoal.adapters.basis import DEFAULT_RANK, Basis, BasisStore, canonical_basis
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.spec import Target
+from shoal.adapters.training import trainer
 from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
 from shoal.adapters.training.data import Example, collate
 from shoal.adapters.training.errors import (
@@ -335,3 +336,24 @@ def test_refusals_leave_no_directory_behind(lab: Lab) -> None:
     with pytest.raises(TrainingError, match="cannot be loaded"):
         lab.train("run", base=lab.root)
     assert not (lab.root / "run").exists()
+
+
+def test_an_interrupt_before_the_first_step_can_be_resumed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"eval_data": lab.config("run").data, "steps": 3}
+    lab.train("whole", **options)
+    evaluate = trainer._Trainer._evaluate
+
+    def interrupted(self: Any) -> float:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "_evaluate", interrupted)
+        stopped = lab.train("run", **options)
+    assert (stopped.steps, stopped.finished) == (0, False)
+    lab.train("run", resume=True, **options)
+
+    assert adapter_bytes(lab.root / "run") == adapter_bytes(lab.root / "whole")
+    assert [point.step for point in read_evals(lab.root / "run" / "eval.jsonl")] == [0, 3]
