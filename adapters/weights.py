@@ -1,4 +1,4 @@
-"""``AdapterWeights``: a validated adapter in host memory, the meeting point of formats and families.
+"""``AdapterWeights``: a validated adapter in host memory, where formats and families meet.
 
 A format reader makes it, the registry stores its canonical record, a family packs it for the
 device bank. It knows nothing of files, names or devices.

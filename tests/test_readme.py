@@ -1,4 +1,4 @@
-"""What the README tells a reader to type exists: make targets, verbs, flags, files, Python that parses."""
+"""What the README tells a reader to type exists: make targets, verbs, flags, files."""
 
 import argparse
 import ast

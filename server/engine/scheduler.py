@@ -289,13 +289,11 @@ class Scheduler:
             and index < min(len(self._waiting), SCAN_MAX)
         ):
             seq = self._waiting[index]
-            starts = not self._is_denied(seq, denied)
-            if starts:
-                hits = self._can_start(seq)
-                if hits is None:
-                    break
-                starts = self._take_slot(seq, loads)
-            if not starts:
+            denies = self._is_denied(seq, denied)
+            hits = () if denies else self._can_start(seq)
+            if hits is None:
+                break
+            if denies or not self._take_slot(seq, loads):
                 assert seq.request.adapter is not None
                 denied = min(denied, seq.request.adapter.packed_elements)
                 if seq.passes >= PASSES_MAX:

@@ -83,7 +83,7 @@ class GGUFFile:
         self.path = path
         try:
             self._bytes = np.memmap(path, mode="r")
-            header = _Header(memoryview(self._bytes))
+            header = _Header(self._bytes.data)
         except (OSError, ValueError, struct.error) as error:
             raise ModelError(f"{path} cannot be read as GGUF: {error}") from error
         self.metadata = header.metadata

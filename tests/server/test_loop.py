@@ -5,11 +5,12 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from shoal.adapters.slots import SlotTable
+from shoal.adapters.spec import AdapterSpec
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.plan import StepPlan
 from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
@@ -31,6 +32,7 @@ class Bench:
     go_on: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     fault: BaseException | None = None
     deliver_fault: Exception | None = None
+    pins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(
@@ -43,7 +45,7 @@ class Bench:
         )
         scheduler = Scheduler(limits, SlotTable(2, 10), frozenset())
         self.runner = FakeRunner(1000, 4, before_step=self._before_step)
-        self.loop = EngineLoop(scheduler, self.runner, self._deliver)
+        self.loop = EngineLoop(scheduler, self.runner, self._deliver, staged=self)
 
     def _before_step(self, plan: StepPlan) -> None:
         self.entered.release()
@@ -58,6 +60,13 @@ class Bench:
         fault, self.deliver_fault = self.deliver_fault, None
         if fault is not None:
             raise fault
+
+    def pin(self, digest: str) -> bool:
+        self.pins.append(digest)
+        return True
+
+    def unpin(self, digest: str) -> None:
+        self.pins.remove(digest)
 
     def wait_for_step(self) -> None:
         assert self.entered.acquire(timeout=WAIT_S)
@@ -129,6 +138,21 @@ def test_an_abort_takes_effect_before_the_next_step() -> None:
         assert len(tokens(events)) == 1
         assert bench.loop.stats().kv_blocks_used == 0
         assert bench.runner.steps == 1
+
+
+def test_an_adapter_stays_staged_until_the_engine_is_done_with_it() -> None:
+    adapter = AdapterSpec("d", "core", 1, "basis", 10)
+    with running() as bench:
+        bench.held = True
+        bench.loop.submit(replace(request("a", max_tokens=100), adapter=adapter))
+        bench.wait_for_step()
+        bench.loop.abort("a")
+        # The client has left, but the step under way may still ask for the adapter.
+        assert bench.pins == ["d"]
+        bench.go_on.release()
+        bench.until_end("a")
+        assert bench.loop.drain(WAIT_S)
+        assert bench.pins == []
 
 
 def test_aborting_what_was_never_submitted_or_has_ended_does_nothing() -> None:
