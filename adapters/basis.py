@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
 
@@ -99,6 +100,12 @@ def probe(factor: Tensor, target: Target, columns: int = PROBE_COLUMNS) -> Tenso
     seeded = seeded_columns(target, factor.shape[0], columns, "probe")
     product: Tensor = factor.detach().cpu().double().T @ seeded
     return product.float()
+
+
+@lru_cache(maxsize=8)
+def probes(basis: Basis) -> Mapping[Target, Tensor]:
+    """`probe` of each whole factor of a basis; computed once, because every upload is compared."""
+    return {target: probe(factor, target) for target, factor in basis.factors.items()}
 
 
 # -------------------------------------------------------------------------------- computing one

@@ -55,6 +55,8 @@ def printable(name: str) -> str:
     """``name`` fit for an error message: short, and without control or unpaired characters."""
     if len(name) > NAME_CHARS_MAX:
         name = name[:NAME_CHARS_MAX] + "…"
+    if name.isprintable():  # nearly always, and this runs for every tensor of every upload
+        return name
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
