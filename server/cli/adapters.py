@@ -1,4 +1,7 @@
-"""``shoal adapters ...``: manage the adapters of a running server over HTTP."""
+"""``shoal adapters ...``: manage the adapters of a running server over HTTP.
+
+``check`` and ``convert`` work on files and need no server: see their own modules.
+"""
 
 import argparse
 import os
@@ -9,8 +12,11 @@ from typing import Any
 
 import httpx
 
+from shoal.server.cli import adapters_check, adapters_convert
+
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 KEY_VARIABLE = "SHOAL_API_KEY"
+OFFLINE = {"check": adapters_check, "convert": adapters_convert}
 
 
 class CommandError(Exception):
@@ -39,9 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     activate.add_argument("name")
     activate.add_argument("version", type=int)
     verb("rm", "delete an adapter (its name stops resolving)").add_argument("name")
+    for name, module in OFFLINE.items():
+        module.add_arguments(verbs.add_parser(name, help=module.HELP, description=module.HELP))
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.adapters_verb in OFFLINE:
+        return int(OFFLINE[args.adapters_verb].run(args))
     key = args.api_key or os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
@@ -70,7 +80,9 @@ def _list(client: httpx.Client, args: argparse.Namespace) -> None:
 def _push(client: httpx.Client, args: argparse.Namespace) -> None:
     missing = [name for name in FILES if not (args.directory / name).is_file()]
     if missing:
-        raise CommandError(f"{args.directory} has no {' and no '.join(missing)}")
+        pickles = [*args.directory.glob("adapter_model.bin"), *args.directory.glob("*.pt")]
+        hint = "\nhint: make it of the pickle with `shoal adapters convert`" if pickles else ""
+        raise CommandError(f"{args.directory} has no {' and no '.join(missing)}{hint}")
     files = [("file", (name, (args.directory / name).read_bytes())) for name in FILES]
     _print(_answer(client.post("/v1/adapters", data={"name": args.name}, files=files)))
 

@@ -1,0 +1,194 @@
+"""The base that ``shoal adapters check`` and ``convert`` read an adapter against, without a server.
+
+Loads no more than an adapter needs: the config for its shapes; single weights, and the shared
+basis, only for LoRA-XS. Reads the bases that the local registry knows and writes none there.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # torch takes seconds that `--help` should not
+    from shoal.adapters.basis import Basis, BasisStore
+    from shoal.adapters.spec import BaseShape
+    from shoal.adapters.weights import AdapterWeights, WeightOf
+
+XsLayout = Literal["official", "compact"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineBase:
+    """A base on disk, and a folder of known bases that may be written to.
+
+    Attributes:
+        path: Hugging Face directory or ``.gguf`` file.
+        shape, weight_of: weights are read when they are asked for.
+        canonical: the base's own basis; empty when it was not asked for.
+        bases: a throw-away copy of what the registry knows.
+    """
+
+    path: Path
+    shape: "BaseShape"
+    weight_of: "WeightOf"
+    canonical: "Basis"
+    bases: "BasisStore"
+
+    def read(
+        self, files: Mapping[str, Path], *, max_bytes: int, max_bases: int
+    ) -> "AdapterWeights":
+        """Read an adapter as an upload would be; AdapterRejected, AdapterTooLarge."""
+        from shoal.adapters.reading import read_adapter
+
+        return read_adapter(
+            files,
+            shape=self.shape,
+            weight_of=self.weight_of,
+            bases=self.bases,
+            canonical=self.canonical,
+            max_bytes=max_bytes,
+            max_bases=max_bases,
+        )
+
+    def basis_of(self, weights: "AdapterWeights") -> "Basis | None":
+        """The basis that ``core`` weights are in; None for the other families."""
+        if weights.basis_id == self.canonical.id:
+            return self.canonical
+        return self.bases.get(weights.basis_id) if weights.basis_id is not None else None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which base, and which registry's bases."""
+    parser.add_argument(
+        "--base",
+        default="smollm2",
+        metavar="MODEL",
+        help="Hugging Face directory, .gguf file or smollm2 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--basis-rank", type=_positive, default=64, help="as of the server (default: %(default)s)"
+    )
+    parser.add_argument("--registry", metavar="URL", help="whose known bases count; as for serve")
+    parser.add_argument("--store", metavar="URL", help="as for serve")
+
+
+def xs_layout(files: Mapping[str, Path]) -> XsLayout | None:
+    """Which layout of LoRA-XS the files look like, from names alone; None for anything else.
+
+    Raises:
+        AdapterRejected, AdapterTooLarge: a damaged config or header.
+    """
+    from shoal.adapters.formats import lora_xs
+    from shoal.adapters.formats.config_fields import CONFIG_FILE
+    from shoal.adapters.formats.container import parse_header, read_header, read_json
+    from shoal.adapters.formats.keys import split_name
+    from shoal.adapters.reading import WEIGHTS_FILE
+
+    if not files.keys() >= {CONFIG_FILE, WEIGHTS_FILE}:
+        return None
+    path = files[WEIGHTS_FILE]
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header, start = read_header(file, size, WEIGHTS_FILE)
+    entries, _ = parse_header(header, size - start, WEIGHTS_FILE)
+    if not lora_xs.FORMAT.markers & {split_name(name)[1] for name in entries}:
+        return None
+    compact = read_json(files[CONFIG_FILE], CONFIG_FILE).get("peft_type") == "LORA_XS"
+    return "compact" if compact else "official"
+
+
+@contextmanager
+def offline_base(args: argparse.Namespace, *, need_basis: bool) -> Iterator[OfflineBase]:
+    """Open ``args.base``.
+
+    Args:
+        args: of `add_arguments`.
+        need_basis: load the canonical basis (computing it the first time) and the known ones.
+
+    Raises:
+        ModelError: no such base, or not one that can be served.
+        AdapterError, RegistryError, OSError: a basis or the registry's place cannot be read.
+    """
+    from shoal.adapters.base import base_digest
+    from shoal.adapters.basis import Basis, BasisStore
+    from shoal.server.model.pull import resolve_model
+    from shoal.server.model.weights import read_config
+
+    path = resolve_model(args.base)
+    # Hashing reads the whole base: only a basis needs it.
+    digest = base_digest(path) if need_basis else ""
+    shape = read_config(path).base_shape(path.stem, digest)
+    weight_of = _weights_of(path, shape)
+    with tempfile.TemporaryDirectory(prefix="shoal-bases-") as folder:
+        bases = BasisStore(Path(folder))
+        canonical = Basis("", 0, {}, "canonical")
+        if need_basis:
+            canonical = _canonical(weight_of, shape, args.basis_rank)
+            for known in _known_bases(args):
+                bases.add(known)
+        yield OfflineBase(path, shape, weight_of, canonical, bases)
+
+
+def _weights_of(path: Path, shape: "BaseShape") -> "WeightOf":
+    """Weights read at the first use: one by one from a directory, all together from a GGUF."""
+    from functools import cache
+
+    from torch import Tensor
+
+    from shoal.adapters.merging import Checkpoint
+    from shoal.adapters.spec import Target
+
+    @cache
+    def source() -> "WeightOf":
+        if path.is_dir():
+            return Checkpoint(path, shape).weight_of
+        import torch
+
+        from shoal.server.model.weights import load_model
+
+        decoder = load_model(path, device=torch.device("cpu"), dtype=torch.float32)
+        return decoder.weight_of
+
+    def weight_of(target: Target) -> Tensor:
+        return source()(target)
+
+    return weight_of
+
+
+def _canonical(weight_of: "WeightOf", shape: "BaseShape", rank: int) -> "Basis":
+    import platformdirs
+
+    from shoal.adapters.basis import canonical_basis, canonical_path
+
+    cache = platformdirs.user_cache_path("shoal") / "bases"
+    if not canonical_path(cache, shape, rank).exists():
+        print(f"computing the basis of {shape.name} once; it is kept in {cache}", file=sys.stderr)
+    return canonical_basis(weight_of, shape, rank, cache)
+
+
+def _known_bases(args: argparse.Namespace) -> Iterator["Basis"]:
+    from shoal.adapters.basis import load_basis
+    from shoal.adapters.errors import AdapterRejected
+    from shoal.adapters.library import places
+    from shoal.server.config import ServeConfig
+
+    registry_url = ServeConfig(registry=args.registry).registry_url
+    for path in sorted(places(registry_url, args.store).bases.glob("*.safetensors")):
+        try:
+            yield load_basis(path)
+        except AdapterRejected as error:
+            log.warning("known basis left out: %s", error)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

@@ -1,0 +1,167 @@
+"""``shoal adapters convert SRC OUT``: out of a pickle, into plain PEFT LoRA, or into a merged base.
+
+Owns the order of the steps and the messages; ``shoal.adapters.converting`` and ``merging`` do the
+work. ``OUT`` appears when all of it is there, or not at all.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from shoal.server.cli import adapters_base
+
+HELP = "convert an adapter directory: from a pickle, to plain LoRA, or merged into its base"
+
+# A tool for one's own files: this only keeps a few bytes of MiSS `mini` from filling the memory.
+BYTES_MAX = 16 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="an adapter directory, or the pickle in one"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty directory")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--to", choices=("lora",), help="write LoRA-XS or MiSS as plain PEFT LoRA")
+    what.add_argument(
+        "--merge",
+        action="store_true",
+        help="write the base with the adapter merged in (also for MiSS bat); the base must be a "
+        "Hugging Face directory",
+    )
+    adapters_base.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: ``OUT`` is there. 1: nothing was written."""
+    from shoal.adapters.converting import ConversionError, fresh_directory
+    from shoal.adapters.errors import AdapterError
+    from shoal.adapters.registry.errors import RegistryError
+    from shoal.server.model.config import ModelError
+
+    try:
+        with fresh_directory(args.out) as scratch:
+            made = _convert(args, scratch)
+    except ConversionError as problem:
+        return _failed(problem, problem.hint)
+    except AdapterError as problem:
+        return _failed(problem, "`shoal adapters check` says what a server makes of an adapter")
+    except ModelError as problem:
+        return _failed(problem, "--base names what the adapter was made for")
+    except (RegistryError, OSError) as problem:
+        return _failed(problem, "check that the paths are right, and that OUT can be written")
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}  {made}  {size} bytes")
+    return 0
+
+
+def _failed(problem: Exception, hint: str) -> int:
+    print(f"error: {problem}\nhint: {hint}", file=sys.stderr)
+    return 1
+
+
+def _convert(args: argparse.Namespace, out: Path) -> str:
+    """Fill ``out``; returns what it is."""
+    import tempfile
+
+    from shoal.adapters.converting import ConversionError, convert_pickle
+    from shoal.adapters.formats.config_fields import CONFIG_FILE
+    from shoal.adapters.reading import WEIGHTS_FILE
+
+    files = _source_files(args.source)
+    pickles = [path for name, path in files.items() if name not in (CONFIG_FILE, WEIGHTS_FILE)]
+    with tempfile.TemporaryDirectory(prefix="shoal-convert-") as folder:
+        if pickles:
+            plain = out if not args.to and not args.merge else Path(folder)
+            convert_pickle(pickles[0], files[CONFIG_FILE], plain)
+            files = {name: plain / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        if args.merge:
+            return _merge(args, files, out)
+        if args.to:
+            return _to_lora(args, files, out)
+    if not pickles:
+        raise ConversionError(
+            f"{args.source} holds no pickle: there is nothing to convert",
+            "say what it should become: --to lora, or --merge --base MODEL",
+        )
+    return "the same adapter as safetensors"
+
+
+def _source_files(source: Path) -> dict[str, Path]:
+    """The config and the weights of ``source``; the weights under their own file name."""
+    from shoal.adapters.converting import ConversionError
+    from shoal.adapters.formats.config_fields import CONFIG_FILE
+    from shoal.adapters.reading import adapter_files
+
+    if source.is_file():
+        config = source.with_name(CONFIG_FILE)
+        if not config.is_file():
+            raise ConversionError(f"{source} has no {CONFIG_FILE} beside it", "put it there")
+        return {CONFIG_FILE: config, source.name: source}
+    if not source.is_dir():
+        raise ConversionError(f"{source} does not exist", "give an adapter directory")
+    files = adapter_files(source)
+    if len(files) == 1:
+        raise ConversionError(
+            f"{source} has no adapter_model.safetensors, .bin or .pt",
+            "give the pickle itself if it has another name",
+        )
+    return files
+
+
+def _to_lora(args: argparse.Namespace, files: Mapping[str, Path], out: Path) -> str:
+    from shoal.adapters.converting import ConversionError, as_lora, write_plain_lora
+    from shoal.adapters.formats.config_fields import CONFIG_FILE
+    from shoal.adapters.formats.container import read_json
+    from shoal.adapters.reading import WEIGHTS_FILE
+
+    layout = adapters_base.xs_layout(files)
+    with adapters_base.offline_base(args, need_basis=layout == "compact") as base:
+        # Without a known basis and without room for one, official files keep their own factors.
+        weights = base.read(files, max_bytes=BYTES_MAX, max_bases=0)
+        if weights.format == "lora":
+            raise ConversionError(
+                f"{args.source} is LoRA already",
+                "a pickle becomes safetensors without --to"
+                if files[WEIGHTS_FILE].parent != args.source
+                else "use it as it is",
+            )
+        plain = as_lora(weights, base.shape, basis=base.basis_of(weights), weight_of=base.weight_of)
+        told = read_json(files[CONFIG_FILE], CONFIG_FILE).get("base_model_name_or_path")
+        name = told if isinstance(told, str) and told else args.base
+        write_plain_lora(plain, base.shape, out, name)
+    return f"lora r={plain.rank}, {len(plain.tensors)} targets"
+
+
+def _merge(args: argparse.Namespace, files: Mapping[str, Path], out: Path) -> str:
+    from shoal.adapters.converting import ConversionError, as_lora
+    from shoal.adapters.merging import (
+        Checkpoint,
+        bat_changes,
+        low_rank_changes,
+        read_bat,
+        write_merged,
+    )
+    from shoal.server.model.pull import SMOLLM2
+
+    # Before the base is opened: it may have to be fetched.
+    is_gguf = args.base == SMOLLM2 or args.base.endswith(".gguf")
+    if is_gguf and not Path(args.base).is_dir():
+        raise ConversionError(
+            f"--base {args.base} is a GGUF file; merging needs a Hugging Face directory",
+            "give --base the directory of the unquantised model: config.json and safetensors",
+        )
+    layout = adapters_base.xs_layout(files)
+    with adapters_base.offline_base(args, need_basis=layout == "compact") as base:
+        checkpoint = Checkpoint(base.path, base.shape)
+        blocks = read_bat(files, base.shape)
+        if blocks is not None:
+            changes = bat_changes(blocks)
+        else:
+            weights = base.read(files, max_bytes=BYTES_MAX, max_bases=0)
+            changes = low_rank_changes(
+                as_lora(weights, base.shape, basis=base.basis_of(weights), weight_of=base.weight_of)
+            )
+        write_merged(checkpoint, changes, out)
+    return f"base with {len(changes)} merged targets"

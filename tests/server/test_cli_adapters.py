@@ -1,0 +1,372 @@
+"""``shoal adapters check`` and ``convert``: what they print, write, refuse and leave alone."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoal.adapters.basis import Basis, compute_basis, make_basis, save_basis
+from shoal.adapters.formats.keys import module_path
+from shoal.adapters.formats.writing import write_compact_lora_xs, write_lora, write_miss
+from shoal.adapters.library import places
+from shoal.adapters.spec import MODULES, Target
+from shoal.server.cli import adapters
+from shoal.server.cli.adapters_check import compress
+from shoal.server.model.config import ModelConfig
+from shoal.server.model.decoder import Decoder
+from shoal.server.model.weights import load_model
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+class Tiny:
+    """A tiny base on disk, and adapters for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = folder / "base"
+        self.base.mkdir()
+        shapes = Decoder(ModelConfig.from_hf(CONFIG)).weight_shapes()
+        generator = torch.Generator().manual_seed(0)
+        tensors = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+        (self.base / "config.json").write_text(json.dumps(CONFIG))
+        (self.base / "tokenizer.json").write_text("{}")
+        save_file(tensors, self.base / "model.safetensors")
+        self.decoder = load_model(self.base, device="cpu", dtype=torch.float32)
+        self.shape = self.decoder.config.base_shape("base", "0" * 64)
+        self.basis = compute_basis(self.decoder.weight_of, self.shape, 8)
+
+    def noise(self, rows: int, columns: int) -> Tensor:
+        return 0.1 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+
+    def miss(self) -> Path:
+        d = {t: self.noise(4, self.shape.dims[t.module].d_out) for t in self.shape.targets()}
+        write_miss(self.folder / "miss", d, rank=4, shape=self.shape)
+        return self.folder / "miss"
+
+    def lora(self) -> Path:
+        ab = {Target(layer, "q_proj"): (self.noise(2, 16), self.noise(16, 2)) for layer in range(2)}
+        write_lora(self.folder / "lora", ab, alpha=3, rank=2, shape=self.shape)
+        return self.folder / "lora"
+
+    def compact(self, basis: Basis | None = None) -> Path:
+        r = {target: self.noise(4, 4) for target in self.shape.targets()}
+        write_compact_lora_xs(
+            self.folder / "compact", r, alpha=8, rank=4, basis=basis or self.basis, shape=self.shape
+        )
+        return self.folder / "compact"
+
+    def official(self, *, orthonormal: bool = True) -> Path:
+        """On a subspace of its own."""
+        tensors = {}
+        for target in self.shape.targets():
+            weight = self.decoder.weight_of(target)
+            b = torch.linalg.qr(self.noise(weight.shape[0], 3)).Q * (1 if orthonormal else 2)
+            key = f"base_model.model.{module_path(target)}"
+            tensors[f"{key}.lora_A.weight"] = b.T @ weight
+            tensors[f"{key}.lora_B.weight"] = b.contiguous()
+            tensors[f"{key}.default_lora_latent_mapping.weight"] = self.noise(3, 3)
+        config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": list(MODULES)}
+        return self.write("official", config, tensors)
+
+    def bat(self) -> Path:
+        shapes = {m: (self.shape.dims[m].d_out // 4, 4, 4) for m in MODULES}
+        tensors = {
+            f"base_model.model.{module_path(t)}.miss_block": 0.1 * torch.ones(shapes[t.module])
+            for t in self.shape.targets()
+        }
+        return self.write("bat", {"peft_type": "MISS", "r": 4, "init_weights": "bat"}, tensors)
+
+    def write(self, name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+        folder = self.folder / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        return folder
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Tiny(tmp_path)
+
+
+@pytest.fixture
+def run(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run(verb, *arguments) -> (exit code, stdout, stderr)``, with the tiny base."""
+
+    def call(verb: str, *arguments: object, base: object = tiny.base) -> tuple[int, str, str]:
+        parser = argparse.ArgumentParser()
+        adapters.add_arguments(parser)
+        words = [verb, *(str(a) for a in arguments), "--base", str(base), "--basis-rank", "8"]
+        capsys.readouterr()
+        code = adapters.run(parser.parse_args(words))
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def fields(out: str) -> dict[str, str]:
+    return {line[2:11].strip(): line[11:] for line in out.splitlines()[1:]}
+
+
+def pickled(folder: Path, name: str = "adapter_model.bin") -> Path:
+    """``folder`` as PEFT leaves it with ``safe_serialization=False``."""
+    path = folder / "adapter_model.safetensors"
+    torch.save(load_file(path), folder / name)
+    path.unlink()
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---------------------------------------------------------------------------------------- check
+
+
+def test_check_says_what_a_lora_costs(tiny: Tiny, run: Run) -> None:
+    code, out, err = run("check", tiny.lora())
+    assert (code, err) == (0, "")
+    said = fields(out)
+    assert (said["family"], said["format"], said["rank"]) == ("lora", "lora", "2")
+    assert said["targets"] == "2: layers 0-1: q_proj"
+    assert said["scale"] == "1.5"
+    assert "basis" not in said
+    files = snapshot(tiny.folder / "lora").values()
+    assert said["on disk"] == f"{sum(map(len, files)):,} bytes"
+    # A of every module and Bᵀ of every group, rank 2, two layers.
+    elements = 2 * 2 * (16 * 3 + 32 + 16 + 16 + 16 * 2 + 48 + 24 + 16)
+    assert (
+        said["packed"] == f"{2 * elements:,} bytes in bfloat16, {4 * elements:,} bytes in float32"
+    )
+    assert f"{2 * elements:,} bytes in bfloat16" in said["decode"]
+
+
+def test_check_says_what_a_miss_costs(tiny: Tiny, run: Run) -> None:
+    said = fields(run("check", tiny.miss())[1])
+    assert (said["family"], said["format"], said["rank"]) == ("fold", "miss", "4")
+    assert said["targets"] == f"14: layers 0-1: {' '.join(MODULES)}"
+
+
+def test_check_names_the_basis(tiny: Tiny, run: Run) -> None:
+    said = fields(run("check", tiny.compact())[1])
+    assert (said["family"], said["format"]) == ("core", "lora_xs, compact layout")
+    assert said["basis"].startswith("canonical (")
+    assert said["basis"].endswith("rank 8")
+    official = tiny.official()
+    said = fields(run("check", official)[1])
+    assert said["format"] == "lora_xs, official layout"
+    assert said["basis"].startswith("its own, kept as a further one")
+
+
+def test_check_knows_the_bases_of_the_registry(tiny: Tiny, run: Run) -> None:
+    registry = f"sqlite:///{tiny.folder / 'registry.db'}"
+    bases = places(registry).bases
+    official = tiny.official()
+    tensors = load_file(official / "adapter_model.safetensors")
+    factors = {
+        t: tensors[f"base_model.model.{module_path(t)}.lora_B.weight"] for t in tiny.shape.targets()
+    }
+    own = make_basis(factors, kind="uploaded", base_digest="x")
+    bases.mkdir(parents=True)
+    save_basis(own, bases / f"{own.id}.safetensors")
+    said = fields(run("check", official, "--registry", registry)[1])
+    assert said["basis"] == f"known ({own.id[:12]}), rank 3"
+    # Another four leave no room; the file's own basis is then not among the known ones.
+    (bases / f"{own.id}.safetensors").unlink()
+    for i in range(4):
+        turned = {t: torch.linalg.qr(b + torch.rand_like(b)).Q for t, b in factors.items()}
+        other = make_basis(turned, kind="uploaded", base_digest=str(i))
+        save_basis(other, bases / f"{other.id}.safetensors")
+    said = fields(run("check", official, "--registry", registry)[1])
+    assert said["family"] == "lora"
+    assert said["basis"] == ("none, served as lora: 4 uploaded bases are known, which is the limit")
+
+
+def test_check_says_why_lora_xs_is_served_as_lora(tiny: Tiny, run: Run) -> None:
+    said = fields(run("check", tiny.official(orthonormal=False))[1])
+    assert said["family"] == "lora"
+    assert said["basis"].startswith("none, served as lora with its own factors")
+
+
+def test_check_prints_the_refusal(tiny: Tiny, run: Run) -> None:
+    code, out, err = run("check", tiny.bat())
+    assert (code, err) == (1, "")
+    assert out.splitlines()[0].endswith(": refused")
+    assert fields(out)["where"] == "adapter_config.json: init_weights"
+    assert "shoal adapters convert --merge" in fields(out)["rule"]
+    said = fields(run("check", pickled(tiny.lora()))[1])
+    assert said["where"] == "file adapter_model.bin"
+
+
+def test_check_survives_whatever_the_files_hold(tiny: Tiny, run: Run) -> None:
+    source = tiny.official()
+    weights, config = source / "adapter_model.safetensors", source / "adapter_config.json"
+    good = weights.read_bytes(), config.read_bytes()
+    for path, content in zip((weights, config), good, strict=True):
+        for bad in (b"", b"x", b"[]", content[:-9], content[:40], b"\xff" * 64, b"{}" * 9):
+            path.write_bytes(bad)
+            code, out, err = run("check", source)
+            assert (code, err) == (1, "")
+            assert set(fields(out)) == {"where", "rule"}
+        path.write_bytes(content)
+    assert run("check", source)[0] == 0
+    code, out, err = run("check", tiny.folder / "nowhere")
+    assert (code, out) == (1, "")
+    assert "is no directory" in err
+    code, _, err = run("check", source, base=tiny.folder / "nowhere")
+    assert code == 1
+    assert "no model at" in err
+
+
+def test_check_changes_nothing(tiny: Tiny, run: Run) -> None:
+    official = tiny.official()
+    run("check", official)  # fills the cache of the base
+    before = snapshot(tiny.folder)
+    assert run("check", official)[0] == 0
+    assert snapshot(tiny.folder) == before
+    assert not (tiny.folder / "xdg-data").exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "text"),
+    [
+        ([(0, "q_proj"), (1, "q_proj"), (2, "q_proj")], "layers 0-2: q_proj"),
+        ([(0, "q_proj"), (2, "q_proj")], "layer 0: q_proj; layer 2: q_proj"),
+        ([(3, "k_proj"), (3, "v_proj"), (4, "k_proj")], "layer 3: k_proj v_proj; layer 4: k_proj"),
+    ],
+)
+def test_targets_are_compressed(targets: list[tuple[int, str]], text: str) -> None:
+    assert compress(Target(*t) for t in targets) == text
+
+
+# -------------------------------------------------------------------------------------- convert
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_convert_makes_safetensors_of_a_pickle(tiny: Tiny, run: Run, name: str) -> None:
+    source = tiny.lora()
+    before = snapshot(source)
+    out = tiny.folder / "out"
+    code, said, err = run("convert", pickled(source, name), out)
+    assert (code, err) == (0, "")
+    assert "safetensors" in said
+    assert run("check", out)[0] == 0
+    after = snapshot(out)
+    assert after["adapter_config.json"] == before["adapter_config.json"]
+    assert after.keys() == before.keys()
+
+
+def test_convert_takes_a_pickle_of_any_name(tiny: Tiny, run: Run) -> None:
+    source = pickled(tiny.lora(), "checkpoint.pth")
+    assert run("convert", source / "checkpoint.pth", tiny.folder / "out")[0] == 0
+    assert run("check", tiny.folder / "out")[0] == 0
+
+
+@pytest.mark.parametrize("make", ["miss", "compact", "official"])
+def test_convert_to_lora_keeps_what_merging_gives(tiny: Tiny, run: Run, make: str) -> None:
+    source = getattr(tiny, make)()
+    assert run("convert", source, tiny.folder / "merged", "--merge")[0] == 0
+    if make == "official":
+        pickled(source)
+    code, said, err = run("convert", source, tiny.folder / "lora", "--to", "lora")
+    assert (code, err) == (0, "")
+    assert "14 targets" in said
+    assert fields(run("check", tiny.folder / "lora")[1])["family"] == "lora"
+    assert run("convert", tiny.folder / "lora", tiny.folder / "again", "--merge")[0] == 0
+    merged = load_model(tiny.folder / "merged", device="cpu", dtype=torch.float32)
+    again = load_model(tiny.folder / "again", device="cpu", dtype=torch.float32)
+    for target in tiny.shape.targets():
+        weight = merged.weight_of(target)
+        torch.testing.assert_close(again.weight_of(target), weight, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(weight, tiny.decoder.weight_of(target))
+
+
+def test_convert_merges_bat_into_a_base_that_loads(tiny: Tiny, run: Run) -> None:
+    assert run("convert", tiny.bat(), tiny.folder / "out", "--merge")[0] == 0
+    assert (tiny.folder / "out/tokenizer.json").read_text() == "{}"
+    merged = load_model(tiny.folder / "out", device="cpu", dtype=torch.float32)
+    target = Target(1, "down_proj")
+    weight = tiny.decoder.weight_of(target)
+    blocks = weight.view(4, 4, 6, 4)
+    d = 0.1 * torch.ones(4, 4)
+    want = torch.stack(
+        [torch.cat([blocks[a, :, c] @ d + d for c in range(6)], dim=1) for a in range(4)]
+    )
+    torch.testing.assert_close(merged.weight_of(target), weight + want.flatten(0, 1))
+
+
+@pytest.mark.parametrize("base", ["smollm2", "some/model.gguf"])
+def test_convert_says_that_a_gguf_cannot_be_merged_into(tiny: Tiny, run: Run, base: str) -> None:
+    code, _, err = run("convert", tiny.bat(), tiny.folder / "out", "--merge", base=base)
+    assert code == 1
+    assert f"--base {base} is a GGUF file; merging needs a Hugging Face directory" in err
+    assert not (tiny.folder / "out").exists()
+
+
+def test_convert_refuses_and_leaves_nothing(tiny: Tiny, run: Run) -> None:
+    lora, bat = tiny.lora(), tiny.bat()
+    full = tiny.folder / "full"
+    shutil.copytree(lora, full)
+    out = tiny.folder / "out"
+    bad = tiny.folder / "bad"
+    bad.mkdir()
+    (bad / "adapter_config.json").write_text("{")
+    (bad / "adapter_model.bin").write_bytes(b"\x80\x02nonsense")
+    empty = tiny.folder / "empty"
+    empty.mkdir()
+    before = snapshot(tiny.folder)
+    cases: list[tuple[tuple[object, ...], str]] = [
+        ((lora, out), "holds no pickle"),
+        ((lora, out, "--to", "lora"), "is LoRA already"),
+        ((bat, out, "--to", "lora"), "--merge"),
+        ((lora, full), "not an empty directory"),
+        ((tiny.folder / "nowhere", out), "does not exist"),
+        ((empty, out), "adapter_config.json: is missing"),
+        ((bad, out), "must be a JSON object"),
+        ((bad / "adapter_model.bin", out, "--merge"), "must be a JSON object"),
+    ]
+    for arguments, message in cases:
+        code, said, err = run("convert", *arguments)
+        assert (code, said) == (1, ""), arguments
+        error, hint = err.splitlines()
+        assert error.startswith("error: ")
+        assert message in error
+        assert hint.startswith("hint: ")
+    (bad / "adapter_config.json").write_text("{}")
+    assert "cannot be unpickled safely" in run("convert", bad, out)[2]
+    for base, message in ((tiny.folder / "nowhere", "no model at"), (empty, "config.json")):
+        code, _, err = run("convert", lora, out, "--merge", base=base)
+        assert code == 1
+        assert message in err
+    (bad / "adapter_config.json").write_text("{")
+    after = snapshot(tiny.folder)
+    assert {n: b for n, b in after.items() if not n.startswith("cache")} == before
+    assert not out.exists()
+
+
+def test_push_points_to_convert(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    adapters.add_arguments(parser)
+    words = ["push", "name", str(pickled(tiny.lora())), "--url", "http://127.0.0.1:1"]
+    assert adapters.run(parser.parse_args(words)) == 1
+    assert "shoal adapters convert" in capsys.readouterr().err
