@@ -14,6 +14,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
+import anyio.lowlevel
 
 from shoal.adapters.errors import AdapterTooLarge
 from shoal.adapters.spec import AdapterSpec
@@ -243,6 +244,8 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
         except AdapterTooLarge as error:
             raise Overloaded(f"no room for adapter {info.name!r} just now: {error}") from error
         services.metrics.stage_latency.observe(time.monotonic() - began)
+        # A client that left while the thread worked is not worth a step.
+        await anyio.lowlevel.checkpoint_if_cancelled()
         yield pins[0]
     finally:
         with guard:
