@@ -16,7 +16,7 @@ import shoal
 VERBS = {
     "serve": "serve a base model and its adapters over an OpenAI-style endpoint",
     "train": "train a LoRA-XS, MiSS or LoRA adapter from a JSONL file",
-    "adapters": "list, push, show, activate, rm or check adapters",
+    "adapters": "list, push, show, activate, rm, check or convert adapters",
     "basis": "export or import the shared basis that LoRA-XS adapters live in",
     "bench": "measure a running server",
     "pull": "fetch a base model known by name",
