@@ -4,6 +4,7 @@ Model -> basis -> device bank and adapter library -> scheduler, runner and loop 
 It owns the order of start-up and of shutdown; each part's behaviour is in its own module.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterLibrary, places
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import BaseShape
+from shoal.adapters.weights import WeightOf
 from shoal.server.config import (
     EnginePlan,
     MemoryFacts,
@@ -41,7 +43,7 @@ from shoal.server.model.pull import resolve_model
 from shoal.server.model.runner import ModelRunner
 from shoal.server.model.sampler import Sampler
 from shoal.server.model.tokenizer import Tokenizer
-from shoal.server.model.weights import load_model, read_config
+from shoal.server.model.weights import exact_weight_of, load_model, read_config
 
 SHIPPED = Path(__file__).resolve().parent.parent / "adapters" / "shipped"
 
@@ -73,8 +75,14 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
         load_format="dummy" if config.load_format == "dummy" else "auto",
     )
     tokenizer = Tokenizer.load(path)
-    shape = decoder.config.base_shape(config.base_name, base_digest(path))
-    basis = load_canonical_basis(decoder, shape, config.basis_rank)
+    weight_of: WeightOf = decoder.weight_of
+    if config.load_format == "dummy":
+        digest = _dummy_digest(facts, device, dtype)
+    else:
+        digest = base_digest(path)
+        weight_of = exact_weight_of(decoder, path)
+    shape = decoder.config.base_shape(config.base_name, digest)
+    basis = load_canonical_basis(weight_of, shape, config.basis_rank)
     plan = plan_engine(
         config, device=device.type, model=_model_facts(decoder.config), memory=_memory(device)
     )
@@ -116,8 +124,13 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
-def load_canonical_basis(decoder: Decoder, shape: BaseShape, rank: int) -> Basis:
-    """The base's canonical basis, from the user's cache or computed once, with progress."""
+def load_canonical_basis(weight_of: WeightOf, shape: BaseShape, rank: int) -> Basis:
+    """The base's canonical basis, from the user's cache or computed once, with progress.
+
+    Args:
+        weight_of: the checkpoint's weights, not rounded to what the server runs in: the basis is
+            shared with everyone who has the same base.
+    """
     cache = platformdirs.user_cache_path("shoal") / "bases"
     cache.mkdir(parents=True, exist_ok=True)
     with ExitStack() as bars:
@@ -129,7 +142,12 @@ def load_canonical_basis(decoder: Decoder, shape: BaseShape, rank: int) -> Basis
                 shown.append(bars.enter_context(bar))
             shown[0].update(done - shown[0].n)
 
-        return canonical_basis(decoder.weight_of, shape, rank, cache, progress)
+        return canonical_basis(weight_of, shape, rank, cache, progress)
+
+
+def _dummy_digest(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Identity of random weights: neither their basis nor their adapters are the real base's."""
+    return hashlib.sha256(f"dummy {device.type} {dtype} {config}".encode()).hexdigest()
 
 
 def _open_library(

@@ -5,6 +5,7 @@ of the data is a function of the seed and the number of examples, and the forwar
 nothing, so a resumed run continues bit for bit (on the same device and thread count).
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -125,7 +126,7 @@ def train(
     )
     shape = shape_of(base.model, config.base.stem, base.digest)
     weight_of = weight_reader(base.model)
-    basis = _basis(config, weight_of, shape, cache_dir, progress)
+    basis = _basis(config, _exact_weights(base), shape, cache_dir, progress)
     adapted = attach(base.model, config, {} if basis is None else basis.factors)
     trainer = _Trainer(config, base, adapted, examples, evaluation, run)
     if config.resume:
@@ -331,6 +332,21 @@ class _Trainer:
             "base_digest": self.base.digest,
             "data_digest": data.hexdigest(),
         }
+
+
+def _exact_weights(base: Base) -> WeightOf:
+    """The base's weights before they were rounded to what it trains in, read when asked for.
+
+    A basis is shared by everyone with this base, so it must not depend on one run's dtype.
+    """
+    if next(base.model.parameters()).dtype == torch.float32:
+        return weight_reader(base.model)
+
+    @functools.cache
+    def exact() -> WeightOf:
+        return weight_reader(load_base(base.path, "cpu", "float32").model)
+
+    return lambda target: exact()(target).to(base.device)
 
 
 def _basis(

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         if not cached.exists():
             device, dtype = torch.device("cpu"), torch.float32
             decoder = load_model(path, device=device, dtype=dtype, load_format="auto")
-            load_canonical_basis(decoder, shape, args.basis_rank)
+            load_canonical_basis(decoder.weight_of, shape, args.basis_rank)
         shutil.copyfile(cached, args.file)
         print(f"{args.file}  {load_basis(args.file, shape).id}")
     except (AdapterError, ModelError, OSError, ValueError) as problem:

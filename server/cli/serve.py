@@ -35,6 +35,6 @@ def _serve(asked: ServeConfig) -> int:
     try:
         with assemble(asked) as services:
             return serve(create_app(services), services, asked)
-    except (ModelError, RegistryError, ValueError) as problem:
+    except (ModelError, RegistryError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1

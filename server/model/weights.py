@@ -3,6 +3,7 @@
 Every tensor the config asks for is found exactly once, or the load fails and says which is not.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from shoal.adapters.weights import WeightOf
 from shoal.server.model.config import ModelConfig, ModelError
 from shoal.server.model.decoder import Decoder
 from shoal.server.model.gguf import GGUFFile
@@ -81,6 +83,42 @@ def load_model(
     _fill(decoder, tensors, path)
     logger.info("loaded %s from %s on %s in %s", config.architecture, path, device, dtype)
     return decoder
+
+
+def exact_weight_of(decoder: Decoder, path: Path) -> WeightOf:
+    """``decoder.weight_of`` as the checkpoint has the weights, before ``decoder`` rounded them.
+
+    For what is derived from the weights and outlives the process, above all the canonical basis:
+    it must not depend on the dtype that one server happens to run in. Where loading rounded, the
+    first call reads the checkpoint again, in float32 to host memory.
+
+    Args:
+        decoder: made of ``path`` by ``load_model``.
+
+    Returns:
+        Weights on the decoder's device.
+    """
+    if decoder.dtype == torch.float32 or _is_stored_in(path, decoder.dtype):
+        return decoder.weight_of
+
+    @functools.cache
+    def exact() -> Decoder:
+        return load_model(path, device="cpu", dtype=torch.float32)
+
+    return lambda target: exact().weight_of(target).to(decoder.device)
+
+
+def _is_stored_in(path: Path, dtype: torch.dtype) -> bool:
+    """Whether every adaptable linear of a checkpoint has this dtype; GGUF is dequantised."""
+    if path.suffix == ".gguf":
+        return False
+    wanted = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
+    for file in _safetensors_files(path):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                if name.endswith("_proj.weight") and opened.get_slice(name).get_dtype() != wanted:
+                    return False
+    return True
 
 
 def _fill(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], path: Path) -> None:

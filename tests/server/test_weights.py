@@ -12,7 +12,12 @@ from torch import Tensor
 from shoal.adapters.spec import Target
 from shoal.server.model.config import ModelConfig, ModelError
 from shoal.server.model.decoder import Decoder
-from shoal.server.model.weights import default_dtype, load_model, read_config
+from shoal.server.model.weights import (
+    default_dtype,
+    exact_weight_of,
+    load_model,
+    read_config,
+)
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -144,6 +149,21 @@ def test_dummy_weights_have_the_real_shapes_and_stay_finite(tmp_path: Path) -> N
     assert 0.01 < float(weight.std()) < 0.03
     assert torch.equal(weight, two.weight_of(Target(1, "gate_proj")))
     assert torch.equal(one.norm.weight, torch.ones(16))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("served", [torch.float32, torch.float16, torch.bfloat16])
+def test_exact_weights_are_the_checkpoints_whatever_dtype_is_served(
+    tmp_path: Path, stored: torch.dtype, served: torch.dtype
+) -> None:
+    tensors = {name: tensor.to(stored) for name, tensor in tensors_of(CONFIG).items()}
+    # What the config claims is not what decides.
+    write(tmp_path, CONFIG | {"torch_dtype": "bfloat16"}, tensors)
+    decoder = load(tmp_path, dtype=served)
+    weight = exact_weight_of(decoder, tmp_path)(Target(1, "k_proj"))
+    assert torch.equal(weight.float(), tensors["model.layers.1.self_attn.k_proj.weight"].float())
+    if stored == served:  # and then the checkpoint is not read twice
+        assert weight.data_ptr() == decoder.weight_of(Target(1, "k_proj")).data_ptr()
 
 
 def test_end_of_sequence_ids_come_from_both_files(tmp_path: Path) -> None:

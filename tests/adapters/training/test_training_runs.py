@@ -357,3 +357,13 @@ def test_an_interrupt_before_the_first_step_can_be_resumed(
 
     assert adapter_bytes(lab.root / "run") == adapter_bytes(lab.root / "whole")
     assert [point.step for point in read_evals(lab.root / "run" / "eval.jsonl")] == [0, 3]
+
+
+def test_a_run_in_16_bits_uses_the_basis_that_everyone_has(lab: Lab) -> None:
+    # Computed of rounded weights, it would be a basis that a float32 server does not know.
+    lab.train("run", dtype="bfloat16", steps=1)
+    (cached,) = (lab.root / "bases").glob("basis-*.safetensors")
+    computed = cached.read_bytes()
+    cached.unlink()
+    read_back(lab, "run")
+    assert cached.read_bytes() == computed
