@@ -1,7 +1,8 @@
 """How kernels are timed and reported: clock, memory-traffic bound, table, last line JSON.
 
 Owns no op: each ``bench.py`` says what to run. On a GPU a call is captured in a CUDA graph and
-replayed behind a write that empties the L2 cache; on a CPU it is wall clock over small shapes.
+replayed behind a write that empties the L2 cache, and once more as a chain of calls in one graph;
+on a CPU it is wall clock over small shapes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from shoal.kernels.launching import kernel_runs_on
 from shoal.kernels.testing import TOLERANCE
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of any current GPU, and long enough to queue behind
+CHAIN = 20  # calls of a chain: enough that the graph's own start no longer counts
 GPU_ARENA_BYTES = 12 << 30  # 100,000 LoRA-XS adapters of rank 16 on Llama-3.1-8B are 11.5 GB
 CPU_ARENA_BYTES = 64 << 20
 
@@ -60,6 +62,8 @@ class Record:
         bytes: device memory traffic if every operand moved once.
         bound_us: ``bytes`` at the measured copy rate.
         of_bound: ``bound_us / us`` in percent; 100 would be as fast as a copy.
+        chained_us: per call, in a graph of ``CHAIN`` calls that find their operands in the L2
+            cache: what the op adds to a captured step. 0 on a CPU.
         baseline: which plain torch the speed-up is over.
     """
 
@@ -75,8 +79,10 @@ class Record:
     gb_s: float
     bound_us: float
     of_bound: float
+    chained_us: float
     baseline: str
     baseline_us: float
+    baseline_chained_us: float
     speedup: float
 
 
@@ -108,21 +114,30 @@ class Bench:
         fifths = statistics.quantiles(samples, n=5, method="inclusive")
         return Timing(statistics.median(samples), fifths[0], fifths[3])
 
-    def _time_graph(self, call: Callable[[], object], repeats: int) -> list[float]:
+    def time_chained(self, call: Callable[[], object], repeats: int = 7) -> float:
+        """Median microseconds of ``call`` within a chain of calls in one graph; 0 on a CPU."""
+        if not self.on_gpu:
+            return 0.0
+        samples = self._time_graph(call, repeats, CHAIN)
+        return statistics.median(samples) / CHAIN
+
+    def _time_graph(self, call: Callable[[], object], repeats: int, calls: int = 1) -> list[float]:
         assert self._flush is not None
         for _ in range(2):  # the first call compiles
             call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            call()
+            for _ in range(calls):
+                call()
         _GRAPHS.append(graph)
         graph.replay()
         events = []
         for _ in range(repeats):
             begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._flush.zero_()
+            if calls == 1:
+                self._flush.zero_()
             begin.record()
             graph.replay()
             end.record()
@@ -191,7 +206,9 @@ class Bench:
     ) -> Record:
         """Time ``call``, and ``baseline`` (its name and call) when given."""
         timing = self.time(call)
+        chained = self.time_chained(call)
         base = self.time(baseline[1]).median if baseline else 0.0
+        base_chained = self.time_chained(baseline[1]) if baseline else 0.0
         bound = bytes_moved / self.machine.copy_gb_s / 1e3
         return Record(
             op=op,
@@ -206,8 +223,10 @@ class Bench:
             gb_s=round(bytes_moved / timing.median / 1e3, 1),
             bound_us=round(bound, 2),
             of_bound=round(100 * bound / timing.median, 1),
+            chained_us=round(chained, 2),
             baseline=baseline[0] if baseline else "",
             baseline_us=round(base, 2),
+            baseline_chained_us=round(base_chained, 2),
             speedup=round(base / timing.median, 2),
         )
 
@@ -233,7 +252,7 @@ def format_table(records: Iterable[Record]) -> str:
     """The records as text; a row slower than its baseline is marked."""
     lines = [
         f"{'op':15} {'case':24} {'shapes':38} {'µs':>8} {'p20':>8} {'p80':>8} {'GB/s':>7} "
-        f"{'bound µs':>8} {'%bound':>6}  speed-up"
+        f"{'bound µs':>8} {'%bound':>6} {'chained':>8}  speed-up"
     ]
     for row in records:
         shapes = " ".join(f"{name}={size}" for name, size in row.shapes.items())
@@ -241,7 +260,8 @@ def format_table(records: Iterable[Record]) -> str:
         lost = "  (slower)" if row.baseline and row.speedup < 1 else ""
         lines.append(
             f"{row.op:15} {row.case:24} {shapes:38} {row.us:8.1f} {row.p20_us:8.1f} "
-            f"{row.p80_us:8.1f} {row.gb_s:7.0f} {row.bound_us:8.2f} {row.of_bound:6.1f}  "
+            f"{row.p80_us:8.1f} {row.gb_s:7.0f} {row.bound_us:8.2f} {row.of_bound:6.1f} "
+            f"{row.chained_us:8.2f}  "
             f"{gain}{lost}"
         )
     return "\n".join(lines)
@@ -257,7 +277,8 @@ def format_winners(records: Sequence[Record]) -> str:
         ranked = sorted(rows, key=lambda row: row.us)
         lines.append(f"{op} {case} {shapes}")
         lines.extend(
-            f"    {row.us:8.2f} µs  {100 * (row.us / ranked[0].us - 1):+6.1f} %  {row.config}"
+            f"    {row.us:8.2f} µs  {100 * (row.us / ranked[0].us - 1):+6.1f} %  "
+            f"chained {row.chained_us:7.2f} µs  {row.config}"
             for row in ranked
         )
     return "\n".join(lines)

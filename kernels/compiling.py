@@ -24,13 +24,14 @@ INDEX_TYPES = {
 }
 
 CORE = {"TILE": 16, "BLOCK_N": 128, "CHUNK": 16}
-GROUPED = {"TILE": 16, "TILE_K": 64, "BLOCK_N": 16, "ALIGN": 16, "FLOAT32_DOT": False}
+GROUPED = {"TILE": 16, "TILE_K": 64, "BLOCK_N": 16, "ALIGN": 16, "STAGES": 3, "FLOAT32_DOT": False}
 # Kernel, element type of its arrays, compile-time constants: every branch at least once.
 VARIANTS = (
     (core_apply_kernel, "*bf16", {**CORE, "RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False}),
     (core_apply_kernel, "*fp32", {**CORE, "RANK": 16, "ALIGN": 1, "FLOAT32_DOT": True}),
     (core_mix_kernel, "*bf16", {"RANK": 64, "TILE": 4, "CHUNK": 16, "ALIGN": 8}),
-    (fold_sum_kernel, "*bf16", {"RANK": 16, "FOLDS": 128}),
+    (fold_sum_kernel, "*bf16", {"RANK": 16, "FOLDS": 128, "EXACT": True}),
+    (fold_sum_kernel, "*bf16", {"RANK": 64, "FOLDS": 32, "EXACT": False}),
     *(
         (
             grouped_matmul_kernel,

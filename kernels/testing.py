@@ -62,8 +62,12 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
     return float(torch.nan_to_num(error, nan=float("inf")).max())
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Require ``max_error`` within the tolerance of ``dtype``, the coarsest dtype involved."""
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:
+    """Require ``max_error`` within the tolerance of ``dtype``, the coarsest dtype involved.
+
+    ``slack`` multiplies the tolerance, for cases whose extremes are more extreme.
+    """
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
     error = max_error(actual, expected)
-    assert error <= TOLERANCE[dtype], f"error {error:.3g} exceeds {TOLERANCE[dtype]:.3g} ({dtype})"
+    limit = TOLERANCE[dtype] * slack
+    assert error <= limit, f"error {error:.3g} exceeds {limit:.3g} ({dtype})"

@@ -28,27 +28,30 @@ def core_apply_kernel(
 ):
     """One program adds a ``(TILE tokens, BLOCK_N outputs)`` tile of ``(h Rᵀ) Bᵀ`` to y.
 
-    R is loaded ``CHUNK`` of its rows at a time for all tokens at once. The loads depend on
-    nothing but the addresses, so all of them are in flight together; a loop of dependent loads
-    costs its latency many times over, whatever the bandwidth.
+    At few tokens the time is that of the longest chain of dependent loads. So everything that
+    needs no address (y, h, ranks) is requested first, together with the addresses; then R,
+    ``CHUNK`` of its rows at a time for all tokens at once.
     """
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    address = tl.load(addresses_ptr + token, mask=token < tokens, other=-1)
+    live = token < tokens
+    address = tl.load(addresses_ptr + token, mask=live, other=-1)
+    rank = tl.load(ranks_ptr + token, mask=live, other=0)
+    j = tl.arange(0, RANK)
+    h = tl.load(
+        h_ptr + token[:, None] * h_stride + j[None, :],
+        mask=live[:, None] & (j < columns)[None, :],
+        other=0.0,
+    )
+    out = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y_ptrs = y_ptr + token[:, None] * y_stride + out[None, :]
+    y = tl.load(y_ptrs, mask=live[:, None] & (out < n)[None, :], other=0.0)
     if tl.max(address, 0) >= 0:
         used = address >= 0
-        rank = tl.load(ranks_ptr + token, mask=used, other=0)
         address = tl.multiple_of(address, ALIGN)
-        rank = tl.multiple_of(rank, ALIGN)
-        j = tl.arange(0, RANK)
-        h = tl.load(
-            h_ptr + token[:, None] * h_stride + j[None, :],
-            mask=j[None, :] < rank[:, None],
-            other=0.0,
-        ).to(tl.float32)
-        out = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        y_ptrs = y_ptr + token[:, None] * y_stride + out[None, :]
+        rank = tl.multiple_of(tl.where(used, rank, 0), ALIGN)
+        used_h = tl.where(j[None, :] < rank[:, None], h.to(tl.float32), 0.0)
         y_mask = used[:, None] & (out < n)[None, :]
-        acc = tl.load(y_ptrs, mask=y_mask, other=0.0).to(tl.float32)
+        acc = y.to(tl.float32)
         for first in tl.static_range(0, RANK, CHUNK):
             i = first + tl.arange(0, CHUNK)
             r = tl.load(
@@ -59,7 +62,7 @@ def core_apply_kernel(
                 & (j[None, None, :] < rank[:, None, None]),
                 other=0.0,
             ).to(tl.float32)
-            mixed = tl.sum(r * h[:, None, :], axis=2)
+            mixed = tl.sum(r * used_h[:, None, :], axis=2)
             basis = tl.load(
                 basis_ptr + out[None, :] * basis_stride + i[:, None],
                 mask=(out < n)[None, :] & (i < columns)[:, None],

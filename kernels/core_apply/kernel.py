@@ -103,9 +103,20 @@ def launch_core_apply(
 
 def default_config(tokens: int, max_rank: int) -> CoreConfig:
     """The launch parameters for a batch of ``tokens`` and ranks up to ``max_rank``."""
-    if tokens > 512:
-        return CoreConfig(method="two_step", tile=4)
-    return CoreConfig(num_warps=4 if max_rank <= 16 else 8)
+    # Sweep on an H100, 2026-11 (results/h100-kernels.jsonl). Rank 16: fused with 256 outputs per
+    # program is the fastest or within 5 % of it at 1 to 2048 tokens (256 tokens of 4096: 8.4 µs,
+    # two_step 10.6; 2048 tokens: 19.8, two_step 24.9). Rank 64: fused reads R again for every
+    # block and its R does not fit the registers (256 tokens: 13.4 µs at best, two_step 11.9;
+    # 2048 tokens of 14336: 152 and 72); two_step wins from one token on (12.6 and 10.4), with one
+    # token per program up to 512 tokens and 4 beyond (2048 of 4096: 26.6, with one 29.0).
+    # Rank 32: fused; 256 outputs for a few tokens (1 token: 6.8 µs, with 512 7.7), then 512
+    # (256 tokens: 9.0, with 256 10.0; 2048 tokens of 14336: 72.6, two_step 70.5).
+    if max_rank > 32:
+        few = tokens <= 512
+        return CoreConfig("two_step", tile=1 if few else 4, num_warps=1 if few else 4)
+    if max_rank > 16:
+        return CoreConfig(block_n=256 if tokens <= 16 else 512, num_warps=8)
+    return CoreConfig()
 
 
 def _check(

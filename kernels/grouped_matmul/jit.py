@@ -17,12 +17,14 @@ def _one_token(
     TRANSPOSED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Matrix-vector product on the plain arithmetic units; products are summed once, at the end."""
     inside = column < n
+    base = tl.load(out_row + column, mask=inside, other=0.0).to(tl.float32)
     if TRANSPOSED:
         acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        for first in range(0, k, BLOCK_K):
+        for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
             i = first + tl.arange(0, BLOCK_K)
             x = tl.load(x_row + i, mask=i < k, other=0.0).to(tl.float32)
             m = tl.load(
@@ -34,7 +36,7 @@ def _one_token(
         product = tl.sum(acc, axis=1)
     else:
         acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-        for first in range(0, k, BLOCK_K):
+        for first in tl.range(0, k, BLOCK_K, num_stages=STAGES):
             i = first + tl.arange(0, BLOCK_K)
             x = tl.load(x_row + i, mask=i < k, other=0.0).to(tl.float32)
             m = tl.load(
@@ -44,7 +46,6 @@ def _one_token(
             )
             acc += m.to(tl.float32) * x[:, None]
         product = tl.sum(acc, axis=0)
-    base = tl.load(out_row + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_row + column, (base + product).to(out_row.dtype.element_ty), mask=inside)
 
 
@@ -72,7 +73,7 @@ def _many_tokens(
     inside = column < n
     out_ptrs = out_row + offset[:, None] * out_stride + column[None, :]
     out_mask = live[:, None] & inside[None, :]
-    acc = tl.zeros((TILE, BLOCK_N), dtype=tl.float32)
+    acc = tl.load(out_ptrs, mask=out_mask, other=0.0).to(tl.float32)
     for first in range(0, k, BLOCK_K):
         i = first + tl.arange(0, BLOCK_K)
         x = tl.load(
@@ -88,8 +89,7 @@ def _many_tokens(
         if FLOAT32_DOT:
             m = m.to(tl.float32)
         acc = tl.dot(x.to(m.dtype), m, acc, input_precision="ieee")
-    base = tl.load(out_ptrs, mask=out_mask, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, (base + acc).to(out_row.dtype.element_ty), mask=out_mask)
+    tl.store(out_ptrs, acc.to(out_row.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit
@@ -114,6 +114,7 @@ def grouped_matmul_kernel(
     SINGLE_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
 ):
     """Program ``(tile, c)`` computes outputs ``c·BLOCK_N …`` of one tile.
@@ -159,6 +160,7 @@ def grouped_matmul_kernel(
                         TRANSPOSED,
                         SINGLE_K,
                         BLOCK_N,
+                        STAGES,
                     )
             if together:
                 _many_tokens(

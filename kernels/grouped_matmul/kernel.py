@@ -21,7 +21,6 @@ from shoal.kernels.launching import (
     ALIGNMENTS,
     FLOATS,
     dot_in_float32,
-    power_of_two,
     require_triton,
 )
 
@@ -49,6 +48,7 @@ class MatmulConfig:
         tile_k: inner elements per step where tokens share a tile (matrix units).
         single_k: inner elements per step for a tile of one token, which takes the plain
             arithmetic units. None: such tiles use the matrix units too, mostly empty.
+        num_stages: inner steps in flight; 1 where a single step takes everything.
     """
 
     block_n: int
@@ -134,12 +134,35 @@ def launch_grouped_matmul(
     _launch(x, arena, addresses, out, row_stride, transposed, ranks, tiles, alignment, config)
 
 
-def default_config(k: int, n: int, *, transposed: bool) -> MatmulConfig:
-    """The launch parameters for a shape."""
-    if transposed:
-        return MatmulConfig(block_n=16, tile_k=128, single_k=512)
-    step = power_of_two(min(k, 64), least=16)
-    return MatmulConfig(block_n=128, tile_k=step, single_k=step)
+def default_config(
+    tokens: int, tiles: int, n: int, *, transposed: bool, float32: bool = False
+) -> MatmulConfig:
+    """The launch parameters for ``tokens`` tokens in ``tiles`` tiles and ``n`` outputs.
+
+    ``float32``: the arena is float32.
+    """
+    # Sweep on an H100, 2026-11 (results/h100-kernels.jsonl).
+    # Expand: a pipeline (num_stages) of a single step costs twice the time (256 adapters, k = 16,
+    # n = 4096: 53.8 µs with 3 stages, 24.4 without); few warps with much work each win, and 512
+    # outputs by 2 warps are the fastest or within 10 % of it at every point.
+    # A float32 arena takes less: the product runs on the plain units, and at 512 outputs the
+    # compiler unrolls it into 0.5 MB of code, 5 s for each variant.
+    if not transposed and float32:
+        return MatmulConfig(block_n=128, tile_k=16, single_k=16, num_stages=1)
+    if not transposed:
+        return MatmulConfig(block_n=512, tile_k=16, single_k=16, num_warps=2, num_stages=1)
+    if tokens >= 2 * tiles:
+        # Most tiles hold several tokens. 16 tiles, n = 64: 16.2 µs, with the matrix-vector path
+        # for single tokens compiled in 20.5. Many tiles and columns: 63.6 µs, with 16 columns 70.6.
+        if tiles >= 128 and n >= 32:
+            return MatmulConfig(block_n=32, tile_k=128, single_k=256)
+        return MatmulConfig(block_n=16, tile_k=256, single_k=None)
+    # Each token on its own: few tokens fill the GPU only with a program per output (1 token,
+    # k = 4096: 6.2 µs, with 16 outputs per program 9.3; 16 tokens, k = 14336: 11.1 and 18.7).
+    # From some hundred programs on, x read once for 4 outputs wins (256 tokens: 23.3, 25.0).
+    if tiles * n <= 512:
+        return MatmulConfig(block_n=1, tile_k=256, single_k=1024, num_stages=4)
+    return MatmulConfig(block_n=4, tile_k=128, single_k=512)
 
 
 def _check(
@@ -206,7 +229,9 @@ def _launch(
     num_tiles = tokens if tiles is None else tiles.starts.shape[0]
     if tokens == 0 or num_tiles == 0:
         return
-    chosen = config or default_config(k, n, transposed=transposed)
+    chosen = config or default_config(
+        tokens, num_tiles, n, transposed=transposed, float32=arena.dtype == torch.float32
+    )
     grouped_matmul_kernel[(num_tiles, -(-n // chosen.block_n))](
         x,
         arena,
@@ -228,6 +253,7 @@ def _launch(
         SINGLE_K=chosen.single_k or 0,
         BLOCK_N=chosen.block_n,
         ALIGN=alignment,
+        STAGES=chosen.num_stages,
         FLOAT32_DOT=dot_in_float32(arena.dtype),
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,

@@ -59,12 +59,12 @@ def test_kernel_equals_reference(case: Case, dtype: torch.dtype, method: str) ->
     if method == "two_step":
         config = CoreConfig(method="two_step", tile=4)
     else:
-        config = CoreConfig(block_n=64)
+        config = CoreConfig(block_n=128)
     inputs = make_inputs(case, dtype, DEVICE, seed=2)
     expected = inputs._replace(y=inputs.y.clone())
     core_apply_reference(*expected)
     launch_core_apply(*inputs, alignment=case.alignment, config=config)
-    assert_close(inputs.y, expected.y, dtype)
+    assert_close(inputs.y, expected.y, dtype, case.slack)
 
 
 def test_rows_without_adapter_keep_every_bit() -> None:

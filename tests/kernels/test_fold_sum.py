@@ -42,7 +42,7 @@ def test_kernel_equals_reference(case: Case, dtype: torch.dtype) -> None:
     actual = launch_fold_sum(x, case.rank, config=FoldConfig(elements=512))
     assert actual.dtype == torch.float32
     # Sums are float32 whatever x is, so the float32 tolerance holds for every dtype.
-    assert_close(actual, fold_sum_reference(x, case.rank), torch.float32)
+    assert_close(actual, fold_sum_reference(x, case.rank), torch.float32, case.slack)
 
 
 def test_folding_a_fold_gives_the_smaller_fold() -> None:

@@ -89,13 +89,13 @@ def test_reference_equals_the_definition_in_float64(case: Case) -> None:
 @pytest.mark.parametrize("case", RUNNABLE, ids=lambda c: c.name)
 def test_kernel_equals_reference(case: Case, dtype: torch.dtype, single: bool) -> None:
     inputs = make_inputs(case, dtype, DEVICE, seed=2)
-    block_n = 16 if case.transposed else 64
-    config = MatmulConfig(block_n=block_n, tile_k=64, single_k=128 if single else None)
+    block_n = 16 if case.transposed else 128
+    config = MatmulConfig(block_n=block_n, tile_k=128, single_k=256 if single else None)
     actual = apply(launch_grouped_matmul, inputs, alignment=case.alignment, config=config)
-    assert_close(actual, apply(grouped_matmul_reference, inputs), dtype)
+    assert_close(actual, apply(grouped_matmul_reference, inputs), dtype, case.slack)
 
 
-@pytest.mark.parametrize("case", [CASES[6], CASES[12]], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [CASES[6], CASES[10], CASES[12], CASES[14]], ids=lambda c: c.name)
 def test_default_launch_parameters_are_right(case: Case) -> None:
     inputs = make_inputs(case, torch.float16, DEVICE, seed=3)
     actual = apply(launch_grouped_matmul, inputs, alignment=case.alignment)
