@@ -368,12 +368,16 @@ class BasisStore:
 
         Args:
             basis: what to keep.
-            limit: refuse (return False, change nothing) when this many uploaded bases are known.
+            limit: refuse (return False, change nothing) when this many uploaded bases of the same
+                base are known.
         """
         with self._lock:
             if basis.id in self._bases:
                 return True
-            uploaded = sum(known.kind == "uploaded" for known in self._bases.values())
+            uploaded = sum(
+                known.kind == "uploaded" and known.base_digest == basis.base_digest
+                for known in self._bases.values()
+            )
             if limit is not None and uploaded >= limit:
                 return False
             save_basis(basis, self._directory / f"{basis.id}.safetensors")

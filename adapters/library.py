@@ -312,6 +312,8 @@ class AdapterLibrary:
                 basis = load_basis(path, self._shape)
             except (OSError, AdapterRejected) as error:
                 raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
+            if basis.id != basis_id:
+                raise RecordDamaged(f"basis {basis_id} is damaged: its sha256 is {basis.id}")
             self._bases.add(basis)
         return basis
 

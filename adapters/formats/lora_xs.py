@@ -135,7 +135,8 @@ def _read_official(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
 def _known(context: ReadContext) -> Iterator[Basis]:
     yield context.canonical
     for basis in context.bases.all():
-        if basis.id != context.canonical.id:
+        # A registry may hold several bases' (A = BᵀW holds for one W only).
+        if basis.id != context.canonical.id and basis.base_digest == context.shape.digest:
             yield basis
 
 

@@ -1,6 +1,7 @@
 """LoRA-XS: both layouts, and which basis an adapter is put on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,26 @@ def test_compact_file_may_use_an_uploaded_basis(golden: Any) -> None:
         shape=golden.shape,
     )
     assert golden.read(golden.folder / "a").basis_id == basis.id
+
+
+def test_the_basis_of_another_base_is_no_basis_of_this_one(golden: Any) -> None:
+    # Two bases of one shape share a registry; on the other's weights the adapter says nothing here.
+    others = {t: torch.randn_like(w) for t, w in golden.weights.items()}
+    shape = replace(golden.shape, digest="e" * 64)
+    theirs = compute_basis(others.__getitem__, shape, 8)
+    golden.bases.add(theirs)
+    for i in range(4):  # nor do the other's uploaded bases take room here
+        golden.bases.add(
+            make_basis({Q0: rotation(16)[:, : i + 1]}, kind="uploaded", base_digest=shape.digest)
+        )
+    path = golden.folder / "a"
+    r = {Q0: torch.eye(3)}
+    write_compact_lora_xs(path, r, alpha=3, rank=3, basis=theirs, shape=shape)
+    with pytest.raises(AdapterRejected, match=r"q_proj\.basis_probe: does not match"):
+        golden.read(path)
+    factors = {Q0: rotation(16)[:, :4].float()}
+    official = golden.read(write_official(golden, factors, {Q0: torch.eye(4)}), max_bases=1)
+    assert official.family == "core"
 
 
 @pytest.mark.parametrize("known", [True, False])
