@@ -84,11 +84,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--serial-requests", type=int, default=4)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--template", type=Path, help="LoRA-XS adapter to make variants of")
+    parser.add_argument(
+        "--template",
+        type=Path,
+        default=SHIPPED / "pirate",
+        help="LoRA-XS adapter directory (r = 8) to make variants of",
+    )
     parser.add_argument("serve_args", nargs="*", help="after --: passed to shoal serve")
-    args = parser.parse_args(argv)
-    args.template = args.template or next(p.parent for p in SHIPPED.glob("*/adapter_config.json"))
-    return args
+    return parser.parse_args(argv)
 
 
 async def _measure(
