@@ -47,7 +47,9 @@ def record(
 
 def last_line(full: Mapping[str, Any]) -> str:
     """The run in one JSON line, without the per-adapter part."""
-    return json.dumps({"bench": "serve", **full["conditions"], **full["overall"]})
+    conditions, overall = full["conditions"], full["overall"]
+    assert not conditions.keys() & overall.keys(), "a result would hide a condition"
+    return json.dumps({"bench": "serve", **conditions, **overall})
 
 
 def save(

@@ -91,8 +91,12 @@ async def _run(args: argparse.Namespace, workload: Workload, objectives: dict[st
         with tqdm(total=len(planned), unit="req", file=sys.stderr, disable=None) as bar:
             samples = await drive(client, options, planned, lambda _: bar.update())
     used = len({request.adapter for request in planned} - {None})
+    load = asdict(workload)
     conditions = {
-        **asdict(workload),
+        # Named apart from the tokens that were counted, which the summary calls *_tokens.
+        "input_len": load.pop("input_tokens"),
+        "output_len": load.pop("output_tokens"),
+        **load,
         "base_url": args.base_url,
         "model": base,
         "adapters_used": used,
