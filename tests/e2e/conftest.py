@@ -1,6 +1,7 @@
-"""A tiny random Llama on disk, adapters written without any of our code, and naive generation."""
+"""Tiny random models on disk, adapters written without any of our code, and naive generation."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,37 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 HIDDEN, FFN, LAYERS, EOS = 48, 80, 2, 1
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What makes each family different from Llama where an adapter acts.
+ARCHITECTURES: dict[str, dict[str, object]] = {
+    "llama": {"tie_word_embeddings": False},
+    "tied_llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 11, "head_dim": 16},  # q is wider than the hidden size
+    "qwen2": {"use_sliding_window": False},  # biases on q, k and v
+    "qwen3": {"head_dim": 16},  # norms on q and k
+    "gemma2": {
+        "tie_word_embeddings": False,
+        "head_dim": 16,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    },
+    "gemma3_text": {
+        "tie_word_embeddings": False,
+        "head_dim": 16,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 16,
+    },
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -33,7 +62,9 @@ class TinyBase:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
 
     def weight(self, module: str) -> Tensor:
         return self.model.get_submodule(module).weight.detach().double()
@@ -46,7 +77,7 @@ class TinyBase:
             for name in names
         ]
 
-    def merged(self, deltas: Mapping[str, Tensor]) -> LlamaForCausalLM:
+    def merged(self, deltas: Mapping[str, Tensor]) -> PreTrainedModel:
         model = copy.deepcopy(self.model)
         with torch.no_grad():
             for module, delta in deltas.items():
@@ -67,43 +98,84 @@ class TinyBase:
         return ids[len(prompt) :]
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No basis that another test, or yesterday's code, has computed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
-    path = tmp_path_factory.mktemp("tiny-llama")
-    vocab = {"<unk>": 0, "<eos>": EOS}
-    for piece in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[piece] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(path)
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(vocab),
-        max_position_embeddings=256,
-        eos_token_id=EOS,
-        bos_token_id=None,
-        initializer_range=0.25,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return TinyBase(path)
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyBase]:
+    """``make_base(architecture)``: one of ``ARCHITECTURES``."""
+
+    def make(name: str) -> TinyBase:
+        path = tmp_path_factory.mktemp(f"tiny-{name}")
+        vocab = {"<unk>": 0, "<eos>": EOS}
+        for piece in sorted(pre_tokenizers.ByteLevel.alphabet()):
+            vocab[piece] = len(vocab)
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+        )
+        fast.chat_template = CHAT_TEMPLATE
+        fast.save_pretrained(path)
+        torch.manual_seed(11)
+        fields = {
+            "model_type": name,
+            "hidden_size": HIDDEN,
+            "intermediate_size": FFN,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": len(vocab),
+            "max_position_embeddings": 256,
+            "eos_token_id": EOS,
+            "bos_token_id": None,
+            "pad_token_id": None,
+            "initializer_range": 0.25,
+        } | ARCHITECTURES[name]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+        with torch.no_grad():  # as in a trained model: they start at zero, and at one
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith("_proj.bias"):
+                    parameter.normal_()
+                elif "norm" in parameter_name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        model.save_pretrained(path)
+        return TinyBase(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_base: Callable[..., TinyBase]) -> TinyBase:
+    return make_base("llama")
 
 
 @pytest.fixture(scope="session")
 def make_adapter(
     tiny: TinyBase, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Adapter]:
-    """``make_adapter("lora_xs" | "foreign_xs" | "miss" | "mini" | "lora", rank, seed)``."""
+    """``make_adapter(kind, rank, seed)``; the kinds are in ``_one``.
 
-    def make(kind: str, rank: int, seed: int, strength: float = 0.5) -> Adapter:
+    Options: ``base``, ``modules`` (a predicate on paths: which ones are adapted), ``dtype`` (of
+    the file), ``strength``, ``config`` (more fields), ``scale`` (what those fields make of ``s``).
+    """
+
+    def make(
+        kind: str,
+        rank: int,
+        seed: int,
+        *,
+        base: TinyBase = tiny,
+        modules: Callable[[str], bool] = lambda module: True,
+        dtype: torch.dtype = torch.float32,
+        strength: float = 0.5,
+        config: Mapping[str, object] = {},
+        scale: float = 2.0,
+    ) -> Adapter:
         rng = torch.Generator().manual_seed(seed)
 
         def noise(*shape: int) -> Tensor:
@@ -111,44 +183,104 @@ def make_adapter(
 
         tensors: dict[str, Tensor] = {}
         deltas: dict[str, Tensor] = {}
-        config: dict[str, object] = {"r": rank, "bias": "none", "inference_mode": True}
-        for module in tiny.modules():
-            weight = tiny.weight(module)
+        for module in filter(modules, base.modules()):
+            weight = base.weight(module)
             key = f"base_model.model.{module}"
-            parts, deltas[module] = _one(kind, weight, rank, noise, strength)
-            tensors |= {key + suffix: part for suffix, part in parts.items()}
-        if kind in ("miss", "mini"):
-            config |= {"peft_type": "MISS", "init_weights": "mini" if kind == "mini" else True}
-            config |= {"mini_r": 2 if kind == "mini" else 1}
-        else:
-            config |= {"peft_type": "LORA", "lora_alpha": 2 * rank, "init_lora_weights": True}
-        config["target_modules"] = sorted({m.rsplit(".", 1)[1] for m in tiny.modules()})
+            parts = _one(kind, module, weight, rank, noise, strength)
+            stored = {name: part.to(dtype) for name, part in parts.items()}
+            # Of what the file holds, rounding included.
+            deltas[module] = _delta(kind, module, weight, stored, scale)
+            tensors |= {key + suffix: part.contiguous() for suffix, part in stored.items()}
+        adapted = sorted({m.rsplit(".", 1)[1] for m in deltas})
+        fields = _config(kind, rank) | {"target_modules": adapted} | dict(config)
         folder = tmp_path_factory.mktemp(kind)
-        (folder / "adapter_config.json").write_text(json.dumps(config, sort_keys=True, indent=2))
-        tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+        (folder / "adapter_config.json").write_text(json.dumps(fields, sort_keys=True, indent=2))
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         return Adapter({path.name: path for path in folder.iterdir()}, deltas)
 
     return make
 
 
-def _one(
-    kind: str, weight: Tensor, rank: int, noise: Callable[..., Tensor], strength: float
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Tensors and float64 delta of one module; the scale of the LoRA kinds is 2 (alpha = 2 r)."""
-    d_out, d_in = weight.shape
-    if kind in ("lora_xs", "foreign_xs"):
-        u, _, _ = torch.linalg.svd(weight)
-        # A basis that is not the top singular one spans something of its own.
-        b = (u[:, :rank] if kind == "lora_xs" else u[:, -rank:]).float()
-        a = (b.double().T @ weight).float()
-        r = strength * noise(rank, rank) / rank**0.5
-        parts = {".lora_A.weight": a, ".lora_B.weight": b}
-        parts[".default_lora_latent_mapping.weight"] = r
-        return parts, 2.0 * b.double() @ r.double() @ a.double()
+def _config(kind: str, rank: int) -> dict[str, object]:
+    """The scale of all but MiSS is 2 (alpha = 2 r)."""
+    config: dict[str, object] = {"r": rank, "bias": "none", "inference_mode": True}
     if kind in ("miss", "mini"):
-        d = 0.1 * strength * noise(rank, 2 if kind == "mini" else d_out)
-        full = d.repeat(1, d_out // 2) if kind == "mini" else d
-        return {".miss_block": d}, full.double()[torch.arange(d_in) % rank].T
+        mini = kind == "mini"
+        return config | {
+            "peft_type": "MISS",
+            "init_weights": "mini" if mini else True,
+            "mini_r": 2 if mini else 1,
+        }
+    config |= {"lora_alpha": 2 * rank}
+    if kind == "compact_xs":
+        basis = {"id": "0" * 64, "base_digest": "0" * 64, "rank": rank}
+        return config | {"peft_type": "LORA_XS", "basis": basis}
+    return config | {"peft_type": "LORA", "init_lora_weights": True}
+
+
+def _one(
+    kind: str,
+    module: str,
+    weight: Tensor,
+    rank: int,
+    noise: Callable[..., Tensor],
+    strength: float,
+) -> dict[str, Tensor]:
+    """The tensors of one module, in float32."""
+    d_out, d_in = weight.shape
+    if kind.endswith("_xs"):
+        rank = min(rank, d_out, d_in)
+        b = torch.linalg.svd(weight).U[:, :rank]
+        if kind == "foreign_xs":  # not the top singular basis: it spans something of its own
+            b = torch.linalg.qr(noise(d_out, rank).double()).Q
+        elif kind == "rotated_xs":
+            b = b @ torch.linalg.qr(noise(rank, rank).double()).Q
+        r = strength * noise(rank, rank) / rank**0.5
+        if kind == "compact_xs":
+            b = _signed(b, module)
+            probe = b.T @ _seeded("probe", module, d_out, 4)
+            return {".lora_latent_mapping.weight": r, ".basis_probe": probe.float()}
+        a = b.float().double().T @ weight
+        if kind == "odd_xs":  # like LoRA-SB: A is not what B and W make it
+            a = a + 0.3 * noise(rank, d_in) / d_in**0.5
+        parts = {".lora_A.weight": a.float(), ".lora_B.weight": b.float()}
+        return parts | {".default_lora_latent_mapping.weight": r}
+    if kind in ("miss", "mini"):
+        return {".miss_block": 0.1 * strength * noise(rank, 2 if kind == "mini" else d_out)}
     a, b = noise(rank, d_in) / d_in**0.5, 0.3 * strength * noise(d_out, rank)
-    return {".lora_A.weight": a, ".lora_B.weight": b}, 2.0 * b.double() @ a.double()
+    return {".lora_A.weight": a, ".lora_B.weight": b}
+
+
+def _delta(
+    kind: str, module: str, weight: Tensor, parts: Mapping[str, Tensor], scale: float
+) -> Tensor:
+    """What these tensors add to the weight, in float64."""
+    d_out, d_in = weight.shape
+    if kind in ("miss", "mini"):
+        d = parts[".miss_block"].double()
+        return d.repeat(1, d_out // d.shape[1])[torch.arange(d_in) % d.shape[0]].T
+    if kind == "compact_xs":
+        r = parts[".lora_latent_mapping.weight"].double()
+        b = _signed(torch.linalg.svd(weight).U[:, : r.shape[0]], module)
+        return scale * b @ r @ b.T @ weight
+    a, b = parts[".lora_A.weight"].double(), parts[".lora_B.weight"].double()
+    if kind == "lora":
+        return scale * b @ a
+    return scale * b @ parts[".default_lora_latent_mapping.weight"].double() @ a
+
+
+def _signed(b: Tensor, module: str) -> Tensor:
+    """The documented signs of the canonical basis: a positive product with a seeded vector."""
+    return b * torch.sign(_seeded("sign", module, b.shape[0], 1).T @ b)
+
+
+def _seeded(purpose: str, module: str, rows: int, columns: int) -> Tensor:
+    """The documented pseudo-random columns: SHAKE-256 of purpose, layer, module and column."""
+    parts = module.split(".")
+    drawn = []
+    for column in range(columns):
+        seed = f"shoal:{purpose}:1:{parts[2]}:{parts[4]}:{column}".encode()
+        data = hashlib.shake_256(seed).digest(4 * rows)
+        words = [int.from_bytes(data[i : i + 4], "little") for i in range(0, 4 * rows, 4)]
+        drawn.append([(word + 0.5) / 2**31 - 1 for word in words])
+    return torch.tensor(drawn, dtype=torch.float64).T

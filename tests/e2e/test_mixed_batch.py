@@ -14,6 +14,8 @@ from shoal.server.config import ServeConfig
 from shoal.server.engine.request import Request, SamplingParams
 from shoal.server.http.services import Services
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 Make = Callable[..., object]
 
 KINDS = [
@@ -82,6 +84,9 @@ def test_a_mixed_batch_equals_naive_generation(
             services.library.upload(f"a{i}", adapter.files)  # type: ignore[attr-defined]
             for i, adapter in enumerate(adapters)
         ]
+        families = [info.family for info in infos]
+        assert families == ["core"] * 3 + ["fold"] * 3 + ["lora"] * 2
+        assert len({info.basis_id for info in infos}) == 3  # ours, an uploaded one, none
         rng = random.Random(5)
         shared = [rng.randrange(2, 258) for _ in range(21)]
         jobs = []
