@@ -167,7 +167,6 @@ def _open_library(
     # basis come out a rounding error apart, they still find the very one they were stored with.
     bases.add(basis)
     bank.add_basis(basis)
-    shipped = SHIPPED / config.model if config.shipped_adapters else None
     return AdapterLibrary.open(
         registry_url=registry_url,
         store_url=config.store,
@@ -180,8 +179,14 @@ def _open_library(
         dtype=dtype,
         reserved_names=frozenset({config.base_name.lower()}),
         max_upload_bytes=config.max_upload_bytes,
-        shipped=shipped if shipped is not None and shipped.is_dir() else None,
+        shipped=shipped_folder(config.model) if config.shipped_adapters else None,
     )
+
+
+def shipped_folder(model: str) -> Path | None:
+    """The adapters that ship for a base known by name; a path has none, whatever lies there."""
+    found = [folder for folder in SHIPPED.iterdir() if folder.is_dir() and folder.name == model]
+    return found[0] if found else None
 
 
 def _engine_loop(

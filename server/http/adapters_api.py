@@ -9,10 +9,11 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from shoal.adapters.errors import AdapterError
+from shoal.server.errors import ShoalError
 from shoal.server.http.answer import Json
 from shoal.server.http.models_api import PAGE_MAX, Limit
 from shoal.server.http.schemas import ActivateRequest
-from shoal.server.http.services import Services
+from shoal.server.http.services import Services, names_from
 from shoal.server.http.uploads import received
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ def adapters_router(services: Services) -> APIRouter:
     async def upload_adapter(request: Request) -> JSONResponse:
         async with received(request, max_bytes=services.config.max_upload_bytes) as upload:
             try:
-                info = await services.work(lambda: library.upload(upload.name, upload.files))
-            except AdapterError:
+                with names_from("name"):
+                    info = await services.work(lambda: library.upload(upload.name, upload.files))
+            except (AdapterError, ShoalError):
                 services.metrics.upload("refused")
                 raise
         services.metrics.upload("accepted")
@@ -42,9 +44,10 @@ def adapters_router(services: Services) -> APIRouter:
     async def list_adapters(
         limit: Limit = PAGE_MAX, after: str | None = None, prefix: Prefix = ""
     ) -> Json:
-        infos, following = await services.lookup(
-            lambda: library.list(limit=limit, after=after, prefix=prefix)
-        )
+        with names_from("after"):
+            infos, following = await services.lookup(
+                lambda: library.list(limit=limit, after=after, prefix=prefix)
+            )
         return {
             "object": "list",
             "data": [adapter_json(info) for info in infos],

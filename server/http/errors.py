@@ -6,6 +6,7 @@ validation errors, and the handlers that ``app.py`` installs.
 
 import logging
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = "5"
 _SHOWN_MAX = 100  # characters of a refused value that a message repeats
+# `repr` would write out megabytes to cut them off again.
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxdict = _SHOWN_MAX // 3
+_SHORT.maxstring = _SHORT.maxlong = _SHOWN_MAX + 2
 
 
 def error_body(error: ShoalError) -> dict[str, Any]:
@@ -113,6 +118,7 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     if kind == "missing":
         return InvalidRequest(f"`{param}` is required", param=param)
     rule = str(first["msg"])
+    rule = rule.removeprefix("Value error, ")
     rule = rule[:1].lower() + rule[1:]
     return InvalidRequest(f"`{param}` is {_shown(first.get('input'))}: {rule}", param=param)
 
@@ -141,5 +147,5 @@ def _dotted(loc: Sequence[str | int]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."

@@ -7,7 +7,16 @@ value asks for nothing. Anything else is unknown, and refused by name.
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    model_validator,
+)
 
 from shoal.server.errors import InvalidRequest
 
@@ -87,7 +96,8 @@ class Body(BaseModel):
     def _drop_what_asks_for_nothing(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        kept = {}
+        kept: dict[object, object] = {}
+        unknown = False
         for name, value in data.items():
             if name in cls.model_fields:
                 kept[name] = value
@@ -98,8 +108,9 @@ class Body(BaseModel):
                     raise InvalidRequest(
                         f"`{name}` is not supported by this server{rule}", param=name
                     )
-            elif name not in cls.ignored:
-                kept[name] = value  # pydantic's extra="forbid" names it
+            elif name not in cls.ignored and not unknown:
+                unknown = True
+                kept[name] = value  # pydantic's extra="forbid" names it; the first is enough
         return kept
 
 
@@ -112,6 +123,19 @@ def _is_text(value: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _text(value: str) -> str:
+    if not _is_text(value):
+        raise ValueError("must be text that UTF-8 can hold")
+    return value
+
+
+def _few_biases(value: object) -> object:
+    """Before each entry is looked at, and reported."""
+    if isinstance(value, dict) and len(value) > LOGIT_BIAS_MAX:
+        raise ValueError(f"must have at most {LOGIT_BIAS_MAX} entries")
+    return value
 
 
 def _stops(value: object) -> tuple[str, ...]:
@@ -171,4 +195,10 @@ Content = Annotated[
     str | None,
     PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]] | None),
 ]
+Text = Annotated[str, AfterValidator(_text)]
 TokenId = Annotated[int, Field(ge=0)]
+# The first wrong one is reported: an error for each of a million would keep the others waiting.
+ManyTokenIds = Annotated[list[TokenId], FailFast()]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)
+]

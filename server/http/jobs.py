@@ -203,7 +203,8 @@ def _sampling(body: Sampling, *, max_tokens: int, vocab_size: int) -> SamplingPa
         max_tokens=max_tokens,
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
-        top_k=max(body.top_k or 0, 0),
+        # Beyond the vocabulary it filters nothing, and any integer may be sent.
+        top_k=min(max(body.top_k or 0, 0), vocab_size),
         min_p=_or(body.min_p, 0.0),
         seed=None if body.seed is None else body.seed % _SEEDS,
         stop_token_ids=frozenset(body.stop_token_ids or ()),

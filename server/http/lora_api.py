@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 
 from shoal.server.errors import Forbidden, InvalidRequest
 from shoal.server.http.schemas import LoadLoraRequest, UnloadLoraRequest
-from shoal.server.http.services import Services
+from shoal.server.http.services import Services, names_from
 
 
 def lora_router(services: Services) -> APIRouter:
@@ -26,7 +26,8 @@ def lora_router(services: Services) -> APIRouter:
         def load() -> None:
             library.upload(body.lora_name, adapter_files(root, body.lora_path))
 
-        await services.work(load)
+        with names_from("lora_name"):
+            await services.work(load)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter")

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query
 
 from shoal.server.http.answer import Json
 from shoal.server.http.jobs import resolve
-from shoal.server.http.services import Services
+from shoal.server.http.services import Services, names_from
 
 if TYPE_CHECKING:
     from shoal.adapters.library import AdapterInfo
@@ -29,9 +29,10 @@ def models_router(services: Services) -> APIRouter:
             after = None
         room, following = limit - len(data), None
         if room:
-            infos, following = await services.lookup(
-                lambda: services.library.list(limit=room, after=after)
-            )
+            with names_from("after"):
+                infos, following = await services.lookup(
+                    lambda: services.library.list(limit=room, after=after)
+                )
             data += [_adapter(services, info) for info in infos]
         else:
             following = "" if await services.lookup(services.library.count) else None

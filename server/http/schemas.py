@@ -13,15 +13,17 @@ from shoal.server.errors import InvalidRequest
 from shoal.server.http.fields import (
     CHOICES_MAX,
     IGNORED,
-    LOGIT_BIAS_MAX,
     LOGPROBS_MAX,
     NEUTRAL,
     NEUTRAL_IN_MESSAGE,
     STOP_IDS_MAX,
     Body,
     Content,
+    LogitBias,
+    ManyTokenIds,
     Prompts,
     Stops,
+    Text,
     TokenId,
 )
 
@@ -57,13 +59,9 @@ class Sampling(Body):
     ignore_eos: bool = False
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=LOGIT_BIAS_MAX)
-        ]
-        | None
-    ) = None
+    # Nearer to 0 a logit would overflow.
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -198,7 +196,7 @@ class TokenizeRequest(Body):
     ignored = frozenset({"user"})
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
@@ -215,7 +213,7 @@ class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: ManyTokenIds
 
 
 class ActivateRequest(Body):

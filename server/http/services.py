@@ -6,7 +6,8 @@ builds none of what it holds; the command line does.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -122,6 +123,15 @@ _ADAPTER_ERRORS: dict[type[AdapterError], type[ShoalError]] = {
 def from_adapter_error(error: AdapterError, *, param: str | None = None) -> ShoalError:
     """The HTTP-side error for ``error``, with its message unchanged."""
     return _ADAPTER_ERRORS.get(type(error), UnusableAdapter)(str(error), param=param)
+
+
+@contextmanager
+def names_from(param: str) -> Iterator[None]:
+    """Let errors about a name say which field it came from."""
+    try:
+        yield
+    except (AdapterNameInvalid, AdapterConflict) as error:
+        raise from_adapter_error(error, param=param) from error
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,11 +1,19 @@
 """``POST /tokenize`` and ``/detokenize``, in vLLM's shapes."""
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 from fastapi import APIRouter
 
 from shoal.server.http.answer import Json
 from shoal.server.http.jobs import check_token_ids, encode, encode_chat, resolve
 from shoal.server.http.schemas import DetokenizeRequest, TokenizeRequest
 from shoal.server.http.services import Services
+
+T = TypeVar("T")
+
+# More than these would hold up every other stream.
+_INLINE_TOKENS = 2048
 
 
 def tokens_router(services: Services) -> APIRouter:
@@ -26,7 +34,7 @@ def tokens_router(services: Services) -> APIRouter:
             )
         strings = None
         if body.return_token_strs:
-            strings = [services.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+            strings = await _off_loop_if_long(services, ids, lambda: _strings(services, ids))
         return {
             "count": len(ids),
             "max_model_len": services.max_model_len,
@@ -38,9 +46,22 @@ def tokens_router(services: Services) -> APIRouter:
     async def detokenize(body: DetokenizeRequest) -> Json:
         await _known(services, body.model)
         check_token_ids(services, body.tokens, "tokens")
-        return {"prompt": services.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        text = await _off_loop_if_long(
+            services,
+            body.tokens,
+            lambda: services.tokenizer.decode(body.tokens, skip_special_tokens=False),
+        )
+        return {"prompt": text}
 
     return router
+
+
+async def _off_loop_if_long(services: Services, ids: Sequence[int], call: Callable[[], T]) -> T:
+    return call() if len(ids) <= _INLINE_TOKENS else await services.tokenize(call)
+
+
+def _strings(services: Services, ids: Sequence[int]) -> list[str]:
+    return [services.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
 
 
 async def _known(services: Services, model: str | None) -> None:

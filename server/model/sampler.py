@@ -151,7 +151,7 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[f
     vocab = probs.shape[1]
     probs, order = probs.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab, device=device)
-    keep = rank < column([p.top_k or vocab for p in params])
+    keep = rank < column([min(p.top_k or vocab, vocab) for p in params])
     # top-p works on what top-k left, like Hugging Face; the token that crosses p is kept.
     kept = probs * keep
     mass = kept.cumsum(dim=-1) / kept.sum(dim=-1, keepdim=True)

@@ -44,6 +44,11 @@ def test_temperature_zero_is_the_argmax_and_logits_are_left_alone() -> None:
     assert torch.equal(scores, before)
 
 
+def test_a_top_k_beyond_the_vocabulary_filters_nothing() -> None:
+    asked = [row(params(top_k=k, seed=5)) for k in (VOCAB, 10**9, 10**30)]
+    assert len(set(sampler().sample(logits(1).expand(3, VOCAB), asked).token_ids)) == 1
+
+
 def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
     scores = logits(6)
     rows = [

@@ -73,7 +73,9 @@ async def test_refusals_have_the_librarys_words_and_their_status(serve: Serve) -
     assert bad.status_code == 422
     assert bad.json()["error"]["message"] == "layers.0.q_proj.R: must be finite"
     assert name.status_code == 400
+    assert name.json()["error"]["param"] == "name"
     assert reserved.status_code == 409
+    assert reserved.json()["error"]["param"] == "name"
     assert version.status_code == 400
     assert version.json()["error"]["param"] == "version"
     assert nobody.status_code == 404

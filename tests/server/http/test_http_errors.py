@@ -1,5 +1,6 @@
 """What is wrong with a request is said in OpenAI's body, with the right status and field."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 pytestmark = pytest.mark.anyio
 
 Serve = Callable[..., Any]
+JSON = {"content-type": "application/json"}
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -50,11 +52,13 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"frequency_penalty": -2.5}, "frequency_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
     ({"logit_bias": {"five": 1}}, "logit_bias"),
     ({"logit_bias": {"1_0": 1}}, "logit_bias"),
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
+    ({"logit_bias": {str(i): "x" for i in range(1025)}}, "logit_bias"),
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
@@ -198,6 +202,35 @@ async def test_what_clients_send_and_changes_nothing_is_taken(serve: Serve) -> N
         assert (await h.complete(**harmless)).status_code == 200
 
 
+async def test_numbers_that_ask_for_nothing_are_taken_however_large(serve: Serve) -> None:
+    async with serve() as h:
+        for fields in (
+            {"top_k": 10**30},
+            {"top_k": -1},
+            {"temperature": 1e-300},
+            {"top_p": 1e-300},
+        ):
+            assert (await h.complete(**fields)).status_code == 200, fields
+
+
+async def test_a_message_repeats_neither_megabytes_nor_every_mistake(serve: Serve) -> None:
+    async with serve() as h:
+        for fields in (
+            {"prompt": [["x"]] * 50_000},
+            {f"field{i}": i for i in range(20_000)},
+            {"prompt": {"x" * 100_000: 1}},
+        ):
+            started = time.perf_counter()
+            response = await h.complete(**fields)
+            assert response.status_code == 400
+            assert len(response.content) < 500
+            assert time.perf_counter() - started < 2
+        started = time.perf_counter()
+        response = await h.client.post("/detokenize", json={"tokens": ["x"] * 500_000})
+        assert problem(response)["param"] == "tokens[0]"
+        assert time.perf_counter() - started < 2
+
+
 async def test_text_parts_and_a_developer_message(serve: Serve) -> None:
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     async with serve() as h:
@@ -298,6 +331,7 @@ async def test_tokenize_and_detokenize_are_inverse_and_checked(serve: Serve) -> 
         errors = [
             await post("/tokenize", json={}),
             await post("/tokenize", json={"prompt": "x", "messages": USER}),
+            await post("/tokenize", content=b'{"prompt": "\\ud800"}', headers=JSON),
             await post("/detokenize", json={"tokens": [99_999]}),
             await post("/detokenize", json={"tokens": "x"}),
         ]
@@ -306,5 +340,5 @@ async def test_tokenize_and_detokenize_are_inverse_and_checked(serve: Serve) -> 
     assert tokens["max_model_len"] == 256
     assert back == {"prompt": "héllo"}
     assert h.tokenizer.decode(chat["tokens"]) == "<|user|>hi\n<|assistant|>"
-    assert [response.status_code for response in errors] == [400] * 4
+    assert [response.status_code for response in errors] == [400] * 5
     assert unknown.status_code == 404
