@@ -1,9 +1,10 @@
 """``make bench``: one run that compares adapters with the base, and shoal with transformers.
 
-Starts a server on a free port with its own registry, registers ``--registered`` LoRA-XS adapters
-over HTTP (variants of a shipped one, so their sizes and targets are real), then alternates the
-same load on the base and on as many different adapters as there are streams. Afterwards, with the
-server gone, ``transformers.generate`` answers some of the same requests one after the other.
+Starts a server on a free port with its own registry and registers ``--registered`` adapters over
+HTTP (variants of a shipped LoRA-XS, or of ``--template``, so their sizes and targets are real).
+Then it alternates the same load on the base and on as many different adapters as there are
+streams. Afterwards, with the server gone, ``transformers.generate`` answers some of the same
+requests one after the other.
 
 Only ratios of one run mean anything: both sides see the same machine at the same time.
 """
@@ -34,6 +35,8 @@ from shoal.loadtests.stats import Sample, summarise
 from shoal.loadtests.workload import Lengths, PlannedRequest, Workload, plan_requests
 
 SHIPPED = Path(__file__).resolve().parent.parent / "adapters" / "shipped" / "smollm2"
+# What training changes in each family; a LoRA-XS probe or frozen factor must stay as it is.
+TRAINED = ("lora_latent_mapping.weight", "miss_block", "lora_B.weight")
 READY = re.compile(r"http://[\w.:\[\]-]+:\d+")
 START_TIMEOUT_S = 600.0
 
@@ -88,7 +91,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--template",
         type=Path,
         default=SHIPPED / "pirate",
-        help="LoRA-XS adapter directory (r = 8) to make variants of",
+        help="adapter directory to make variants of; default: a LoRA-XS of rank 8",
     )
     parser.add_argument("serve_args", nargs="*", help="after --: passed to shoal serve")
     return parser.parse_args(argv)
@@ -158,14 +161,14 @@ async def _register(client: httpx.AsyncClient, template: Path, count: int) -> li
 
 
 def variant(template: Path, index: int) -> bytes:
-    """The template's safetensors with its latent matrices changed by about 5 %, seeded."""
+    """The template's safetensors with its trained matrices changed by about 5 %, seeded."""
     import torch
     from safetensors.torch import load_file, save
 
     tensors = load_file(template / "adapter_model.safetensors")
     noise = torch.Generator().manual_seed(index)
     for name in sorted(tensors):
-        if name.endswith("lora_latent_mapping.weight"):
+        if name.endswith(TRAINED):
             matrix = tensors[name]
             spread = 0.05 * matrix.float().std()
             drawn = torch.randn(matrix.shape, generator=noise) * spread
