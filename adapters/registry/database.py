@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, create_engine, event, insert, inspect, select
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, TimeoutError
 from sqlalchemy.pool import QueuePool
 
@@ -26,11 +26,32 @@ CONNECTIONS_MAX = 8
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file behind a SQLite URL; None for an in-memory one or another database."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+    """The file behind a SQLite URL; None for an in-memory one or another database.
+
+    Raises:
+        RegistryUnavailable: not a URL.
+    """
+    parsed = _parse(url)
+    name = parsed.database or ""
+    if parsed.query.get("uri") == "true" and name.startswith("file:"):
+        memory = parsed.query.get("mode") == "memory"
+        name = "" if memory else name.removeprefix("file:")
+    if parsed.get_backend_name() != "sqlite" or name in ("", ":memory:"):
         return None
-    return Path(str(parsed.database))
+    return Path(name)
+
+
+def _parse(url: str) -> URL:
+    try:
+        return make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise _bad_url(error) from error
+
+
+def _bad_url(error: Exception) -> RegistryUnavailable:
+    return RegistryUnavailable(
+        f"--registry needs a SQLAlchemy URL such as sqlite:////data/registry.db: {error}"
+    )
 
 
 class Database:
@@ -46,11 +67,11 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
+        parsed = _parse(url)
+        self._is_sqlite = parsed.get_backend_name() == "sqlite"
+        file = sqlite_file(url)
+        in_memory = self._is_sqlite and file is None
         try:
-            parsed = make_url(url)
-            self._is_sqlite = parsed.get_backend_name() == "sqlite"
-            file = sqlite_file(url)
-            in_memory = self._is_sqlite and file is None
             self._engine = create_engine(
                 parsed,
                 poolclass=QueuePool,
@@ -61,9 +82,7 @@ class Database:
             )
         except (ArgumentError, ImportError) as error:
             # Also a database of which the driver is not installed.
-            raise RegistryUnavailable(
-                f"--registry needs a SQLAlchemy URL such as sqlite:////data/registry.db: {error}"
-            ) from error
+            raise _bad_url(error) from error
         self._shown_url = parsed.render_as_string(hide_password=True)
         if file is not None:
             _make_folder(file.parent)

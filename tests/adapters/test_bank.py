@@ -108,7 +108,10 @@ def test_reusing_a_step_never_reuses_what_a_slot_held(family: Family) -> None:
     first, second = make_adapter(family, 0), make_adapter(family, 1)
     adapter = place(first, 1)
     bank.load(adapter, first)
-    rows: list[tuple[RowAdapter | None, int]] = [(adapter, 1)]
+    # A single record is read in place; several are gathered, and that copy is what could be stale.
+    other = place(make_adapter(family, 3), 150)
+    bank.load(other, make_adapter(family, 3))
+    rows: list[tuple[RowAdapter | None, int]] = [(adapter, 1), (other, 1)]
     before = outputs(bank, rows)
     assert bank.step(rows) is bank.step(rows)
     bank.load(adapter, PackedAdapter(first.spec, second.data))

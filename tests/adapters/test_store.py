@@ -134,3 +134,17 @@ def test_files_lie_beside_the_registry_by_default(tmp_path: Path) -> None:
 def test_a_registry_without_a_file_must_be_told_where(store_url: str | None) -> None:
     with pytest.raises(RegistryUnavailable, match="not a SQLite file"):
         places("postgresql://host/shoal", store_url)
+
+
+@pytest.mark.parametrize("url", ["", "registry.db", "sqlite:/registry.db", "a://b:c/d"])
+def test_what_is_not_a_url_is_explained(url: str) -> None:
+    with pytest.raises(RegistryUnavailable, match="--registry needs a SQLAlchemy URL such as"):
+        places(url)
+
+
+def test_sqlite_uris_name_the_file_or_the_memory_that_sqlite_means(tmp_path: Path) -> None:
+    found = places(f"sqlite:///file:{tmp_path}/r.db?mode=rwc&uri=true")
+    assert found.store_url == f"{tmp_path}/r.db.store"
+    for url in ("sqlite:///file::memory:?uri=true", "sqlite:///file:x?mode=memory&uri=true"):
+        found = places(url)
+        assert not found.bases.is_relative_to(Path.cwd())
