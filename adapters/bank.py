@@ -100,6 +100,14 @@ class AdapterBank:
         self._last_rows: list[tuple[RowAdapter | None, int]] | None = None
         self._last_step: StepAdapters | None = None
 
+    @property
+    def arena(self) -> Tensor:
+        """All units, ``(num_units * UNIT_ELEMENTS,)``, for whoever fills it other than by ``load``.
+
+        Such a caller keeps away from it while a step that reads it is under way.
+        """
+        return self._records.arena
+
     def add_basis(self, basis: Basis) -> None:
         """Bring a basis to the device; nothing happens when it is there already."""
         with self._bases_lock:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import httpx
-from tqdm import tqdm
 
 from shoal.loadtests.client import (
     ClientOptions,
@@ -73,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace, workload: Workload, objectives: dict[str, float]) -> int:
+    from tqdm import tqdm  # not above: the offline benchmark does without it
+
     async with connect(args.base_url, args.api_key) as client:
         base, *names = await list_models(client)
         adapters = match_adapters(names, args.adapters, args.max_adapters)

@@ -18,7 +18,7 @@ VERBS = {
     "train": "train a LoRA-XS, MiSS or LoRA adapter from a JSONL file",
     "adapters": "list, push, show, activate, rm, check or convert adapters",
     "basis": "export or import the shared basis that LoRA-XS adapters live in",
-    "bench": "measure a running server",
+    "bench": "measure a running server, or the engine alone",
     "pull": "fetch a base model known by name",
     "env": "print what a bug report needs to say about this machine",
 }

@@ -1,20 +1,28 @@
-"""``shoal bench serve``: the load test. The only module of the server that knows ``loadtests``."""
+"""``shoal bench``: load tests and benchmarks; alone in the server it knows ``loadtests``.
+
+``serve`` drives a running server over HTTP; ``offline`` runs the engine in this process.
+"""
 
 import argparse
 
+from shoal.loadtests import offline
 from shoal.loadtests import run as serve
+
+BENCHES = {
+    "serve": (serve, "drive a running server with a seeded load"),
+    "offline": (offline, "run the engine alone on a named shape with random weights"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True)
-    serve.add_arguments(
-        benches.add_parser(
-            "serve",
-            help="drive a running server with a seeded load",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    for name, (module, help) in BENCHES.items():
+        module.add_arguments(
+            benches.add_parser(
+                name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            )
         )
-    )
 
 
 def run(args: argparse.Namespace) -> int:
-    return serve.run(args)
+    return int(BENCHES[args.bench][0].run(args))

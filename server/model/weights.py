@@ -17,6 +17,7 @@ from torch import Tensor
 from shoal.adapters.weights import WeightOf
 from shoal.server.model.config import ModelConfig, ModelError
 from shoal.server.model.decoder import Decoder
+from shoal.server.model.dummy import random_decoder
 from shoal.server.model.gguf import GGUFFile
 from shoal.server.model.pull import resolve_model as resolve_model
 
@@ -72,7 +73,7 @@ def load_model(
         ModelError: the model is not supported, or a tensor is missing, unknown or mis-shaped.
     """
     if load_format == "dummy":
-        return _dummy(read_config(path), device, dtype)
+        return random_decoder(read_config(path), device, dtype)
     if path.suffix == ".gguf":
         file = GGUFFile(path)
         config, tensors = file.config(), file.tensors()
@@ -186,17 +187,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object")
     return value
-
-
-def _dummy(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Decoder:
-    """Random weights at the scale of an untrained model: activations stay finite at any depth."""
-    decoder = Decoder(config, device=device, dtype=dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, shape in decoder.weight_shapes().items():
-        if name.endswith("norm.weight"):
-            weight = torch.full(shape, 0.0 if config.norm_plus_one else 1.0, device=device)
-        else:
-            weight = torch.empty(shape, device=device, dtype=dtype)
-            weight.normal_(0.0, 0.02, generator=generator)
-        decoder.load_weight(name, weight)
-    return decoder
