@@ -120,3 +120,79 @@ def core_mix_kernel(
         mixed.to(u_ptr.dtype.element_ty),
         mask=live[:, None] & (i < width)[None, :],
     )
+
+
+@triton.jit
+def load_h(source_ptr, token, live, source_stride, h_column, columns, RANK: tl.constexpr):
+    """Every column of ``h (TILE, RANK)`` as it is: needs no address, so it can be asked for first.
+
+    Columns a token does not use may hold anything; ``mix_tile`` leaves them out.
+    """
+    j = tl.arange(0, RANK)
+    return tl.load(
+        source_ptr + token[:, None] * source_stride + (h_column + j)[None, :],
+        mask=live[:, None] & (j < columns)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def mix_tile(
+    h, arena_ptr, address, rank, first, matrix, columns, RANK: tl.constexpr, ALIGN: tl.constexpr
+):
+    """``h Rᵀ`` float32 ``(TILE, RANK)``, the tile's whole R in one access.
+
+    Zero outside the columns ``first … first + rank`` of the token's basis, and without adapter.
+    """
+    j = tl.arange(0, RANK)
+    rank = tl.multiple_of(rank, ALIGN)
+    local = j[None, :] - tl.multiple_of(first, ALIGN)[:, None]
+    inside = (local >= 0) & (local < rank[:, None]) & (address >= 0)[:, None]
+    inside = inside & (j < columns)[None, :]
+    start = tl.multiple_of(address + matrix * rank * rank, ALIGN)
+    r = tl.load(
+        arena_ptr
+        + start[:, None, None]
+        + (local[:, :, None] * rank[:, None, None] + local[:, None, :]),
+        mask=inside[:, :, None] & inside[:, None, :],
+        other=0.0,
+    ).to(tl.float32)
+    used_h = tl.where(inside, h.to(tl.float32), 0.0)
+    return tl.sum(r * used_h[:, None, :], axis=2)
+
+
+@triton.jit
+def load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live):
+    """Address, rank and first column of each token's adapter; -1, 0, 0 past the last token."""
+    address = tl.load(addresses_ptr + token, mask=live, other=-1)
+    rank = tl.load(ranks_ptr + token, mask=live, other=0)
+    if firsts_ptr is not None:
+        first = tl.load(firsts_ptr + token, mask=live, other=0)
+    else:
+        first = tl.zeros_like(rank)
+    return address, rank, first
+
+
+@triton.jit
+def add_delta(
+    acc,
+    mixed,
+    basis_ptr,
+    out,
+    inside,
+    columns,
+    basis_stride,
+    basis_rank_stride,
+    RANK: tl.constexpr,
+    FLOAT32_DOT: tl.constexpr,
+):
+    """``acc (TILE, OUT) + mixed Bᵀ`` for the outputs ``out`` that are ``inside``."""
+    i = tl.arange(0, RANK)
+    basis = tl.load(
+        basis_ptr + out[None, :].to(tl.int64) * basis_stride + i[:, None] * basis_rank_stride,
+        mask=inside[None, :] & (i < columns)[:, None],
+        other=0.0,
+    )
+    if FLOAT32_DOT:
+        basis = basis.to(tl.float32)
+    return tl.dot(mixed.to(basis.dtype), basis, acc, input_precision="ieee")
