@@ -112,6 +112,16 @@ class Catalog:
         self._active_version = named.where(VERSIONS.c.version == ADAPTERS.c.active_version)
         self._exact_version = named.where(VERSIONS.c.version == bindparam("wanted_version"))
 
+    def claim(self, name: str) -> None:
+        """Check that ``publish`` would take ``name`` now; changes nothing.
+
+        Raises:
+            AdapterNameInvalid, AdapterConflict: as ``publish``.
+        """
+        validate_name(name)
+        with self._database.read() as connection:
+            self._check_base(name, self._adapter(connection, name))
+
     def publish(self, name: str, content: Content, *, created: float) -> AdapterInfo:
         """Add ``content`` as the next version of ``name`` and make it active.
 
@@ -124,11 +134,7 @@ class Catalog:
         validate_name(name)
         with self._write() as connection:
             row = self._adapter(connection, name)
-            if row is not None and row.deleted_at is None and row.base_digest != self._base_digest:
-                raise AdapterConflict(
-                    f"adapter name {name!r} is used by an adapter of another base model; delete "
-                    "that one (with its base being served) or choose another name"
-                )
+            self._check_base(name, row)
             version = self._place(connection, row, name, content, "upload", created)
             return self._info(connection, name, version)
 
@@ -265,6 +271,13 @@ class Catalog:
             assert ADAPTER_NAME.fullmatch(row.name), row
             assert sorted(numbers[row.id]) == list(range(1, row.next_version)), row
             assert 1 <= row.live_from <= row.active_version < row.next_version, row
+
+    def _check_base(self, name: str, row: Row[Any] | None) -> None:
+        if row is not None and row.deleted_at is None and row.base_digest != self._base_digest:
+            raise AdapterConflict(
+                f"adapter name {name!r} is used by an adapter of another base model; delete "
+                "that one (with its base being served) or choose another name"
+            )
 
     def _place(
         self,

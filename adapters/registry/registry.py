@@ -73,9 +73,8 @@ class Registry:
         Raises:
             AdapterNameInvalid, AdapterConflict: it may not.
         """
-        validate_name(name)
-        if name in self._reserved_names:
-            raise AdapterConflict(f"adapter name {name!r} is reserved: it names the base model")
+        self._check_name(name)
+        self._catalog.claim(name)
 
     def publish(self, name: str, content: Content, record: bytes) -> AdapterInfo:
         """Make ``record`` the active version of ``name``: durable when this returns.
@@ -92,7 +91,7 @@ class Registry:
 
     def publish_shipped(self, name: str, content: Content, record: bytes) -> AdapterInfo | None:
         """Like ``publish``, unless a user changed or deleted ``name``: then None."""
-        self.claim(name)
+        self._check_name(name)
         self._store.put(content.digest, record)
         return self._catalog.publish_shipped(name, content, created=self._clock())
 
@@ -149,6 +148,11 @@ class Registry:
     def close(self) -> None:
         """Close the database."""
         self._database.close()
+
+    def _check_name(self, name: str) -> None:
+        validate_name(name)
+        if name in self._reserved_names:
+            raise AdapterConflict(f"adapter name {name!r} is reserved: it names the base model")
 
 
 def _searchable(name: str) -> str:
