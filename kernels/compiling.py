@@ -14,6 +14,11 @@ from triton.compiler import ASTSource, compile
 from shoal.kernels.core_apply.jit import core_apply_kernel, core_mix_kernel
 from shoal.kernels.fold_sum.jit import fold_sum_kernel
 from shoal.kernels.grouped_matmul.jit import grouped_matmul_kernel
+from shoal.kernels.paged_attention.jit import (
+    paged_decode_kernel,
+    paged_prefill_kernel,
+    paged_reduce_kernel,
+)
 
 H100 = GPUTarget("cuda", 90, 32)
 INDEX_TYPES = {
@@ -21,10 +26,21 @@ INDEX_TYPES = {
     "ranks_ptr": "*i32",
     "starts_ptr": "*i32",
     "lengths_ptr": "*i32",
+    "tables_ptr": "*i64",
+    "contexts_ptr": "*i32",
+    "partial_ptr": "*fp32",
+    "weight_ptr": "*fp32",
 }
+SCALAR_TYPES = {"scale": "fp32", "softcap": "fp32"}
+SHARED_BYTES = 227 << 10  # what one program may take on an H100
 
 CORE = {"TILE": 16, "BLOCK_N": 128, "CHUNK": 16}
 GROUPED = {"TILE": 16, "TILE_K": 64, "BLOCK_N": 16, "ALIGN": 16, "STAGES": 3, "FLOAT32_DOT": False}
+PAGED = {"GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_TOKENS": 16, "TILE": 64, "WINDOW": False}
+PAGED |= {"SOFTCAP": False, "FLOAT32_DOT": False, "STAGES": 3, "num_stages": 3, "aligned": True}
+DECODE = {**PAGED, "ROWS_M": 16, "num_warps": 4}
+PREFILL = {**PAGED, "ROWS": 4, "ROWS_M": 128, "num_warps": 8}
+FLOAT32 = {"FLOAT32_DOT": True, "STAGES": 2, "num_stages": 2}
 # Kernel, element type of its arrays, compile-time constants: every branch at least once.
 VARIANTS = (
     (core_apply_kernel, "*bf16", {**CORE, "RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False}),
@@ -51,21 +67,54 @@ VARIANTS = (
             (True, True, True, 256),
         )
     ),
+    (paged_decode_kernel, "*bf16", DECODE),
+    (paged_decode_kernel, "*bf16", {**DECODE, "BLOCK_TOKENS": 64, "WINDOW": True}),
+    (paged_decode_kernel, "*fp16", {**DECODE, "HEAD_DIM": 96, "GROUP": 7, "SOFTCAP": True}),
+    (paged_decode_kernel, "*bf16", {**DECODE, "HEAD_DIM": 256, "DIM": 256, "TILE": 32}),
+    (paged_decode_kernel, "*fp32", {**DECODE, **FLOAT32, "TILE": 32, "STAGES": 3}),
+    (paged_reduce_kernel, "*bf16", {**PAGED, "SPLITS": 64}),
+    (paged_prefill_kernel, "*bf16", PREFILL),
+    (paged_prefill_kernel, "*bf16", {**PREFILL, "BLOCK_TOKENS": 64, "WINDOW": True}),
+    (paged_prefill_kernel, "*fp16", {**PREFILL, "HEAD_DIM": 96, "GROUP": 7, "SOFTCAP": True}),
+    (
+        paged_prefill_kernel,
+        "*bf16",
+        {**PREFILL, "HEAD_DIM": 256, "DIM": 256, "STAGES": 2, "num_stages": 2},
+    ),
+    (
+        paged_prefill_kernel,
+        "*fp32",
+        {**PREFILL, **FLOAT32, "HEAD_DIM": 64, "DIM": 64, "ROWS_M": 32, "TILE": 32, "num_warps": 4},
+    ),
 )
 
 
 def compile_variant(kernel: object, element: str, constants: Mapping[str, object]) -> int:
-    """Compile one variant for an H100; returns the size of its machine code in bytes."""
-    signature = {}
-    for name in kernel.arg_names:  # type: ignore[attr-defined]
+    """Compile one variant for an H100; returns the size of its machine code in bytes.
+
+    Args:
+        element: type of the arrays that ``INDEX_TYPES`` does not name.
+        constants: compile-time constants; those the kernel has no argument for are left out, but
+            for ``num_warps``, ``num_stages`` and ``aligned`` (pointers and strides are multiples
+            of 16, as they are in use: without it no load is wide enough to be pipelined).
+    """
+    signature: dict[str, str] = {}
+    attributes = {}
+    for i, name in enumerate(kernel.arg_names):  # type: ignore[attr-defined]
         if name in constants:
             signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = INDEX_TYPES.get(name, element)
-        else:
-            signature[name] = "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants))
-    return len(compile(source, target=H100).asm["cubin"])
+            continue
+        pointer = name.endswith("_ptr")
+        types = INDEX_TYPES if pointer else SCALAR_TYPES
+        signature[name] = types.get(name, element if pointer else "i32")
+        if constants.get("aligned") and (pointer or name.endswith("_stride")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    used = {name: value for name, value in constants.items() if name in signature}
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
+    compiled = compile(source, target=H100, options=options)
+    assert compiled.metadata.shared <= SHARED_BYTES, f"{compiled.metadata.shared} bytes shared"
+    return len(compiled.asm["cubin"])
 
 
 def main() -> None:
