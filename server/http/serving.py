@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # After the drain, for answers already made to reach their clients.
 _FLUSH_S = 5
+_FORCED_FLUSH_S = 1
 FORCED_EXIT_CODE = 1
 
 
@@ -52,25 +53,25 @@ async def _serve(
         ),
         url=_url(config.host, listener),
     )
-    drained: list[asyncio.Task[None]] = []
-    forced = False
+    drains: list[asyncio.Task[None]] = []
 
-    async def drain() -> None:
-        if not await services.drain(config.shutdown_timeout):
+    async def drain(timeout_s: float) -> None:
+        if not await services.drain(timeout_s):
             logger.warning("shutdown: some requests were aborted")
         server.should_exit = True
 
     def on_signal() -> None:
-        nonlocal forced
-        if drained:
-            forced = True
-            drained[0].cancel()
-            # Not `force_exit`: that would skip the lifespan's end, which stops the engine.
-            server.config.timeout_graceful_shutdown = 0
-            server.should_exit = True
+        if len(drains) == 2:
             return
-        logger.info("shutdown: draining for at most %.0f s", config.shutdown_timeout)
-        drained.append(asyncio.create_task(drain()))
+        timeout_s = config.shutdown_timeout
+        if drains:
+            drains[0].cancel()
+            # Not `force_exit`: that would skip the lifespan's end, which stops the engine. And
+            # not 0: each client is still to hear why its answer ends here.
+            server.config.timeout_graceful_shutdown = _FORCED_FLUSH_S
+            timeout_s = 0.0
+        logger.info("shutdown: draining for at most %.0f s", timeout_s)
+        drains.append(asyncio.create_task(drain(timeout_s)))
 
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
@@ -80,7 +81,7 @@ async def _serve(
     finally:
         for number in SIGNALS:
             loop.remove_signal_handler(number)
-    return FORCED_EXIT_CODE if forced else 0
+    return FORCED_EXIT_CODE if len(drains) == 2 else 0
 
 
 class _Server(uvicorn.Server):

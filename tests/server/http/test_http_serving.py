@@ -99,20 +99,34 @@ def test_what_outlasts_the_timeout_is_told_so_and_the_exit_is_still_0(
     assert '"code":"draining"' in [line for line in seen if line][-1]
 
 
-def test_a_second_signal_ends_it_at_once(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_signal_ends_it_at_once_and_every_client_is_told(
+    build: Build, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     parts = build(port=0, shutdown_timeout=60.0)
     parts.gate.delay_s = 0.02
+    whole: list[httpx.Response] = []
+
+    def ask(url: str) -> None:
+        body = BODY | {"stream": False}
+        whole.append(httpx.post(f"{url}/v1/completions", json=body, timeout=10))
 
     def visit(url: str) -> None:
+        asking = threading.Thread(target=ask, args=(url,))
+        asking.start()
         with httpx.stream("POST", f"{url}/v1/completions", json=BODY, timeout=10) as stream:
             lines = stream.iter_lines()
             next(lines)
+            while parts.services.in_flight < 2:
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGTERM)
             while not parts.services.draining:
                 time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGTERM)
-            with pytest.raises(httpx.HTTPError):
-                list(lines)
+            last = [line for line in lines if line][-1]
+        asking.join(10)
+        assert '"code":"draining"' in last
+        assert whole[0].status_code == 503
+        assert whole[0].json()["error"]["code"] == "draining"
 
     visitor = Visitor(capsys, visit)
     visitor.start()
@@ -121,6 +135,7 @@ def test_a_second_signal_ends_it_at_once(build: Build, capsys: pytest.CaptureFix
     visitor.finish()
     assert code == 1
     assert time.monotonic() - began < 3
+    assert "Traceback" not in caplog.text
     assert not parts.services.engine.alive
 
 
