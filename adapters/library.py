@@ -66,6 +66,7 @@ class AdapterLibrary:
         on_basis: Callable[[Basis], None],
         dtype: torch.dtype,
         max_upload_bytes: int,
+        max_packed_bytes: int | None = None,
         max_bases: int = UPLOADED_BASES_MAX,
     ) -> None:
         self._registry = registry
@@ -78,6 +79,7 @@ class AdapterLibrary:
         self._on_basis = on_basis
         self._dtype = dtype
         self._max_upload_bytes = max_upload_bytes
+        self._max_packed_bytes = min(host.capacity_bytes, max_packed_bytes or host.capacity_bytes)
         self._max_bases = max_bases
         self._loading = _KeyedLocks()
 
@@ -97,6 +99,7 @@ class AdapterLibrary:
         reserved_names: frozenset[str],
         max_upload_bytes: int,
         shipped: Path | None,
+        max_packed_bytes: int | None = None,
         max_bases: int = UPLOADED_BASES_MAX,
     ) -> "AdapterLibrary":
         """Open or create a registry for the base that is being served.
@@ -114,6 +117,7 @@ class AdapterLibrary:
             max_upload_bytes: limit on the files of one upload together.
             shipped: a folder of adapter folders that appear under their folder's names, unless a
                 user replaced or deleted that name.
+            max_packed_bytes: size of the device bank; what is larger could never run.
             max_bases: how many uploaded bases to keep before adapters are served as ``lora``.
 
         Raises:
@@ -137,6 +141,7 @@ class AdapterLibrary:
             on_basis=on_basis,
             dtype=dtype,
             max_upload_bytes=max_upload_bytes,
+            max_packed_bytes=max_packed_bytes,
             max_bases=max_bases,
         )
         try:
@@ -268,10 +273,10 @@ class AdapterLibrary:
         spec = make_spec(weights, self._shape, digest)
         size = spec.packed_elements * self._dtype.itemsize
         # Before allocating: one target of a high rank makes a small file and a vast packed adapter.
-        if size > self._host.capacity_bytes:
+        if size > self._max_packed_bytes:
             raise AdapterTooLarge(
                 f"the adapter takes {size} bytes in memory (rank {spec.rank} on every module); "
-                f"host memory for adapters is {self._host.capacity_bytes} bytes"
+                f"this server has room for {self._max_packed_bytes}"
             )
         return pack_adapter(weights, self._shape, digest, self._dtype)
 

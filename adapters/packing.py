@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.families import core, fold, lora
 from shoal.adapters.spec import AdapterSpec, BaseShape
 from shoal.adapters.weights import AdapterWeights
@@ -61,6 +62,9 @@ def pack_adapter(
     Args:
         digest: sha256 (hex) of the canonical record.
         dtype: the bank's.
+
+    Raises:
+        AdapterRejected: a value is beyond what ``dtype`` holds, or see ``make_spec``.
     """
     spec = make_spec(weights, shape, digest)
     data = torch.empty(spec.packed_elements, dtype=dtype)
@@ -70,4 +74,6 @@ def pack_adapter(
         fold.pack(weights, shape, data)
     else:
         lora.pack(weights, shape, data)
+    if not bool(torch.isfinite(data).all()):
+        raise AdapterRejected("adapter_model.safetensors", f"scaled values overflow {dtype}")
     return PackedAdapter(spec, data)

@@ -36,6 +36,7 @@ from shoal.server.engine.client import EngineClient
 from shoal.server.engine.loop import Deliver, EngineLoop
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.http.services import Services
+from shoal.server.model.attention import choose_attention
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
 from shoal.server.model.kv_cache import KVCache
@@ -63,6 +64,7 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
     """
     path = resolve_model(config.model)
     device = resolve_device(config.device)
+    begin_attention = choose_attention(config.attention, device)
     facts = read_config(path)
     dtype = torch_dtype(
         resolve_dtype(config.dtype, device=device.type, checkpoint_dtype=facts.dtype or "float32")
@@ -74,6 +76,7 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
         dtype=dtype,
         load_format="dummy" if config.load_format == "dummy" else "auto",
     )
+    decoder.begin_attention = begin_attention
     tokenizer = Tokenizer.load(path)
     weight_of: WeightOf = decoder.weight_of
     if config.load_format == "dummy":
@@ -179,6 +182,7 @@ def _open_library(
         dtype=dtype,
         reserved_names=frozenset({config.base_name.lower()}),
         max_upload_bytes=config.max_upload_bytes,
+        max_packed_bytes=bank.num_units * UNIT_ELEMENTS * dtype.itemsize,
         shipped=shipped_folder(config.model) if config.shipped_adapters else None,
     )
 

@@ -214,6 +214,11 @@ def _explicit(factors: Mapping[Target, _Factors], scales: dict[Target, float]) -
 
 
 def _read_compact(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
+    for name in ("rank_pattern", "alpha_pattern"):
+        if raw.config.get(name):
+            raise AdapterRejected(
+                field(name), "must be absent: the compact layout has one r and one lora_alpha"
+            )
     rank = get_rank(raw.config, "r", 8)
     alpha = get_number(raw.config, "lora_alpha", 8)
     # One scale for all targets, also where a small weight limits the rank.

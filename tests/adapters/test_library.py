@@ -355,15 +355,18 @@ def test_a_failure_half_way_leaves_nothing_visible(
     assert upload(library, "a", adapter(tmp_path, 1)).version == 1
 
 
+@pytest.mark.parametrize(
+    "small", [{"host": HostTier(1000)}, {"max_packed_bytes": 1000}], ids=["host", "bank"]
+)
 def test_a_vast_packed_size_is_refused_before_it_is_allocated(
-    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: dict[str, object]
 ) -> None:
     def allocate(*_: object) -> None:
         raise AssertionError("was packed")
 
     monkeypatch.setattr(library_module, "pack_adapter", allocate)
     with pytest.raises(AdapterTooLarge, match="rank 4 on every module"):
-        upload(open_library(host=HostTier(1000)), "a", adapter(tmp_path, 1, "lora"))
+        upload(open_library(**small), "a", adapter(tmp_path, 1, "lora"))
 
 
 def test_a_check_says_what_an_upload_would_be_and_changes_nothing(

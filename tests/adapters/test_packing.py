@@ -106,3 +106,10 @@ def test_an_adapter_without_targets_takes_no_room() -> None:
     for family in ("core", "fold", "lora"):
         spec = make_spec(AdapterWeights("x", family, {}, {}, None), SHAPE, "d")  # type: ignore[arg-type]
         assert (spec.rank, spec.packed_elements) == (0, 0)
+
+
+def test_values_that_overflow_the_banks_dtype_are_refused() -> None:
+    weights = AdapterWeights("lora_xs", "core", {K1: (torch.full((1, 1), 4e4),)}, {K1: 2.0}, "b")
+    assert pack_adapter(weights, SHAPE, "d", torch.bfloat16).data.isfinite().all()
+    with pytest.raises(AdapterRejected, match=r"overflow torch\.float16"):
+        pack_adapter(weights, SHAPE, "d", torch.float16)
