@@ -52,7 +52,7 @@ def profile_steps(step: Callable[[], object], count: int, device: torch.device) 
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(count):
             step()
         if device.type == "cuda":
