@@ -15,9 +15,9 @@ from shoal.kernels.core_apply.jit import core_apply_kernel, core_mix_kernel
 from shoal.kernels.fold_sum.jit import fold_sum_kernel
 from shoal.kernels.grouped_matmul.jit import grouped_matmul_kernel
 from shoal.kernels.paged_attention.jit import (
-    paged_decode_kernel,
-    paged_prefill_kernel,
-    paged_reduce_kernel,
+    attention_decode_kernel,
+    attention_prefill_kernel,
+    attention_reduce_kernel,
 )
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -67,22 +67,22 @@ VARIANTS = (
             (True, True, True, 256),
         )
     ),
-    (paged_decode_kernel, "*bf16", DECODE),
-    (paged_decode_kernel, "*bf16", {**DECODE, "BLOCK_TOKENS": 64, "WINDOW": True}),
-    (paged_decode_kernel, "*fp16", {**DECODE, "HEAD_DIM": 96, "GROUP": 7, "SOFTCAP": True}),
-    (paged_decode_kernel, "*bf16", {**DECODE, "HEAD_DIM": 256, "DIM": 256, "TILE": 32}),
-    (paged_decode_kernel, "*fp32", {**DECODE, **FLOAT32, "TILE": 32, "STAGES": 3}),
-    (paged_reduce_kernel, "*bf16", {**PAGED, "SPLITS": 64}),
-    (paged_prefill_kernel, "*bf16", PREFILL),
-    (paged_prefill_kernel, "*bf16", {**PREFILL, "BLOCK_TOKENS": 64, "WINDOW": True}),
-    (paged_prefill_kernel, "*fp16", {**PREFILL, "HEAD_DIM": 96, "GROUP": 7, "SOFTCAP": True}),
+    (attention_decode_kernel, "*bf16", DECODE),
+    (attention_decode_kernel, "*bf16", {**DECODE, "BLOCK_TOKENS": 64, "WINDOW": True}),
+    (attention_decode_kernel, "*fp16", {**DECODE, "HEAD_DIM": 96, "GROUP": 7, "SOFTCAP": True}),
+    (attention_decode_kernel, "*bf16", {**DECODE, "HEAD_DIM": 256, "DIM": 256, "TILE": 32}),
+    (attention_decode_kernel, "*fp32", {**DECODE, **FLOAT32, "TILE": 32, "STAGES": 3}),
+    (attention_reduce_kernel, "*bf16", {**PAGED, "SPLITS": 64}),
+    (attention_prefill_kernel, "*bf16", PREFILL),
+    (attention_prefill_kernel, "*bf16", {**PREFILL, "BLOCK_TOKENS": 64, "WINDOW": True}),
+    (attention_prefill_kernel, "*fp16", {**PREFILL, "HEAD_DIM": 96, "GROUP": 7, "SOFTCAP": True}),
     (
-        paged_prefill_kernel,
+        attention_prefill_kernel,
         "*bf16",
         {**PREFILL, "HEAD_DIM": 256, "DIM": 256, "STAGES": 2, "num_stages": 2},
     ),
     (
-        paged_prefill_kernel,
+        attention_prefill_kernel,
         "*fp32",
         {**PREFILL, **FLOAT32, "HEAD_DIM": 64, "DIM": 64, "ROWS_M": 32, "TILE": 32, "num_warps": 4},
     ),

@@ -68,7 +68,7 @@ DECODE_CASES = (
     Case(
         "head 128, block 256", rows=_ones(260, 1), kv_heads=1, head_dim=128,
         block_tokens=256, scale=0.1,
-    ),  # fmt: skip
+    ),
     Case("head 256, block 64", rows=_ones(40), head_dim=256, block_tokens=64, scale=0.06),
     Case("blocks of 4", rows=EDGES, block_tokens=4),
     Case("split", rows=_ones(16, 17, 70, 0), kv_heads=1, splits=4),
@@ -95,7 +95,7 @@ PREFILL_CASES = (
     Case(
         "head 128, block 256", rows=((262, 20),), kv_heads=1, head_dim=128,
         block_tokens=256, scale=0.1,
-    ),  # fmt: skip
+    ),
     Case("head 256", rows=((33, 18),), head_dim=256, scale=0.06),
     Case("blocks of 4", rows=CHUNKS[2:], kv_heads=1, block_tokens=4, head_dim=8),
     Case("window", rows=CHUNKS, kv_heads=1, window=20),

@@ -122,7 +122,7 @@ def _split_range(context, splits, min_split, window, WINDOW: tl.constexpr, TILE:
 
 
 @triton.jit(do_not_specialize=VOLATILE)
-def paged_decode_kernel(
+def attention_decode_kernel(
     q_ptr,
     keys_ptr,
     values_ptr,
@@ -157,7 +157,7 @@ def paged_decode_kernel(
 
     The kv head is the fastest program axis: neighbours read neighbouring memory. A row that needs
     one split is finished here; others leave normalised partial results and the log2 of their
-    weight to ``paged_reduce_kernel``.
+    weight to ``attention_reduce_kernel``.
     """
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -222,7 +222,7 @@ def paged_decode_kernel(
 
 
 @triton.jit(do_not_specialize=VOLATILE)
-def paged_reduce_kernel(
+def attention_reduce_kernel(
     partial_ptr,
     weight_ptr,
     contexts_ptr,
@@ -262,7 +262,7 @@ def paged_reduce_kernel(
 
 
 @triton.jit(do_not_specialize=VOLATILE)
-def paged_prefill_kernel(
+def attention_prefill_kernel(
     q_ptr,
     keys_ptr,
     values_ptr,

@@ -1,59 +1,27 @@
 """Attention over a paged cache: ``paged_decode`` (one query per row) and ``paged_prefill``.
 
-Owns argument checks, dispatch and launch shapes. Dispatch goes by device alone: CPU tensors run
-the reference, GPU tensors the Triton kernels. ``launch_paged_*`` always launch; on CPU tensors
-that needs Triton's interpreter. No launch depends on the *values* of lengths, tables or starts,
-and nothing is copied to the host: a launch can be captured in a CUDA graph.
+Owns argument checks and dispatch; launch parameters are in ``launches.py``. Dispatch goes by
+device alone: CPU tensors run the reference, GPU tensors the Triton kernels. ``launch_paged_*``
+always launch; on CPU tensors that needs Triton's interpreter. No launch depends on the *values* of
+lengths, tables or starts, and nothing is copied to the host: it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
-
-import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shoal.kernels.errors import ShapeError, check_devices, check_matrix, check_vector
 from shoal.kernels.launching import FLOATS, dot_in_float32, power_of_two, require_triton
+from shoal.kernels.paged_attention.launches import (
+    MAX_SPLITS,
+    DecodeConfig,
+    PrefillConfig,
+    default_decode_config,
+    default_prefill_config,
+    processors,
+)
 from shoal.kernels.paged_attention.reference import paged_attention_reference
-
-MAX_SPLITS = 64  # the reduction loads a head's partial results at once
-LONGEST_SPLIT = 8192  # keys: one long row among many short ones must not be a few slow programs
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How to launch a decode.
-
-    Attributes:
-        tile: keys per step of the loop, a power of two, at least 16.
-        splits: programs that may share a row's keys, at most ``MAX_SPLITS``; 1: no second launch.
-        min_split: keys a program takes at least, so that short rows are not split.
-        num_stages: loop steps in flight.
-    """
-
-    tile: int
-    splits: int
-    min_split: int
-    num_warps: int = 4
-    num_stages: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillConfig:
-    """How to launch a prefill.
-
-    Attributes:
-        rows_m: rows of a query tile (tokens times the heads of a group), a power of two.
-        tile: keys per step of the loop, a power of two, at least 16.
-        num_stages: loop steps in flight.
-    """
-
-    rows_m: int
-    tile: int
-    num_warps: int = 8
-    num_stages: int = 3
 
 
 def paged_decode(
@@ -205,50 +173,6 @@ def launch_paged_prefill(
     )  # fmt: skip
 
 
-def default_decode_config(
-    programs: int, span: int, dim: int, itemsize: int, processors: int
-) -> DecodeConfig:
-    """Launch parameters of a decode.
-
-    Args:
-        programs: rows times kv heads, the programs there are without splitting.
-        span: keys that the longest row can see.
-        dim: head dimension, padded to a power of two.
-        itemsize: bytes per element of the cache.
-        processors: streaming multiprocessors of the GPU.
-    """
-    # Not yet swept on a GPU. Reasoned: some four programs per processor keep the memory busy;
-    # where the rows alone are enough, only long ones are worth a second pass over partial results.
-    wanted = 4 * processors
-    enough = programs >= wanted
-    min_split = 1024 if enough else 256
-    splits = max(-(-wanted // max(programs, 1)), -(-span // LONGEST_SPLIT))
-    splits = max(1, min(splits, -(-span // min_split), MAX_SPLITS))
-    # Two tiles of keys and values per stage stay within some 100 KiB: two programs per processor.
-    tile = 64 if dim * itemsize <= 256 else 32
-    return DecodeConfig(tile=tile, splits=splits, min_split=min_split)
-
-
-def default_prefill_config(
-    tokens: int, rows: int, group: int, dim: int, itemsize: int
-) -> PrefillConfig:
-    """Launch parameters of a prefill of ``tokens`` tokens in ``rows`` rows.
-
-    Args:
-        group: query heads that share a kv head.
-        dim: head dimension, padded to a power of two.
-        itemsize: bytes per element.
-    """
-    # Not yet swept on a GPU. Two warp groups of 64 rows each, as Hopper's matrix units take them;
-    # smaller tiles for short chunks, which would leave most of 128 rows empty.
-    least = power_of_two(group, 16)
-    if itemsize > 2:  # plain arithmetic: for checks against the CPU, not for speed
-        return PrefillConfig(max(least, 32), tile=32, num_warps=4, num_stages=2)
-    if -(-tokens // max(rows, 1)) * group <= 64:
-        return PrefillConfig(max(least, 64), tile=64 if dim <= 128 else 32, num_warps=4)
-    return PrefillConfig(max(least, 128), tile=64, num_stages=3 if dim <= 128 else 2)
-
-
 def _check(
     q: Tensor,
     keys: Tensor,
@@ -329,7 +253,7 @@ def _launch_decode(
     config: DecodeConfig | None,
 ) -> Tensor:
     require_triton()
-    from shoal.kernels.paged_attention.jit import paged_decode_kernel, paged_reduce_kernel
+    from shoal.kernels.paged_attention.jit import attention_decode_kernel, attention_reduce_kernel
 
     rows, heads, head_dim = q.shape
     _, block_tokens, kv_heads, _ = keys.shape
@@ -339,13 +263,13 @@ def _launch_decode(
     room = block_tables.shape[1] * block_tokens
     span = min(room, max_context or room, window or room)
     chosen = config or default_decode_config(
-        rows * kv_heads, span, dim, keys.element_size(), _processors(q.device)
+        rows * kv_heads, span, dim, keys.element_size(), processors(q.device)
     )
     splits = chosen.splits
     split_rows = rows if splits > 1 else 0  # what is not split leaves no partial results
     partial = q.new_empty((split_rows, heads, splits, head_dim), dtype=torch.float32)
     weight = q.new_empty((split_rows, heads, splits), dtype=torch.float32)
-    paged_decode_kernel[(kv_heads, rows, splits)](
+    attention_decode_kernel[(kv_heads, rows, splits)](
         q,
         keys,
         values,
@@ -379,7 +303,7 @@ def _launch_decode(
         num_stages=chosen.num_stages,
     )
     if splits > 1:
-        paged_reduce_kernel[(heads, rows)](
+        attention_reduce_kernel[(heads, rows)](
             partial,
             weight,
             context_lens,
@@ -411,7 +335,7 @@ def _launch_prefill(
     config: PrefillConfig | None,
 ) -> Tensor:
     require_triton()
-    from shoal.kernels.paged_attention.jit import paged_prefill_kernel
+    from shoal.kernels.paged_attention.jit import attention_prefill_kernel
 
     tokens, heads, head_dim = q.shape
     _, block_tokens, kv_heads, _ = keys.shape
@@ -422,7 +346,7 @@ def _launch_prefill(
     dim = power_of_two(head_dim, 16)
     chosen = config or default_prefill_config(tokens, rows, group, dim, keys.element_size())
     tiles = tokens // (chosen.rows_m // group) + rows  # see the kernel
-    paged_prefill_kernel[(kv_heads, tiles)](
+    attention_prefill_kernel[(kv_heads, tiles)](
         q,
         keys,
         values,
@@ -455,10 +379,3 @@ def _launch_prefill(
         num_stages=chosen.num_stages,
     )
     return out
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":  # interpreted, one program after the other
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

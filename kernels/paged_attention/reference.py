@@ -36,7 +36,8 @@ def paged_attention_reference(
         k = _context(keys, block_tables[row], context - new, context, window)
         v = _context(values, block_tables[row], context - new, context, window)
         # Query heads that share a kv head stand side by side: (kv_heads, group, new, head_dim).
-        heads = q[tokens].float().transpose(0, 1).unflatten(0, (kv_heads, -1))
+        grouped = (kv_heads, -1, new, q.shape[2])
+        heads = q[tokens].float().transpose(0, 1).reshape(grouped)
         scores = torch.matmul(heads, k.transpose(-1, -2)[:, None]) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap

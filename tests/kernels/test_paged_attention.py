@@ -19,15 +19,17 @@ from shoal.kernels.paged_attention.cases import (
     make_inputs,
 )
 from shoal.kernels.paged_attention.kernel import (
+    launch_paged_decode,
+    launch_paged_prefill,
+    paged_decode,
+    paged_prefill,
+)
+from shoal.kernels.paged_attention.launches import (
     MAX_SPLITS,
     DecodeConfig,
     PrefillConfig,
     default_decode_config,
     default_prefill_config,
-    launch_paged_decode,
-    launch_paged_prefill,
-    paged_decode,
-    paged_prefill,
 )
 from shoal.kernels.testing import assert_close
 
@@ -112,8 +114,8 @@ def test_reference_equals_the_definition_in_float64(case: Case) -> None:
     expected = definition_in_float64(case, inputs)
     assert_close(reference(case, inputs).cpu(), expected, torch.float32)
     if case.decode:
-        options = {"scale": case.scale, "window": case.window, "softcap": case.softcap}
-        assert_close(paged_decode(*inputs[:5], **options).cpu(), expected, torch.float32)
+        got = paged_decode(*inputs[:5], scale=case.scale, window=case.window, softcap=case.softcap)
+        assert_close(got.cpu(), expected, torch.float32)
 
 
 @pytest.mark.parametrize(
