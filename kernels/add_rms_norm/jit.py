@@ -72,6 +72,7 @@ def add_rms_norm_kernel(
         mixed = mix_tile(h, arena_ptr, address, rank, first, matrix, columns, RANK, ALIGN)
     for at in tl.static_range(ROWS):
         token = begin + at
+        # (The interpreter refuses a vector & a scalar condition as a mask.)
         mask = col < tl.where(token < tokens, n, 0)
         x = tl.load(residual_ptr + token * residual_stride + col, mask=mask, other=0.0)
         x = x.to(tl.float32)

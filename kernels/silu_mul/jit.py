@@ -60,8 +60,8 @@ def silu_mul_kernel(
     gate_ptrs = gate_up_ptr + token[:, None] * gate_up_stride + out[None, :]
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + width, mask=mask, other=0.0).to(tl.float32)
-    if basis_ptr is not None:
-        if tl.max(address, 0) >= 0:  # noqa: SIM102 - the outer one is decided by the compiler
+    if basis_ptr is not None:  # noqa: SIM102 - the compiler decides this one, the device the next
+        if tl.max(address, 0) >= 0:
             mixed_gate = mix_tile(
                 h_gate, arena_ptr, address, rank, first, matrix, columns, RANK, ALIGN
             )
