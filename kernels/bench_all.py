@@ -11,6 +11,7 @@ from shoal.kernels.benching import run
 from shoal.kernels.core_apply.bench import BENCH as CORE_APPLY
 from shoal.kernels.fold_sum.bench import BENCH as FOLD_SUM
 from shoal.kernels.grouped_matmul.bench import BENCH as GROUPED_MATMUL
+from shoal.kernels.paged_attention.bench import BENCH as PAGED_ATTENTION
 
 if __name__ == "__main__":
-    sys.exit(run([CORE_APPLY, FOLD_SUM, GROUPED_MATMUL], ["--sweep", *sys.argv[1:]]))
+    sys.exit(run([CORE_APPLY, FOLD_SUM, GROUPED_MATMUL, PAGED_ATTENTION], ["--sweep", *sys.argv[1:]]))

@@ -40,6 +40,7 @@ class Heads(NamedTuple):
 
 LLAMA_8B = Heads(32, 8, 128)
 SMALL = Heads(9, 3, 64)  # SmolLM2-135M
+CHECKED = ("around tiles", "split", "window, split, cap", "chunks", "a group of 7", "llama 8b")
 DECODE_SWEEP = tuple(
     DecodeConfig(tile, splits, 256, warps, stages)
     for tile, warps in ((32, 2), (32, 4), (64, 4), (128, 4), (128, 8))
@@ -57,26 +58,29 @@ PREFILL_SWEEP = (
 
 
 def check(device: torch.device) -> dict[torch.dtype, float]:
-    """Largest error over all cases in units of a case's slack, by dtype."""
+    """Largest error over some cases in units of a case's slack, by dtype.
+
+    The tests hold all cases; a GPU takes seconds to compile each variant of the kernels.
+    """
     on_kernel = kernel_runs_on(device)
+    decode = launch_paged_decode if on_kernel else paged_decode
+    prefill = launch_paged_prefill if on_kernel else paged_prefill
     errors = dict.fromkeys(TOLERANCE, 0.0)
     for case in (*DECODE_CASES, *PREFILL_CASES):
-        if case.gpu_only and device.type == "cpu":
+        if case.name not in CHECKED or (case.gpu_only and device.type == "cpu"):
             continue
         for dtype in TOLERANCE:
             inputs = make_inputs(case, dtype, device, seed=11)
             scale, window, cap = case.scale, case.window, case.softcap
-            expected = paged_prefill(
-                *(tensor.cpu() for tensor in inputs), scale=scale, window=window, softcap=cap
-            )
-            prefill = launch_paged_prefill if on_kernel else paged_prefill
-            results = [prefill(*inputs, scale=scale, window=window, softcap=cap)]
+            host = [tensor.cpu() for tensor in inputs]
+            expected = paged_prefill(*host, scale=scale, window=window, softcap=cap)
             if case.decode:
-                decode = launch_paged_decode if on_kernel else paged_decode
-                results.append(decode(*inputs[:5], scale=scale, window=window, softcap=cap))
-            for got in results:
-                error = max_error(got.cpu(), expected) / case.slack
-                errors[dtype] = max(errors[dtype], error)
+                config = DecodeConfig(32, case.splits, case.min_split)
+                got = decode(*inputs[:5], scale=scale, window=window, softcap=cap, config=config)
+            else:
+                got = prefill(*inputs, scale=scale, window=window, softcap=cap)
+            error = max_error(got.cpu(), expected) / case.slack
+            errors[dtype] = max(errors[dtype], error)
     return errors
 
 
