@@ -178,7 +178,8 @@ def test_rows_a_graph_pads_with_change_nothing() -> None:
 
 def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu() -> None:
     assert choose_attention("auto", torch.device("cpu")) is torch_attention
-    assert choose_attention("auto", torch.device("cuda")) is triton_attention
+    assert choose_attention("auto", torch.device("cuda")) is torch_attention
+    assert choose_attention("triton", torch.device("cuda")) is triton_attention
     assert choose_attention("torch", torch.device("cuda")) is torch_attention
 
 
