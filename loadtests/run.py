@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--request-rate", type=float, help="mean arrivals per second; default: all at once")
     add("--burstiness", type=float, default=1.0, help="1 is Poisson, below 1 burstier")
     add("--max-concurrency", type=int, help="requests in flight at most; default: open loop")
-    add("--input-len", type=_lengths, default=Lengths(minimum=32, maximum=32), metavar="N|A:B",
+    add("--input-len", type=_lengths, default="32", metavar="N|A:B",
         help="prompt tokens, fixed or uniform in A..B")  # fmt: skip
-    add("--output-len", type=_lengths, default=Lengths(minimum=64, maximum=64), metavar="N|A:B",
+    add("--output-len", type=_lengths, default="64", metavar="N|A:B",
         help="output tokens, fixed or uniform in A..B")  # fmt: skip
     add("--shared-prefix-len", type=int, default=0, help="prompt tokens all requests share")
     add("--temperature", type=float, default=0.0)
@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         workload = _workload(args)
         objectives = _objectives(args.goodput)
+        if args.save_dir:  # now, and not when the run is over and would be lost
+            _make_folder(args.save_dir)
         return asyncio.run(_run(args, workload, objectives))
     except (ValueError, ServerError, httpx.HTTPError) as problem:
         print(f"error: {args.base_url}: {problem}", file=sys.stderr)
@@ -155,9 +157,20 @@ def _workload(args: argparse.Namespace) -> Workload:
     )
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ValueError(f"--save-dir cannot be used: {problem}") from problem
+
+
 def _lengths(text: str) -> Lengths:
     low, _, high = text.partition(":")
-    return Lengths(minimum=int(low), maximum=int(high or low))
+    try:
+        return Lengths(minimum=int(low), maximum=int(high or low))
+    except ValueError as problem:
+        rule = f"{text!r} must be N or A:B with 1 <= A <= B"
+        raise argparse.ArgumentTypeError(rule) from problem
 
 
 def _objectives(items: Sequence[str]) -> dict[str, float]:

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    # One line for each HTTP request that a verb makes is not what its user asked to see.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     module = importlib.import_module(f"shoal.server.cli.{verb}")
     parser = argparse.ArgumentParser(
         prog=f"shoal {verb}",

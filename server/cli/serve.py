@@ -30,8 +30,6 @@ def _serve(asked: ServeConfig) -> int:
     from shoal.server.http.serving import serve
     from shoal.server.model.config import ModelError
 
-    # One line a request is our own log's business.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         with assemble(asked) as services:
             return serve(create_app(services), services, asked)

@@ -124,10 +124,11 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
 
 
 def _http_body(request: Request, error: HTTPException) -> dict[str, Any]:
+    path = request.url.path[: 2 * _SHOWN_MAX]
     if error.status_code == 404:
-        message, code = f"no route {request.method} {request.url.path}", "not_found"
+        message, code = f"no route {request.method} {path}", "not_found"
     elif error.status_code == 405:
-        message = f"{request.url.path} does not take {request.method}"
+        message = f"{path} does not take {request.method}"
         code = "method_not_allowed"
     else:
         message, code = str(error.detail), "invalid_value"
