@@ -54,7 +54,7 @@ CASES = (
     Case("mixed ranks, core", tokens=7, n=131, branch=True, bias=True, sandwich=True, core=MIXED),
     Case("shared columns, core", tokens=6, n=96, core=ALIGNED),
     Case("rows share a program, core", tokens=7, n=96, core=MIXED, config=NormConfig(4, 4)),
-    Case("basis in parts, core", tokens=3, n=1027, core=ALIGNED, config=NormConfig(2, 1)),
+    Case("more than one warp, core", tokens=3, n=1027, core=ALIGNED, config=NormConfig(2, 4)),
     Case(
         "largest", tokens=4096, n=16384, gpu_only=True,
         core=CoreCase(columns=32, ranks=(16, 32, 7), adapters=300, bare_every=9),

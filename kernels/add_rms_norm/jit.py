@@ -44,14 +44,13 @@ def add_rms_norm_kernel(
     PLUS_ONE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """One program finishes ``ROWS`` rows, one after the other, each whole in registers.
 
-    The basis is what costs: every row reads all of it. It needs no address, so the first
-    ``CHUNK`` of its columns are requested before anything waits for one, and kept for all rows.
+    The basis is what costs: every row needs all of it. Its load waits for no address and comes
+    first, and one serves all rows of the program.
     """
     begin = tl.program_id(0).to(tl.int64) * ROWS
     col = tl.arange(0, BLOCK)
@@ -59,17 +58,17 @@ def add_rms_norm_kernel(
     if basis_ptr is not None:
         row = tl.arange(0, ROWS)
         address, rank, first = load_owner(
-            addresses_ptr, ranks_ptr, firsts_ptr, begin + row, begin + row < tokens
+            addresses_ptr, ranks_ptr, firsts_ptr, begin + row, begin + row < tokens, ALIGN
         )
         h = load_h(
             delta_ptr, begin + row, begin + row < tokens, delta_stride, h_column, columns, RANK
         )
-        i = tl.arange(0, CHUNK)
+        i = tl.arange(0, RANK)
         basis_ptrs = (
             basis_ptr + col[None, :].to(tl.int64) * basis_stride + i[:, None] * basis_rank_stride
         )
-        kept = tl.load(basis_ptrs, mask=inside[None, :] & (i < columns)[:, None], other=0.0)
-        mixed = mix_tile(h, arena_ptr, address, rank, first, matrix, columns, RANK, ALIGN)
+        basis = tl.load(basis_ptrs, mask=inside[None, :] & (i < columns)[:, None], other=0.0)
+        mixed = mix_tile(h, arena_ptr, address, rank, first, matrix, RANK, ALIGN)
     for at in tl.static_range(ROWS):
         token = begin + at
         # (The interpreter refuses a vector & a scalar condition as a mask.)
@@ -86,22 +85,7 @@ def add_rms_norm_kernel(
                 delta += tl.load(bias_ptr + col, mask=inside, other=0.0).to(tl.float32)
             if basis_ptr is not None:
                 mine = tl.sum(tl.where((row == at)[:, None], mixed, 0.0), axis=0)
-                for done in tl.static_range(0, RANK, CHUNK):
-                    if CHUNK == RANK:
-                        part = mine
-                        basis = kept
-                    else:
-                        picked = tl.arange(0, RANK)[None, :] == (done + i)[:, None]
-                        part = tl.sum(tl.where(picked, mine[None, :], 0.0), axis=1)
-                        if done == 0:
-                            basis = kept
-                        else:
-                            basis = tl.load(
-                                basis_ptrs + done * basis_rank_stride,
-                                mask=inside[None, :] & (done + i < columns)[:, None],
-                                other=0.0,
-                            )
-                    delta += tl.sum(part[:, None] * basis.to(tl.float32), axis=0)
+                delta += tl.sum(mine[:, None] * basis.to(tl.float32), axis=0)
             if delta_weight_ptr is not None:
                 delta = normalise(delta, delta_weight_ptr, col, inside, n, eps, PLUS_ONE)
             # The norm is that of the residual as it is stored.

@@ -18,8 +18,6 @@ from shoal.kernels.errors import ShapeError, check_devices, check_matrix, check_
 from shoal.kernels.launching import FLOATS, power_of_two, require_triton
 
 MAX_WIDTH = 16384
-# Basis elements a thread may hold: half its registers at 16 bits each.
-BASIS_PER_THREAD = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +178,6 @@ def _launch(
     if tokens == 0:
         return out
     chosen = config or default_config(tokens, n, core)
-    epilogue = epilogue_arguments(core)
-    block = power_of_two(n)
-    rank = epilogue["RANK"]
-    assert isinstance(rank, int)
-    chunk = min(rank, max(1, BASIS_PER_THREAD * 32 * chosen.num_warps // block))
     add_rms_norm_kernel[(-(-tokens // chosen.rows),)](
         residual_ptr=residual,
         delta_ptr=delta,
@@ -199,11 +192,10 @@ def _launch(
         delta_stride=0 if delta is None else delta.stride(0),
         branch_stride=0 if branch is None else branch.stride(0),
         eps=eps,
-        **epilogue,
+        **epilogue_arguments(core),
         PLUS_ONE=plus_one,
         ROWS=chosen.rows,
-        BLOCK=block,
-        CHUNK=chunk,
+        BLOCK=power_of_two(n),
         num_warps=chosen.num_warps,
     )
     return out

@@ -137,18 +137,15 @@ def load_h(source_ptr, token, live, source_stride, h_column, columns, RANK: tl.c
 
 
 @triton.jit
-def mix_tile(
-    h, arena_ptr, address, rank, first, matrix, columns, RANK: tl.constexpr, ALIGN: tl.constexpr
-):
+def mix_tile(h, arena_ptr, address, rank, first, matrix, RANK: tl.constexpr, ALIGN: tl.constexpr):
     """``h Rᵀ`` float32 ``(TILE, RANK)``, the tile's whole R in one access.
 
     Zero outside the columns ``first … first + rank`` of the token's basis, and without adapter.
+    Nothing but ALIGN decides how wide R is loaded: a mask that knows less narrows every load.
     """
     j = tl.arange(0, RANK)
-    rank = tl.multiple_of(rank, ALIGN)
-    local = j[None, :] - tl.multiple_of(first, ALIGN)[:, None]
+    local = j[None, :] - first[:, None]
     inside = (local >= 0) & (local < rank[:, None]) & (address >= 0)[:, None]
-    inside = inside & (j < columns)[None, :]
     start = tl.multiple_of(address + matrix * rank * rank, ALIGN)
     r = tl.load(
         arena_ptr
@@ -162,12 +159,15 @@ def mix_tile(
 
 
 @triton.jit
-def load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live):
-    """Address, rank and first column of each token's adapter; -1, 0, 0 past the last token."""
+def load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live, ALIGN: tl.constexpr):
+    """Address, rank and first column of each token's adapter; -1, 0, 0 past the last token.
+
+    ALIGN is told to the compiler here: on a function's argument it would be lost in inlining.
+    """
     address = tl.load(addresses_ptr + token, mask=live, other=-1)
-    rank = tl.load(ranks_ptr + token, mask=live, other=0)
+    rank = tl.multiple_of(tl.load(ranks_ptr + token, mask=live, other=0), ALIGN)
     if firsts_ptr is not None:
-        first = tl.load(firsts_ptr + token, mask=live, other=0)
+        first = tl.multiple_of(tl.load(firsts_ptr + token, mask=live, other=0), ALIGN)
     else:
         first = tl.zeros_like(rank)
     return address, rank, first

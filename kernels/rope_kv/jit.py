@@ -95,7 +95,7 @@ def rope_kv_kernel(
     mask = live[:, None] & inside[None, :]
 
     if basis_ptr is not None:
-        address, rank, first = load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live)
+        address, rank, first = load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live, ALIGN)
         h_at = h_column + section * columns
         h = load_h(qkv_ptr, token, live, qkv_stride, h_at, columns, RANK)
     # (The interpreter refuses a vector & a scalar condition as a mask.)
@@ -108,9 +108,7 @@ def rope_kv_kernel(
     high = tl.load(qkv_ptrs + HALF_DIM, mask=mask, other=0.0).to(tl.float32)
     if basis_ptr is not None:  # noqa: SIM102 - the compiler decides this one, the device the next
         if tl.max(address, 0) >= 0:
-            mixed = mix_tile(
-                h, arena_ptr, address, rank, first, matrix + section, columns, RANK, ALIGN
-            )
+            mixed = mix_tile(h, arena_ptr, address, rank, first, matrix + section, RANK, ALIGN)
             low = add_delta(
                 low, mixed, basis_ptr, column, inside, columns, basis_stride, basis_rank_stride,
                 RANK, FLOAT32_DOT,
@@ -150,11 +148,11 @@ def rope_kv_kernel(
         written = mask & (slot >= 0)[:, None]
         at = (slot // block_tokens) * block_stride + (slot % block_tokens) * position_stride
         cell = at[:, None] + (head.to(tl.int64) * head_stride + i)[None, :]
-        low = finite(low, limit).to(key_cache_ptr.dtype.element_ty)
-        high = finite(high, limit).to(key_cache_ptr.dtype.element_ty)
+        first_half = finite(low, limit).to(key_cache_ptr.dtype.element_ty)
+        second_half = finite(high, limit).to(key_cache_ptr.dtype.element_ty)
         if section == 1:
-            tl.store(key_cache_ptr + cell, low, mask=written)
-            tl.store(key_cache_ptr + cell + HALF_DIM, high, mask=written)
+            tl.store(key_cache_ptr + cell, first_half, mask=written)
+            tl.store(key_cache_ptr + cell + HALF_DIM, second_half, mask=written)
         else:
-            tl.store(value_cache_ptr + cell, low, mask=written)
-            tl.store(value_cache_ptr + cell + HALF_DIM, high, mask=written)
+            tl.store(value_cache_ptr + cell, first_half, mask=written)
+            tl.store(value_cache_ptr + cell + HALF_DIM, second_half, mask=written)

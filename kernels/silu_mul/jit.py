@@ -51,7 +51,7 @@ def silu_mul_kernel(
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     live = token < tokens
     if basis_ptr is not None:
-        address, rank, first = load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live)
+        address, rank, first = load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live, ALIGN)
         h_gate = load_h(gate_up_ptr, token, live, gate_up_stride, h_column, columns, RANK)
         h_up = load_h(gate_up_ptr, token, live, gate_up_stride, h_column + columns, columns, RANK)
     out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,12 +62,8 @@ def silu_mul_kernel(
     up = tl.load(gate_ptrs + width, mask=mask, other=0.0).to(tl.float32)
     if basis_ptr is not None:  # noqa: SIM102 - the compiler decides this one, the device the next
         if tl.max(address, 0) >= 0:
-            mixed_gate = mix_tile(
-                h_gate, arena_ptr, address, rank, first, matrix, columns, RANK, ALIGN
-            )
-            mixed_up = mix_tile(
-                h_up, arena_ptr, address, rank, first, matrix + 1, columns, RANK, ALIGN
-            )
+            mixed_gate = mix_tile(h_gate, arena_ptr, address, rank, first, matrix, RANK, ALIGN)
+            mixed_up = mix_tile(h_up, arena_ptr, address, rank, first, matrix + 1, RANK, ALIGN)
             gate = add_delta(
                 gate, mixed_gate, basis_ptr, out, inside, columns, basis_stride, basis_rank_stride,
                 RANK, FLOAT32_DOT,
