@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import sys
 
+from shoal.kernels.add_rms_norm.bench import BENCH as ADD_RMS_NORM
 from shoal.kernels.benching import run
 from shoal.kernels.core_apply.bench import BENCH as CORE_APPLY
 from shoal.kernels.fold_sum.bench import BENCH as FOLD_SUM
 from shoal.kernels.grouped_matmul.bench import BENCH as GROUPED_MATMUL
 from shoal.kernels.paged_attention.bench import BENCH as PAGED_ATTENTION
+from shoal.kernels.rope_kv.bench import BENCH as ROPE_KV
+from shoal.kernels.silu_mul.bench import BENCH as SILU_MUL
 
 if __name__ == "__main__":
-    sys.exit(run([CORE_APPLY, FOLD_SUM, GROUPED_MATMUL, PAGED_ATTENTION], ["--sweep", *sys.argv[1:]]))
+    fused = [ADD_RMS_NORM, ROPE_KV, SILU_MUL]
+    benches = [CORE_APPLY, FOLD_SUM, GROUPED_MATMUL, PAGED_ATTENTION, *fused]
+    sys.exit(run(benches, ["--sweep", *sys.argv[1:]]))

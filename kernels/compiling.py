@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from shoal.kernels.add_rms_norm.jit import add_rms_norm_kernel
 from shoal.kernels.core_apply.jit import core_apply_kernel, core_mix_kernel
 from shoal.kernels.fold_sum.jit import fold_sum_kernel
 from shoal.kernels.grouped_matmul.jit import grouped_matmul_kernel
@@ -19,6 +20,8 @@ from shoal.kernels.paged_attention.jit import (
     attention_prefill_kernel,
     attention_reduce_kernel,
 )
+from shoal.kernels.rope_kv.jit import rope_kv_kernel
+from shoal.kernels.silu_mul.jit import silu_mul_kernel
 
 H100 = GPUTarget("cuda", 90, 32)
 INDEX_TYPES = {
@@ -30,8 +33,15 @@ INDEX_TYPES = {
     "contexts_ptr": "*i32",
     "partial_ptr": "*fp32",
     "weight_ptr": "*fp32",
+    "delta_weight_ptr": "*fp32",
+    "q_norm_ptr": "*fp32",
+    "k_norm_ptr": "*fp32",
+    "rotations_ptr": "*fp32",
+    "firsts_ptr": "*i32",
+    "positions_ptr": "*i64",
+    "slots_ptr": "*i64",
 }
-SCALAR_TYPES = {"scale": "fp32", "softcap": "fp32"}
+SCALAR_TYPES = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "limit": "fp32"}
 SHARED_BYTES = 227 << 10  # what one program may take on an H100
 
 CORE = {"TILE": 16, "BLOCK_N": 128, "CHUNK": 16}
@@ -41,6 +51,16 @@ PAGED |= {"SOFTCAP": False, "FLOAT32_DOT": False, "STAGES": 3, "num_stages": 3, 
 DECODE = {**PAGED, "ROWS_M": 16, "num_warps": 4}
 PREFILL = {**PAGED, "ROWS": 4, "ROWS_M": 128, "num_warps": 8}
 FLOAT32 = {"FLOAT32_DOT": True, "STAGES": 2, "num_stages": 2}
+# Kernels that apply adapters themselves: with all options, with the usual ones, and bare.
+FUSED = {"RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False, "basis_stride": 1, "columns": 16}
+FUSED |= {"aligned": True, "h_column": 6144}
+USUAL = {**FUSED, **dict.fromkeys(("firsts_ptr", "bias_ptr", "branch_ptr", "delta_weight_ptr"))}
+USUAL |= {"q_norm_ptr": None, "k_norm_ptr": None}
+CORE_POINTERS = ("arena_ptr", "addresses_ptr", "ranks_ptr", "firsts_ptr", "basis_ptr")
+BARE = {**USUAL, **dict.fromkeys(CORE_POINTERS)}
+NORM = {"n": 4096, "BLOCK": 4096, "ROWS": 1, "PLUS_ONE": False, "num_warps": 16}
+SILU = {"width": 14336, "ACTIVATION": "silu", "TILE": 16, "BLOCK_N": 128}
+ROPE = {"HEAD_DIM": 128, "HALF": 64, "HEADS": 1, "TILE": 16}
 # Kernel, element type of its arrays, compile-time constants: every branch at least once.
 VARIANTS = (
     (core_apply_kernel, "*bf16", {**CORE, "RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False}),
@@ -86,6 +106,15 @@ VARIANTS = (
         "*fp32",
         {**PREFILL, **FLOAT32, "HEAD_DIM": 64, "DIM": 64, "ROWS_M": 32, "TILE": 32, "num_warps": 4},
     ),
+    (add_rms_norm_kernel, "*fp16", {**FUSED, **NORM, "ROWS": 2, "PLUS_ONE": True}),
+    (add_rms_norm_kernel, "*bf16", {**USUAL, **NORM, "RANK": 32, "columns": 32}),
+    (add_rms_norm_kernel, "*bf16", {**BARE, **NORM, "num_warps": 8}),
+    (silu_mul_kernel, "*fp16", {**FUSED, **SILU, "ACTIVATION": "gelu_tanh"}),
+    (silu_mul_kernel, "*bf16", {**USUAL, **SILU, "wide": True}),
+    (silu_mul_kernel, "*bf16", {**BARE, **SILU, "ACTIVATION": "gelu", "TILE": 1}),
+    (rope_kv_kernel, "*fp16", {**FUSED, **ROPE, "num_warps": 8}),
+    (rope_kv_kernel, "*bf16", {**USUAL, **ROPE, "wide": True}),
+    (rope_kv_kernel, "*bf16", {**BARE, **ROPE, "TILE": 4, "HEAD_DIM": 96}),
 )
 
 
@@ -96,7 +125,8 @@ def compile_variant(kernel: object, element: str, constants: Mapping[str, object
         element: type of the arrays that ``INDEX_TYPES`` does not name.
         constants: compile-time constants; those the kernel has no argument for are left out, but
             for ``num_warps``, ``num_stages`` and ``aligned`` (pointers and strides are multiples
-            of 16, as they are in use: without it no load is wide enough to be pipelined).
+            of 16, as they are in use: without it no load is wide enough to be pipelined), and
+            ``wide`` (no element may be loaded alone: that is how a lost alignment shows).
     """
     signature: dict[str, str] = {}
     attributes = {}
@@ -114,6 +144,8 @@ def compile_variant(kernel: object, element: str, constants: Mapping[str, object
     source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
     compiled = compile(source, target=H100, options=options)
     assert compiled.metadata.shared <= SHARED_BYTES, f"{compiled.metadata.shared} bytes shared"
+    narrow = constants.get("wide") and "ld.global.b16" in compiled.asm["ptx"]
+    assert not narrow, "an element is loaded alone"
     return len(compiled.asm["cubin"])
 
 
