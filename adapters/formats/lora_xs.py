@@ -76,10 +76,10 @@ class _Factors:
 def _read(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
     kinds = {kind for parts in raw.targets.values() for kind in parts}
     check_common(raw.config)
+    check_lora(raw.config)
     if raw.config["peft_type"] == "LORA_XS":
         _refuse_kinds(raw, {COMPACT_LATENT, PROBE}, kinds)
         return _read_compact(raw, context)
-    check_lora(raw.config)
     _refuse_kinds(raw, {OFFICIAL_LATENT, "lora_A", "lora_B"}, kinds)
     return _read_official(raw, context)
 

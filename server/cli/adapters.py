@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from shoal.adapters.spec import ADAPTER_NAME
 from shoal.server.cli import adapters_check, adapters_convert
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -72,6 +73,8 @@ def _list(client: httpx.Client, args: argparse.Namespace) -> None:
         page = _answer(client.get("/v1/adapters", params=query))
         for adapter in page["data"]:
             _print(adapter)
+        if not page["data"] and "after" not in query:
+            print("no adapters", file=sys.stderr)
         if not page.get("has_more"):
             return
         query["after"] = page["data"][-1]["name"]
@@ -88,22 +91,29 @@ def _push(client: httpx.Client, args: argparse.Namespace) -> None:
 
 
 def _show(client: httpx.Client, args: argparse.Namespace) -> None:
-    active = _answer(client.get(f"/v1/adapters/{args.name}"))
-    for version in _answer(client.get(f"/v1/adapters/{args.name}/versions"))["data"]:
+    active = _answer(client.get(_path(args.name)))
+    for version in _answer(client.get(f"{_path(args.name)}/versions"))["data"]:
         _print(version, mark="*" if version["version"] == active["version"] else " ")
 
 
 def _activate(client: httpx.Client, args: argparse.Namespace) -> None:
     body = {"version": args.version}
-    _print(_answer(client.post(f"/v1/adapters/{args.name}/activate", json=body)))
+    _print(_answer(client.post(f"{_path(args.name)}/activate", json=body)))
 
 
 def _rm(client: httpx.Client, args: argparse.Namespace) -> None:
-    _answer(client.delete(f"/v1/adapters/{args.name}"))
+    _answer(client.delete(_path(args.name)))
     print(f"deleted {args.name}")
 
 
 _VERBS = {"list": _list, "push": _push, "show": _show, "activate": _activate, "rm": _rm}
+
+
+def _path(name: str) -> str:
+    """Route of one adapter. Checked here, because ``../models`` would name another route."""
+    if not ADAPTER_NAME.fullmatch(name):
+        raise CommandError(f"{name!r} is no adapter name: it must match {ADAPTER_NAME.pattern}")
+    return f"/v1/adapters/{name}"
 
 
 def _answer(response: httpx.Response) -> Any:
