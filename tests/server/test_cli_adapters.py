@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shoal.adapters.base import base_digest
 from shoal.adapters.basis import Basis, compute_basis, make_basis, save_basis
 from shoal.adapters.formats.keys import module_path
 from shoal.adapters.formats.writing import write_compact_lora_xs, write_lora, write_miss
@@ -186,7 +187,7 @@ def test_check_knows_the_bases_of_the_registry(tiny: Tiny, run: Run) -> None:
     factors = {
         t: tensors[f"base_model.model.{module_path(t)}.lora_B.weight"] for t in tiny.shape.targets()
     }
-    own = make_basis(factors, kind="uploaded", base_digest="x")
+    own = make_basis(factors, kind="uploaded", base_digest=base_digest(tiny.base))
     bases.mkdir(parents=True)
     save_basis(own, bases / f"{own.id}.safetensors")
     said = fields(run("check", official, "--registry", registry)[1])
@@ -195,7 +196,7 @@ def test_check_knows_the_bases_of_the_registry(tiny: Tiny, run: Run) -> None:
     (bases / f"{own.id}.safetensors").unlink()
     for i in range(4):
         turned = {t: torch.linalg.qr(b + torch.rand_like(b)).Q for t, b in factors.items()}
-        other = make_basis(turned, kind="uploaded", base_digest=str(i))
+        other = make_basis(turned, kind="uploaded", base_digest=own.base_digest)
         save_basis(other, bases / f"{other.id}.safetensors")
     said = fields(run("check", official, "--registry", registry)[1])
     assert said["family"] == "lora"
