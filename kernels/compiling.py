@@ -7,6 +7,7 @@ branch, for one), so the tests run this on CPU machines. It needs Triton with it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -62,7 +63,7 @@ NORM = {"n": 4096, "BLOCK": 4096, "ROWS": 1, "PLUS_ONE": False, "num_warps": 16}
 SILU = {"width": 14336, "ACTIVATION": "silu", "TILE": 16, "BLOCK_N": 128}
 ROPE = {"HEAD_DIM": 128, "HALF": 64, "HEADS": 1, "TILE": 16}
 # Kernel, element type of its arrays, compile-time constants: every branch at least once.
-VARIANTS = (
+VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (core_apply_kernel, "*bf16", {**CORE, "RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False}),
     (core_apply_kernel, "*fp32", {**CORE, "RANK": 16, "ALIGN": 1, "FLOAT32_DOT": True}),
     (core_mix_kernel, "*bf16", {"RANK": 64, "TILE": 4, "CHUNK": 16, "ALIGN": 8}),

@@ -77,17 +77,17 @@ def _record(
     arguments = (qkv, heads, positions, rotations, slots, cache[0], cache[1])
 
     def torch_only() -> None:
-        q, k, v = qkv[:, :n].split(widths, dim=1)
+        q, k, v = torch.split(qkv[:, :n], list(widths), dim=1)
         cos, sin = rotations[positions][:, None].chunk(2, dim=2)
 
         def rotate(x: torch.Tensor) -> torch.Tensor:
-            low, high = x.unflatten(1, (-1, dim)).float().chunk(2, dim=2)
+            low, high = x.view(tokens, -1, dim).float().chunk(2, dim=2)
             turned = (low * cos - high * sin, high * cos + low * sin)
             return torch.cat(turned, dim=2).to(qkv.dtype)
 
         rotate(q)
         cache[0].flatten(0, 1).index_copy_(0, slots, rotate(k))
-        cache[1].flatten(0, 1).index_copy_(0, slots, v.unflatten(1, (-1, dim)))
+        cache[1].flatten(0, 1).index_copy_(0, slots, v.view(tokens, -1, dim))
 
     apart = applied_apart(qkv, core, widths) if core else torch_only
 

@@ -56,7 +56,8 @@ def rope_kv_reference(
         epilogue_reference(y, qkv, core, widths)
     if bias is not None:
         y = y + bias.float()
-    q, k, v = (part.unflatten(1, (-1, head_dim)) for part in y.split(widths, dim=1))
+    heads_each = [heads, kv_heads, kv_heads]
+    q, k, v = torch.split(y.view(-1, sum(heads_each), head_dim), heads_each, dim=1)
     limit = cache_limit(key_cache.dtype, kv_limit)
 
     def finite(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,7 +27,7 @@ def silu_mul_reference(
         epilogue_reference(y, gate_up, core, (width, width))
     if bias is not None:
         y = y + bias.float()
-    gate, up = y.split(width, dim=1)
+    gate, up = torch.split(y, width, dim=1)
     if activation == "silu":
         acted = F.silu(gate)
     else:
