@@ -101,12 +101,14 @@ def launch_add_rms_norm(
 def default_config(tokens: int, n: int, core: CoreEpilogue | None) -> NormConfig:
     """The launch parameters for ``tokens`` rows of ``n``."""
     # Not swept yet. A thread holds 8 (with adapters) or 16 elements of a row: 16 bytes a load.
-    # Rows share a program once there are enough programs for every multiprocessor of an H100.
+    # Rows share a program once there are enough programs for every multiprocessor of an H100; but
+    # the basis of rank 32 cannot be kept for a second row: it spills 2 KB of registers a thread.
     per_thread = 16 if core is None else 8
     warps = min(16, max(1, power_of_two(n) // (32 * per_thread)))
     rows = 1
-    while core is not None and rows < 8 and tokens >= 2 * rows * 128:
-        rows *= 2
+    if core is not None and core.basis.shape[1] <= 16:
+        while rows < 8 and tokens >= 2 * rows * 128:
+            rows *= 2
     return NormConfig(rows, warps)
 
 

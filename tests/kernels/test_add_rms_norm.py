@@ -127,6 +127,8 @@ def test_rows_share_programs_only_when_there_are_enough() -> None:
     rows = [default_config(tokens, 4096, core).rows for tokens in (1, 128, 256, 2048, 10**6)]
     assert rows == [1, 1, 2, 8, 8]
     assert default_config(10**6, 4096, None).rows == 1
+    wide = make_inputs(BY_NAME["shared columns, core"], torch.float32, DEVICE, seed=5).core
+    assert default_config(10**6, 4096, wide).rows == 1
 
 
 def fail_delta(i: Inputs) -> Inputs:
