@@ -194,7 +194,7 @@ def test_check_knows_the_bases_of_the_registry(tiny: Tiny, run: Run) -> None:
     assert said["basis"] == f"known ({own.id[:12]}), rank 3"
     # Another four leave no room; the file's own basis is then not among the known ones.
     (bases / f"{own.id}.safetensors").unlink()
-    for i in range(4):
+    for _ in range(4):
         turned = {t: torch.linalg.qr(b + torch.rand_like(b)).Q for t, b in factors.items()}
         other = make_basis(turned, kind="uploaded", base_digest=own.base_digest)
         save_basis(other, bases / f"{other.id}.safetensors")
