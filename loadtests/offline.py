@@ -132,7 +132,7 @@ class Driver:
         plan = self.scheduler.plan()
         assert plan is not None, "nothing is left to do"
         planned = time.perf_counter()
-        result = self.runner.execute(plan)
+        result = self.runner.submit(plan).wait()
         ran = time.perf_counter()
         for event in self.scheduler.commit(plan, result):
             if event.error is not None:

@@ -190,7 +190,7 @@ class EngineLoop:
         if plan is None:
             return False
         try:
-            result = self._runner.execute(plan)
+            result = self._runner.submit(plan).wait()
         except Exception:  # whatever a device can throw; this boundary is where it becomes typed
             _log.exception("step_failed rows=%d tokens=%d", len(plan.rows), plan.num_tokens)
             error = EngineFailure("the step that carried this request failed")

@@ -9,6 +9,10 @@ from typing import Protocol
 from shoal.adapters.spec import RowAdapter
 from shoal.server.engine.request import SamplingParams, TokenLogprobs
 
+# Stands in ``Row.token_ids`` for the token that the step before this one samples for the row's
+# lane. The plan was made before that token was known.
+UNKNOWN_TOKEN = -1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -16,17 +20,22 @@ class Row:
 
     Attributes:
         request_id: whose row this is.
-        token_ids: input tokens of this step: a prompt chunk, or the last sampled token.
+        token_ids: input tokens of this step: a prompt chunk, or the last sampled token, which
+            is ``UNKNOWN_TOKEN`` while the step that samples it is under way.
         start: position of ``token_ids[0]`` in the sequence = tokens already in the KV cache.
         block_ids: all KV blocks of the sequence, covering ``start + len(token_ids)`` positions.
         sample: whether the last position's logits choose a token (false inside a prompt).
         sampling: the request's parameters.
         history_ids: prompt and output so far, given only when penalties or a seed need them.
         prompt_tokens: how many of ``history_ids`` are the prompt.
-        output_tokens: tokens sampled so far; seeded sampling derives its noise from it.
+        output_tokens: tokens sampled before this row's, unknown ones included; seeded sampling
+            derives its noise from it.
         adapter: where this row's adapter sits, or None for the base.
         suppressed_ids: tokens that may not be sampled now (ends of sequence and stop ids while
             fewer than ``min_tokens`` tokens exist), sorted.
+        lane: a number below ``max_num_seqs`` that is this sequence's from its start until it has
+            ended or was preempted, and its last step has landed. Unique among the rows of all
+            plans under way, but for those of the same sequence.
     """
 
     request_id: str
@@ -40,6 +49,7 @@ class Row:
     output_tokens: int = 0
     adapter: RowAdapter | None = None
     suppressed_ids: tuple[int, ...] = ()
+    lane: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +88,34 @@ class StepResult:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-class Runner(Protocol):
-    """Executes plans. The only thing the engine loop asks of the device."""
+class Pending(Protocol):
+    """A step under way."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. An exception fails the plan's requests, not the engine."""
+    def wait(self) -> StepResult:
+        """Block until the step is over; raises what the step raised. Called once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that was over when ``submit`` returned."""
+
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        return self.result
+
+
+class Runner(Protocol):
+    """Executes plans, in the order they are given. All that the engine loop asks of the device.
+
+    Attributes:
+        lookahead: whether ``submit`` returns before the step is over and ``UNKNOWN_TOKEN`` is
+            understood, so that the next plan may be given meanwhile.
+    """
+
+    lookahead: bool
+
+    def submit(self, plan: StepPlan) -> Pending:
+        """Begin a step. An exception, here or in ``wait``, fails the plan's requests only."""
         ...

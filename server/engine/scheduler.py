@@ -90,6 +90,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # by order; preempted ones come first by being older
         self._running: dict[str, Sequence] = {}
         self._flight: dict[str, Sequence] | None = None  # rows of the plan under way
+        self._lanes = list(range(limits.max_num_seqs - 1, -1, -1))  # those that nobody holds
         self._next_order = 0
         self._queries = self._hits = self._preemptions = 0
         self._prompt_tokens = self._generation_tokens = self._steps = 0
@@ -193,6 +194,8 @@ class Scheduler:
         ended = [seq for seq in (self._flight or {}).values() if seq.ended]
         holders = [*self._running.values(), *ended]
         self._blocks.check(block_id for seq in holders for block_id in seq.block_ids)
+        lanes = [seq.lane for seq in holders] + self._lanes
+        assert sorted(lanes) == list(range(self.limits.max_num_seqs)), "a lane is lost or shared"
         self._cache.check()
         self._slots.check()
         pinned = {s.row_adapter.spec.digest for s in holders if s.row_adapter is not None}
@@ -206,6 +209,7 @@ class Scheduler:
         assert len(self._running) <= self.limits.max_num_seqs
         for seq in self._waiting:
             assert not seq.block_ids
+            assert seq.lane == -1
             assert seq.row_adapter is None
             assert seq.computed == 0
         for seq in self._running.values():
@@ -283,11 +287,7 @@ class Scheduler:
         # plan, nor will anything larger.
         denied = self._slots.num_units * self._slots.unit_elements + 1
         index = 0
-        while (
-            budget
-            and len(self._running) < self.limits.max_num_seqs
-            and index < min(len(self._waiting), SCAN_MAX)
-        ):
+        while budget and self._lanes and index < min(len(self._waiting), SCAN_MAX):
             seq = self._waiting[index]
             denies = self._is_denied(seq, denied)
             hits = () if denies else self._can_start(seq)
@@ -350,6 +350,7 @@ class Scheduler:
         seq.computed = len(hits) * self.limits.block_tokens
         seq.committed_blocks = len(hits)
         seq.passes = 0
+        seq.lane = self._lanes.pop()
         if seq.cached_tokens is None:  # not counted again when it returns from preemption
             seq.cached_tokens = seq.computed
             self._queries += len(seq.tokens)
@@ -436,6 +437,9 @@ class Scheduler:
         if seq.row_adapter is not None:
             self._slots.release(seq.row_adapter.spec.digest)
             seq.row_adapter = None
+        if seq.lane >= 0:
+            self._lanes.append(seq.lane)
+            seq.lane = -1
 
 
 def _row_place(row: Row) -> tuple[bool, str, int]:

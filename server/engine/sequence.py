@@ -16,7 +16,7 @@ class Sequence:
         order: when it was accepted; lower is older, and is served first.
         tokens: prompt and output so far.
         computed: how many of ``tokens`` are in the KV cache.
-        block_ids, row_adapter: what it holds; empty and None while it waits.
+        block_ids, row_adapter, lane: what it holds; empty, None and -1 while it waits.
         committed_blocks: how many of its blocks were offered to the prefix cache.
         cached_tokens: prompt tokens found in the prefix cache when it first started, or None.
         passes: later requests that started while its adapter could not get a slot.
@@ -31,6 +31,7 @@ class Sequence:
         "committed_blocks",
         "computed",
         "ended",
+        "lane",
         "order",
         "passes",
         "request",
@@ -51,6 +52,7 @@ class Sequence:
         self.computed = 0
         self.block_ids: tuple[int, ...] = ()
         self.row_adapter: RowAdapter | None = None
+        self.lane = -1
         self.committed_blocks = 0
         self.cached_tokens: int | None = None
         self.passes = 0
@@ -88,6 +90,7 @@ class Sequence:
             output_tokens=self.output_tokens,
             adapter=self.row_adapter,
             suppressed_ids=tuple(sorted(self._stop_ids)) if early else (),
+            lane=self.lane,
         )
 
     def finish_reason(self, tokens_max: int) -> FinishReason | None:

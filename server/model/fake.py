@@ -4,15 +4,18 @@ Pure. It keeps a KV memory addressed like the real one (block id, position in bl
 writes for a position depends on all it reads for the positions before, as attention does, and
 the next token depends on all of them and on the adapter. So a block that is stale, or shared
 with the wrong prefix or adapter, changes the tokens, and ``FakeRunner.expected`` says what they
-should have been. It also knows which adapter was loaded where, and refuses rows that would read
-another one.
+should have been. It also knows which adapter was loaded where, and which token each lane sampled
+in the step before: a row that would read another adapter, an unwritten position or an unknown
+token that nobody sampled fails, and says why.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from shoal.adapters.spec import RowAdapter, Slot
-from shoal.server.engine.plan import Row, StepPlan, StepResult
+from shoal.server.engine.plan import UNKNOWN_TOKEN, Done, Pending, Row, StepPlan, StepResult
 from shoal.server.engine.request import TokenLogprobs
 
 _MASK = (1 << 64) - 1
@@ -24,6 +27,7 @@ class FakeRunner:
     Args:
         vocab_size: sampled tokens are below it. Large ones make wrong states easier to see.
         block_tokens: positions in a KV block, as in ``SchedulerLimits``.
+        lookahead: steps run when they are waited for, so that the next plan can be given before.
         before_step: called with each plan before anything happens; may block, or raise to play
             a device that failed.
     """
@@ -33,12 +37,16 @@ class FakeRunner:
         vocab_size: int,
         block_tokens: int = 16,
         *,
+        lookahead: bool = False,
         before_step: Callable[[StepPlan], None] | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.block_tokens = block_tokens
+        self.lookahead = lookahead
         self.before_step = before_step
         self.steps = 0
+        self._under_way: deque[StepPlan] = deque()
+        self._sampled: dict[int, int] = {}  # lane -> token, of the step before
         self._cells: dict[tuple[int, int], int] = {}  # (block id, position in block) -> value
         self._bank: dict[str, Slot] = {}  # digest -> where it lies; extents never overlap
 
@@ -67,32 +75,44 @@ class FakeRunner:
             state = _mix(state, _cell(state, token, seed))
         return output
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step.
+    def submit(self, plan: StepPlan) -> Pending:
+        """Begin a step. See ``Runner``."""
+        if not self.lookahead:
+            return Done(self._run(plan))
+        self._under_way.append(plan)
+        return _Later(self, plan)
 
-        Raises:
-            RuntimeError: a row's slot does not hold its adapter, or it reads KV never written.
-        """
+    def land(self, plan: StepPlan) -> StepResult:
+        """Run a step that was submitted; the oldest one goes first."""
+        assert self._under_way.popleft() is plan, "steps must be waited for in their order"
+        return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        before, self._sampled = self._sampled if self.lookahead else {}, {}
         if self.before_step is not None:
             self.before_step(plan)
         self.steps += 1
         for load in plan.adapter_loads:
             self._load(load.adapter)
-        token_ids: dict[str, int] = {}
-        logprobs: dict[str, TokenLogprobs] = {}
+        result = StepResult(token_ids={})
         for row in plan.rows:
-            state = self._forward(row)
+            try:
+                state = self._forward(row, before)
+            except _BadRow as why:
+                result.failed[row.request_id] = str(why)
+                continue
             if not row.sample:
                 continue
             digest = row.adapter.spec.digest if row.adapter else None
             token = self._choose(state, _seed(digest), frozenset(row.suppressed_ids))
-            token_ids[row.request_id] = token
+            self._sampled[row.lane] = token
+            result.token_ids[row.request_id] = token
             if row.sampling.logprobs is not None:
                 alternatives = range(row.sampling.logprobs)
-                logprobs[row.request_id] = TokenLogprobs(
+                result.logprobs[row.request_id] = TokenLogprobs(
                     -1.0, tuple(((token + i) % self.vocab_size, -1.0 - i) for i in alternatives)
                 )
-        return StepResult(token_ids=token_ids, logprobs=logprobs)
+        return result
 
     def _load(self, adapter: RowAdapter) -> None:
         slot = adapter.slot
@@ -101,23 +121,28 @@ class FakeRunner:
                 del self._bank[digest]
         self._bank[adapter.spec.digest] = slot
 
-    def _forward(self, row: Row) -> int:
+    def _forward(self, row: Row, before: dict[int, int]) -> int:
         """Write the row's KV; the state after its last token."""
         digest = None
         if row.adapter is not None:
             digest = row.adapter.spec.digest
             if self._bank.get(digest) != row.adapter.slot:
-                raise RuntimeError(f"{row.adapter.slot} does not hold adapter {digest}")
-        end = row.start + len(row.token_ids)
+                raise _BadRow(f"{row.adapter.slot} does not hold adapter {digest}")
+        token_ids = row.token_ids
+        if token_ids == (UNKNOWN_TOKEN,):
+            if row.lane not in before:
+                raise _BadRow(f"lane {row.lane} sampled nothing in the step before")
+            token_ids = (before[row.lane],)
+        end = row.start + len(token_ids)
         if len(row.block_ids) != -(-end // self.block_tokens):
-            raise RuntimeError(f"{len(row.block_ids)} blocks do not cover {end} positions")
+            raise _BadRow(f"{len(row.block_ids)} blocks do not cover {end} positions")
         seed = state = _seed(digest)
         for position in range(row.start):
             cell = self._cells.get(self._place(row, position))
             if cell is None:
-                raise RuntimeError(f"position {position} of {row.request_id} was never written")
+                raise _BadRow(f"position {position} of {row.request_id} was never written")
             state = _mix(state, cell)
-        for position, token in enumerate(row.token_ids, row.start):
+        for position, token in enumerate(token_ids, row.start):
             cell = _cell(state, token, seed)
             self._cells[self._place(row, position)] = cell
             state = _mix(state, cell)
@@ -131,6 +156,21 @@ class FakeRunner:
         while (token := state % self.vocab_size) in suppressed:
             state = _mix(state, token)
         return token
+
+
+@dataclass(frozen=True, slots=True)
+class _Later:
+    """A step that runs when it is waited for."""
+
+    runner: FakeRunner
+    plan: StepPlan
+
+    def wait(self) -> StepResult:
+        return self.runner.land(self.plan)
+
+
+class _BadRow(Exception):
+    """A row that reads what nobody wrote."""
 
 
 def _seed(adapter_digest: str | None) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from shoal.adapters.bank import AdapterBank
 from shoal.adapters.host_tier import HostTier
-from shoal.server.engine.plan import Row, StepPlan, StepResult
+from shoal.server.engine.plan import Done, Row, StepPlan, StepResult
 from shoal.server.model.batch import Batch
 from shoal.server.model.decoder import Decoder
 from shoal.server.model.kv_cache import KVCache
@@ -26,6 +26,8 @@ class ModelRunner:
         sampler: chooses the tokens.
     """
 
+    lookahead = False
+
     def __init__(
         self,
         decoder: Decoder,
@@ -40,9 +42,12 @@ class ModelRunner:
         self._host = host
         self._sampler = sampler
 
-    @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> Done:
         """Run one step. See ``Runner``."""
+        return Done(self._run(plan))
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> StepResult:
         for load in plan.adapter_loads:
             self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))
         batch = Batch.from_rows(

@@ -302,7 +302,7 @@ def test_the_youngest_gives_way_and_finishes_later_with_its_tokens_kept() -> Non
     outputs: dict[str, list[int]] = {"old": [], "young": []}
     finished = []
     while (plan := engine.plan()) is not None:
-        for event in engine.commit(plan, runner.execute(plan)):
+        for event in engine.commit(plan, runner.submit(plan).wait()):
             outputs[event.request_id] += event.token_ids
             if event.finish_reason:
                 finished.append(event.request_id)
@@ -494,13 +494,13 @@ def test_every_short_history_keeps_the_invariants() -> None:
                 if operation == "fail":
                     events = engine.fail(plan, EngineFailure("planted"))
                 else:
-                    events = engine.commit(plan, runner.execute(plan))
+                    events = engine.commit(plan, runner.submit(plan).wait())
                 for event in events:
                     if event.finish_reason or event.error:
                         open_.remove(event.request_id)
             engine.check()
         while (plan := engine.plan()) is not None:
-            for event in engine.commit(plan, runner.execute(plan)):
+            for event in engine.commit(plan, runner.submit(plan).wait()):
                 if event.finish_reason or event.error:
                     open_.remove(event.request_id)
         assert not open_

@@ -96,14 +96,14 @@ class Simulation:
             done = self.random.randrange(len(plan.rows))
             loaded = self.random.randrange(len(plan.adapter_loads) + 1)
             if loaded == len(plan.adapter_loads):
-                self.runner.execute(replace(plan, rows=plan.rows[:done]))
+                self.runner.submit(replace(plan, rows=plan.rows[:done])).wait()
             else:
-                self.runner.execute(
+                self.runner.submit(
                     replace(plan, rows=(), adapter_loads=plan.adapter_loads[:loaded])
-                )
+                ).wait()
             self.take(self.scheduler.fail(plan, EngineFailure("planted")))
             return
-        result = self.runner.execute(plan)
+        result = self.runner.submit(plan).wait()
         if fate < 0.06:  # one row comes out non-finite
             name = self.random.choice(plan.rows).request_id
             tokens = {k: v for k, v in result.token_ids.items() if k != name}
