@@ -34,8 +34,14 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         begin_attention: BeginAttention = torch_attention,
+        spare_rows: int = 0,
     ) -> None:
-        """Allocate uninitialised weights; ``load_weight`` fills them."""
+        """Allocate uninitialised weights; ``load_weight`` fills them.
+
+        Args:
+            spare_rows: zero rows behind every fused weight, for what is to come out of the same
+                GEMM (see ``Linear.widened``).
+        """
         super().__init__()
         self.config = config
         self.device = torch.device(device)
@@ -43,9 +49,9 @@ class Decoder(nn.Module):
         self.begin_attention = begin_attention
         self.embed = _weight(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
-            _Layer(config, i, device, dtype) for i in range(config.num_layers)
+            Layer(config, i, device, dtype, spare_rows) for i in range(config.num_layers)
         )
-        self.norm = _Norm(config.hidden_size, config, device)
+        self.norm = Norm(config.hidden_size, config, device)
         tied = config.tie_word_embeddings
         self.head = self.embed if tied else _weight(*self.embed.shape, device=device, dtype=dtype)
         # Rounded to the model's dtype, because the checkpoints were trained that way.
@@ -68,6 +74,16 @@ class Decoder(nn.Module):
         for layer, rope in zip(self.layers, self.config.ropes, strict=True):
             x = layer(x, rotations[rope], attend, batch.adapters)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    @property
+    def rope_tables(self) -> Mapping[Rope, tuple[Tensor, float]]:
+        """Each of the model's rotations: angle per position of each pair, factor on cos and sin."""
+        return self._ropes
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the looked-up embeddings are multiplied by, rounded to the model's dtype."""
+        return self._embedding_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of chosen rows of ``forward``'s result: ``(n, vocab)`` float32."""
@@ -114,32 +130,39 @@ class Decoder(nn.Module):
         if not self.config.tie_word_embeddings:
             views["lm_head.weight"] = self.head.data
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, _Layer)
+            assert isinstance(layer, Layer)
             views |= {f"model.layers.{index}.{n}": view for n, view in layer.hf_views().items()}
         return views
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     def __init__(
-        self, c: ModelConfig, index: int, device: torch.device | str, dtype: torch.dtype
+        self,
+        c: ModelConfig,
+        index: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        spare_rows: int,
     ) -> None:
         super().__init__()
         self.config = c
         self.index = index
         self.window = c.windows[index]
         self.kv_limit = min(KV_LIMIT, torch.finfo(dtype).max)
-        linear = partial(_Linear, layer=index, device=device, dtype=dtype)
+        linear = partial(
+            Linear, layer=index, device=device, dtype=dtype, spare_rows=spare_rows
+        )
         hidden, inner, qkv = c.hidden_size, c.intermediate_size, c.q_size + 2 * c.kv_size
         self.qkv = linear("qkv", hidden, qkv, c.qkv_bias)
         self.o = linear("o", c.q_size, hidden, c.o_bias)
         self.gate_up = linear("gate_up", hidden, 2 * inner, c.mlp_bias)
         self.down = linear("down", inner, hidden, c.mlp_bias)
-        self.attn_norm = _Norm(hidden, c, device)
-        self.mlp_norm = _Norm(hidden, c, device)
-        self.attn_out_norm = _Norm(hidden, c, device) if c.sandwich_norms else None
-        self.mlp_out_norm = _Norm(hidden, c, device) if c.sandwich_norms else None
-        self.q_norm = _Norm(c.head_dim, c, device) if c.qk_norm else None
-        self.k_norm = _Norm(c.head_dim, c, device) if c.qk_norm else None
+        self.attn_norm = Norm(hidden, c, device)
+        self.mlp_norm = Norm(hidden, c, device)
+        self.attn_out_norm = Norm(hidden, c, device) if c.sandwich_norms else None
+        self.mlp_out_norm = Norm(hidden, c, device) if c.sandwich_norms else None
+        self.q_norm = Norm(c.head_dim, c, device) if c.qk_norm else None
+        self.k_norm = Norm(c.head_dim, c, device) if c.qk_norm else None
 
     def forward(
         self,
@@ -227,8 +250,14 @@ class _Layer(nn.Module):
         return views
 
 
-class _Linear(nn.Module):
-    """A fused linear with the place where adapters add their deltas."""
+class Linear(nn.Module):
+    """A fused linear with the place where adapters add their deltas.
+
+    Attributes:
+        weight: ``(d_out, d_in)``.
+        widened: ``(d_out + spare_rows, d_in)``, whose first rows are ``weight``. The spare ones are
+            zero until somebody writes to them.
+    """
 
     def __init__(
         self,
@@ -240,11 +269,14 @@ class _Linear(nn.Module):
         layer: int,
         device: torch.device | str,
         dtype: torch.dtype,
+        spare_rows: int,
     ) -> None:
         super().__init__()
         self.group = group
         self.layer = layer
-        self.weight = _weight(d_out, d_in, device=device, dtype=dtype)
+        self.widened = torch.empty(d_out + spare_rows, d_in, device=device, dtype=dtype)
+        self.widened[d_out:].zero_()
+        self.weight = nn.Parameter(self.widened[:d_out], requires_grad=False)
         self.bias = _weight(d_out, device=device, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor, adapters: AppliesAdapters | None) -> Tensor:
@@ -257,7 +289,7 @@ class _Linear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
-class _Norm(nn.Module):
+class Norm(nn.Module):
     """RMSNorm over the last dimension, computed and weighted in float32.
 
     The weight is float32 and already contains the ``1 +`` of Gemma's norms.
