@@ -1,8 +1,11 @@
-"""The engine's thread: drain the inbox, plan, execute, commit, deliver.
+"""The engine's thread: drain the inbox, plan, submit, wait, commit, deliver.
 
-It owns the scheduler and the runner: nobody else may touch them once it has started. It knows
-neither asyncio (``client.py`` does) nor tensors (the runner does), and it is the only part of
-the engine that has a clock and a thread.
+When the runner looks ahead, the next step is planned and submitted before the one under way is
+waited for, so that the device never waits for the planning.
+
+The thread owns the scheduler and the runner: nobody else may touch them once it has started. It
+knows neither asyncio (``client.py`` does) nor tensors (the runner does), and it is the only part
+of the engine that has a clock and a thread.
 """
 
 import logging
@@ -10,12 +13,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from shoal.server.engine.plan import Runner
+from shoal.server.engine.plan import Pending, Runner, StepPlan
 from shoal.server.engine.request import FinishReason, Request, TokenEvent
-from shoal.server.engine.scheduler import Scheduler
+from shoal.server.engine.scheduler import FLIGHTS_MAX, Scheduler
 from shoal.server.engine.stats import EngineStats
 from shoal.server.errors import Draining, EngineFailure, Overloaded
 
@@ -41,6 +44,15 @@ RETRY_AFTER_S = 1.0
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step under way, and when its planning began (seconds of the performance counter)."""
+
+    plan: StepPlan
+    pending: Pending
+    began: float
+
+
 class EngineLoop:
     """Runs a scheduler and a runner on one thread.
 
@@ -63,13 +75,17 @@ class EngineLoop:
         self._scheduler = scheduler
         self._runner = runner
         self._deliver = deliver
+        # Only the thread touches these: submitted steps, the oldest first; when the last landed.
+        self._under_way: deque[_Step] = deque()
+        self._steps_max = FLIGHTS_MAX if runner.lookahead else 1
+        self._landed_at = self._last_step_s = 0.0
         self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
-        # Guards everything below; notified when the inbox fills and when requests end.
+        # Guards everything below; notified when the inbox fills and when a turn is over.
         self._changed = threading.Condition()
         self._new: deque[Request] = deque()
         self._aborts: dict[str, None] = {}
         self._live: dict[str, Request] = {}  # accepted, last event not on its way yet
-        self._delivering = False
+        self._busy = False  # events or steps are on their way
         self._draining = self._stopping = self._dead = False
         self._stats = scheduler.stats()
 
@@ -131,7 +147,7 @@ class EngineLoop:
             return False
 
     def stop(self) -> None:
-        """Abort what is left and end the thread after the step under way."""
+        """End the thread once the steps under way have landed; what is left is aborted."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -152,6 +168,10 @@ class EngineLoop:
         try:
             while self._turn():
                 pass
+            events: list[TokenEvent] = []
+            while self._under_way:
+                self._land(events)
+            self._hand_over(events)
             self._end_all(_aborted)
         except BaseException:
             # A bug of ours, or an exit raised by the runner. The requests must not hang on it.
@@ -159,9 +179,10 @@ class EngineLoop:
             self._end_all(_orphaned)
 
     def _turn(self) -> bool:
-        """One step, or sleep until there is something to do; False when asked to stop."""
+        """Land one step, or sleep until there is something to do; False when asked to stop."""
         with self._changed:
-            self._changed.wait_for(self._has_something_to_do)
+            if not self._under_way:
+                self._changed.wait_for(self._has_something_to_do)
             if self._stopping:
                 return False
             new, aborts = list(self._new), list(self._aborts)
@@ -169,38 +190,66 @@ class EngineLoop:
             self._aborts.clear()
             # Counted as waiting until the scheduler's own numbers are published.
             self._stats = replace(self._stats, waiting=self._stats.waiting + len(new))
-        started = time.perf_counter()
         events = [event for request in new if (event := self._scheduler.add(request))]
         # An abort may name a request that came with the same inbox, so these go second.
         events += [event for name in aborts if (event := self._scheduler.abort(name))]
-        stepped = self._step(events)
-        stats = self._scheduler.stats()
-        step_s = time.perf_counter() - started if stepped else self._stats.last_step_s
-        self._hand_over(events, replace(stats, last_step_s=step_s))
+        while len(self._under_way) < self._steps_max and self._begin(events):
+            pass
+        if self._under_way:
+            self._land(events)
+        self._hand_over(events)
         return True
 
     def _has_something_to_do(self) -> bool:
         return bool(self._new or self._aborts or self._stopping or self._scheduler.has_work)
 
     def _is_empty(self) -> bool:
-        return not self._live and not self._delivering
+        return not self._live and not self._busy
 
-    def _step(self, events: list[TokenEvent]) -> bool:
+    def _begin(self, events: list[TokenEvent]) -> bool:
+        """Plan and submit one more step; False when there is none, or it failed at once."""
+        began = time.perf_counter()
         plan = self._scheduler.plan()
         if plan is None:
             return False
         try:
-            result = self._runner.submit(plan).wait()
-        except Exception:  # whatever a device can throw; this boundary is where it becomes typed
-            _log.exception("step_failed rows=%d tokens=%d", len(plan.rows), plan.num_tokens)
-            error = EngineFailure("the step that carried this request failed")
-            events += self._scheduler.fail(plan, error)
-        else:
-            events += self._scheduler.commit(plan, result)
+            pending = self._runner.submit(plan)
+        except Exception:  # as in ``_land``
+            while self._under_way:  # plans are given back in their order
+                self._land(events)
+            events += self._failed(plan)
+            return False
+        self._under_way.append(_Step(plan, pending, began))
         return True
 
-    def _hand_over(self, events: list[TokenEvent], stats: EngineStats) -> None:
-        """Publish the step, then deliver: who sees a last event sees its blocks freed."""
+    def _land(self, events: list[TokenEvent]) -> None:
+        """Wait for the oldest step and take its tokens in."""
+        step = self._under_way.popleft()
+        try:
+            result = step.pending.wait()
+        except Exception:  # whatever a device can throw; this boundary is where it becomes typed
+            events += self._failed(step.plan)
+        else:
+            events += self._scheduler.commit(step.plan, result)
+        now = time.perf_counter()
+        # A step that was submitted early began to run when the one before it landed.
+        self._last_step_s = now - max(step.began, self._landed_at)
+        self._landed_at = now
+
+    def _failed(self, plan: StepPlan) -> list[TokenEvent]:
+        """Inside an ``except``: a step did not happen."""
+        _log.exception("step_failed rows=%d tokens=%d", len(plan.rows), plan.num_tokens)
+        error = EngineFailure("the step that carried this request failed")
+        return self._scheduler.fail(plan, error)
+
+    def _hand_over(self, events: list[TokenEvent], stats: EngineStats | None = None) -> None:
+        """Publish the counters, then deliver.
+
+        Who sees a last event sees the request's blocks freed, but for those that a step under
+        way still uses.
+        """
+        if stats is None:
+            stats = replace(self._scheduler.stats(), last_step_s=self._last_step_s)
         ended = {e.request_id for e in events if e.finish_reason is not None or e.error is not None}
         with self._changed:
             self._stats = stats
@@ -208,7 +257,8 @@ class EngineLoop:
                 request = self._live.pop(request_id)
                 if self._staged is not None and request.adapter is not None:
                     self._staged.unpin(request.adapter.digest)
-            self._delivering = bool(events)
+            self._busy = bool(events or self._under_way)
+            self._changed.notify_all()
         if not events:
             return
         try:
@@ -216,15 +266,15 @@ class EngineLoop:
         except Exception:  # the consumer's bug; other requests' events must go on
             _log.exception("deliver_failed events=%d", len(events))
         with self._changed:
-            self._delivering = False
-            if ended:
-                self._changed.notify_all()
+            self._busy = bool(self._under_way)
+            self._changed.notify_all()
 
     def _end_all(self, last_event: Callable[[str], TokenEvent]) -> None:
         with self._changed:
             self._dead = True
             self._new.clear()
             self._aborts.clear()
+            self._under_way.clear()  # nobody lands them any more
             left = sorted(self._live)
             stats = replace(self._stats, running=0, waiting=0, kv_blocks_used=0)
         self._hand_over([last_event(name) for name in left], stats)

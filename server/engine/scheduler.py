@@ -2,11 +2,13 @@
 
 Pure: no clock, no randomness, no I/O, no tensors. ``plan`` reserves what a step needs and
 freezes it in a ``StepPlan``; ``commit`` (or ``fail``) tells the scheduler what came of it.
-Nothing a step computes is trusted, cached or handed on before its commit, and nothing that a
-step reads or writes is given back while the step is under way.
+One step may be planned while another is under way: the tokens that it needs and nobody knows
+yet are ``UNKNOWN_TOKEN`` in it. Nothing a step computes is trusted, cached or handed on before
+its commit, and nothing that a step reads or writes is given back while the step is under way.
 """
 
 from bisect import bisect_left, insort
+from collections import Counter, deque
 from copy import copy
 from dataclasses import dataclass
 from operator import attrgetter
@@ -35,6 +37,8 @@ SCAN_MAX = 1024
 # Blocks left alone when a request starts beside others: without them it would soon be
 # preempted by their growth, and its prompt computed twice.
 RESERVE = 0.01
+# Plans that may be under way at once: one that runs, and one that waits for it.
+FLIGHTS_MAX = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,9 @@ class Scheduler:
         self._live: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # by order; preempted ones come first by being older
         self._running: dict[str, Sequence] = {}
-        self._flight: dict[str, Sequence] | None = None  # rows of the plan under way
+        self._flights: deque[_Flight] = deque()  # plans under way, the oldest first
+        # Pinned adapters whose load failed: loaded again when asked for, evicted when let go.
+        self._lost: set[str] = set()
         self._lanes = list(range(limits.max_num_seqs - 1, -1, -1))  # those that nobody holds
         self._next_order = 0
         self._queries = self._hits = self._preemptions = 0
@@ -97,7 +103,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``plan`` has something to do."""
+        """Whether a request has not ended."""
         return bool(self._live)
 
     @property
@@ -114,7 +120,9 @@ class Scheduler:
         error = self._refusal(request)
         if error is not None:
             return TokenEvent(request_id=request.id, error=error)
-        seq = Sequence(request, self._next_order, self.limits.block_tokens, self._eos)
+        seq = Sequence(
+            request, self._next_order, self.limits.block_tokens, self._tokens_max, self._eos
+        )
         self._next_order += 1
         self._live[request.id] = seq
         self._waiting.append(seq)
@@ -129,29 +137,43 @@ class Scheduler:
         return TokenEvent(request_id=request_id, finish_reason=FinishReason.ABORT)
 
     def plan(self) -> StepPlan | None:
-        """Reserve and describe the next step; None when there is nothing to do.
+        """Reserve and describe the next step.
 
-        Every plan must be given to ``commit`` or ``fail`` before the next one is asked for.
+        Every plan must be given to ``commit`` or ``fail``, the oldest first; one may be under
+        way when the next is asked for.
+
+        Returns:
+            None when there is nothing to do before the plan under way has landed or, when there
+            is none, before a request comes.
         """
-        assert self._flight is None, "the previous plan was neither committed nor failed"
+        assert len(self._flights) < FLIGHTS_MAX, "too many plans are under way"
         shares: dict[Sequence, int] = {}
-        preempted = self._share_decodes(shares)
-        self._share_prompts(shares)
-        # Blocks just taken from a running request are not for newcomers.
-        loads = [] if preempted else self._admit(shares)
-        if not shares:
-            assert not self._live, "requests wait but nothing can run"
+        preemptions = self._preemptions
+        if not self._share_decodes(shares):
             return None
-        self._flight = {seq.request.id: seq for seq in shares}
-        rows = [seq.row(count, self.limits.block_tokens) for seq, count in shares.items()]
-        return StepPlan(rows=tuple(sorted(rows, key=_row_place)), adapter_loads=tuple(loads))
+        if len(shares) < len(self._running):
+            self._share_prompts(shares)
+        loads: list[AdapterLoad] = []
+        # Blocks just taken from a running request are not for newcomers.
+        if self._waiting and self._preemptions == preemptions:
+            loads = self._admit(shares)
+        if not shares:
+            assert self._flights or not self._live, "requests wait but nothing can run"
+            return None
+        # From here on nothing can go wrong: what is shared out is under way.
+        seqs = sorted([seq for seq, count in shares.items() if count == 1], key=_PLACE)
+        if len(seqs) < len(shares):
+            seqs += sorted([seq for seq, count in shares.items() if count > 1], key=_PLACE)
+        plan = StepPlan(
+            rows=tuple([seq.schedule(shares[seq]) for seq in seqs]), adapter_loads=tuple(loads)
+        )
+        self._flights.append(_Flight(plan, seqs))
+        return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Take a step's tokens in; returns what happened to each request that is still there."""
-        flight = self._land()
         events = []
-        for row in plan.rows:
-            seq = flight[row.request_id]
+        for row, seq in zip(plan.rows, self._land(plan), strict=True):
             if seq.ended:
                 continue
             event = self._advance(seq, row, result)
@@ -160,17 +182,29 @@ class Scheduler:
         return events
 
     def fail(self, plan: StepPlan, error: ShoalError) -> list[TokenEvent]:
-        """End every request of a step that did not happen; the others are unharmed."""
+        """End every request of a step that did not happen; the others are unharmed.
+
+        A request that relies on an adapter which this step was to load ends too, even when it
+        has rows in the younger step only.
+        """
+        doomed = self._land(plan)
+        lost = {load.adapter.spec.digest for load in plan.adapter_loads}
+        if lost:
+            doomed += [
+                seq
+                for seq in self._running.values()
+                if seq.row_adapter is not None and seq.row_adapter.spec.digest in lost
+            ]
         events = []
-        for seq in self._land().values():
+        for seq in doomed:
             if not seq.ended:
                 self._end(seq)
                 # Copies, because each consumer raises its own and grows its traceback.
                 events.append(TokenEvent(request_id=seq.request.id, error=copy(error)))
-        for load in plan.adapter_loads:
-            # The copy may not have happened, and all who were promised it have just ended.
-            gone = self._slots.evict(load.adapter.spec.digest)
-            assert gone, "a failed load is still pinned"
+        for digest in lost:
+            if not self._slots.evict(digest):
+                assert self._flights, "a failed load is still pinned"
+                self._lost.add(digest)
         return events
 
     def stats(self) -> EngineStats:
@@ -191,8 +225,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant; for tests."""
-        ended = [seq for seq in (self._flight or {}).values() if seq.ended]
-        holders = [*self._running.values(), *ended]
+        under_way = Counter(seq for flight in self._flights for seq in flight.seqs)
+        holders = [*self._running.values(), *(seq for seq in under_way if seq.ended)]
         self._blocks.check(block_id for seq in holders for block_id in seq.block_ids)
         lanes = [seq.lane for seq in holders] + self._lanes
         assert sorted(lanes) == list(range(self.limits.max_num_seqs)), "a lane is lost or shared"
@@ -201,6 +235,7 @@ class Scheduler:
         pinned = {s.row_adapter.spec.digest for s in holders if s.row_adapter is not None}
         assert self._slots.num_pinned == len(pinned), "a slot is pinned by nobody"
         assert all(self._slots.resident(digest) for digest in pinned)
+        assert self._lost <= pinned, "a failed load is trusted again"
         orders = [seq.order for seq in self._waiting]
         assert orders == sorted(orders)
         waiting = {seq.request.id: seq for seq in self._waiting}
@@ -211,11 +246,17 @@ class Scheduler:
             assert not seq.block_ids
             assert seq.lane == -1
             assert seq.row_adapter is None
-            assert seq.computed == 0
+            assert not under_way[seq]
+            assert seq.scheduled == 0
         for seq in self._running.values():
             assert (seq.row_adapter is None) == (seq.request.adapter is None)
-            assert 0 <= seq.computed < len(seq.tokens) < self._tokens_max
-            assert seq.computed <= len(seq.block_ids) * self.limits.block_tokens
+            assert 0 <= seq.computed <= seq.scheduled < seq.length <= self._tokens_max
+            assert seq.computed < len(seq.tokens) < self._tokens_max
+            assert seq.scheduled <= len(seq.block_ids) * self.limits.block_tokens
+            assert 0 <= seq.length - len(seq.tokens) <= under_way[seq]
+            assert under_way[seq] or seq.scheduled == seq.computed
+        for seq in self._live.values():
+            assert seq.in_flight == under_way[seq]
 
     # -- refusing ---------------------------------------------------------------------------
 
@@ -250,28 +291,33 @@ class Scheduler:
     # -- planning ---------------------------------------------------------------------------
 
     def _share_decodes(self, shares: dict[Sequence, int]) -> bool:
-        """One token for each running request that has one pending; True if it preempted."""
-        preempted = False
+        """One token for each running request that has one pending, and a place to write it.
+
+        Returns:
+            False when a request must give way first and cannot, because a step is under way.
+        """
         for seq in list(self._running.values()):
-            if seq.pending != 1:
+            if seq.pending != 1 or seq.lane < 0 or seq.must_land:
                 continue
-            while seq.request.id in self._running and not self._cover(seq):
+            while not self._cover(seq):
+                if self._flights:
+                    return False
                 victim = max(self._running.values(), key=attrgetter("order"))
                 shares.pop(victim, None)
                 self._preempt(victim)
-                preempted = True
-            if seq.request.id in self._running:
+                if victim is seq:
+                    break
+            else:
                 shares[seq] = 1
-        return preempted
+        return True
 
     def _share_prompts(self, shares: dict[Sequence, int]) -> None:
         """What is left of the step's tokens goes to prompts under way; they have their blocks."""
         budget = self.limits.max_num_batched_tokens - len(shares)
         for seq in self._running.values():
-            count = min(seq.pending, budget)
-            if seq not in shares and count:
-                shares[seq] = count
-                budget -= count
+            if seq.pending > 1 and budget:
+                shares[seq] = min(seq.pending, budget)
+                budget -= shares[seq]
 
     def _admit(self, shares: dict[Sequence, int]) -> list[AdapterLoad]:
         """Start waiting requests, first come first served, while the step has room.
@@ -337,9 +383,11 @@ class Scheduler:
         if acquired is None:
             return False
         slot, needs_load = acquired
-        seq.row_adapter = RowAdapter(adapter, slot)
-        if needs_load:
-            loads.append(AdapterLoad(adapter=seq.row_adapter))
+        held = RowAdapter(adapter, slot)
+        seq.hold(held)
+        if needs_load or adapter.digest in self._lost:
+            self._lost.discard(adapter.digest)
+            loads.append(AdapterLoad(adapter=held))
         return True
 
     def _start(self, seq: Sequence, hits: tuple[int, ...]) -> None:
@@ -347,7 +395,7 @@ class Scheduler:
             self._blocks.share(block_id)
         fresh = self._blocks.blocks_for(len(seq.tokens)) - len(hits)
         seq.block_ids = hits + self._blocks.allocate(fresh)
-        seq.computed = len(hits) * self.limits.block_tokens
+        seq.computed = seq.scheduled = len(hits) * self.limits.block_tokens
         seq.committed_blocks = len(hits)
         seq.passes = 0
         seq.lane = self._lanes.pop()
@@ -359,7 +407,7 @@ class Scheduler:
 
     def _cover(self, seq: Sequence) -> bool:
         """Give ``seq`` the block its next token needs, if it needs one; False if none is left."""
-        if self._blocks.blocks_for(len(seq.tokens)) > len(seq.block_ids):
+        if seq.length > len(seq.block_ids) * self.limits.block_tokens:
             if not self._blocks.num_available:
                 return False
             seq.block_ids += self._blocks.allocate(1)
@@ -367,47 +415,53 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue with all its tokens; its KV is computed again later."""
+        assert not self._flights
         del self._running[seq.request.id]
         self._release(seq)
-        seq.computed = 0
+        seq.computed = seq.scheduled = 0
         insort(self._waiting, seq, key=attrgetter("order"))
         self._preemptions += 1
 
     # -- taking results in ------------------------------------------------------------------
 
-    def _land(self) -> dict[str, Sequence]:
-        """The step is over: what requests that ended meanwhile still held can go now."""
-        assert self._flight is not None, "no plan is under way"
-        flight, self._flight = self._flight, None
+    def _land(self, plan: StepPlan) -> list[Sequence]:
+        """The oldest step is over: what requests that ended meanwhile still held can go now.
+
+        Returns:
+            The sequences of its rows, in their order.
+        """
+        flight = self._flights.popleft()
+        assert flight.plan is plan, "plans land in the order they were made"
         self._steps += 1
-        for seq in flight.values():
-            if seq.ended:
+        for seq in flight.seqs:
+            seq.in_flight -= 1
+            if seq.ended and not seq.in_flight:
                 self._release(seq)
-        return flight
+        return flight.seqs
 
     def _advance(self, seq: Sequence, row: Row, result: StepResult) -> TokenEvent | None:
         request_id = row.request_id
+        token = result.token_ids.get(request_id)
         why = result.failed.get(request_id)
-        if why is None and row.sample and request_id not in result.token_ids:
+        if why is None and row.sample and token is None:
             why = "the runner sampled no token for it"
         if why is not None:
             self._end(seq)
             return TokenEvent(
                 request_id=request_id, error=EngineFailure(f"the request failed: {why}")
             )
-        seq.computed += len(row.token_ids)
-        for index in range(seq.committed_blocks, seq.computed // self.limits.block_tokens):
-            self._cache.commit(seq.chain.key(index), seq.block_ids[index])
-            seq.committed_blocks = index + 1
+        seq.computed = row.start + len(row.token_ids)
+        if seq.computed // self.limits.block_tokens > seq.committed_blocks:
+            self._offer_blocks(seq)
         if not row.sample:
             return None
-        token = result.token_ids[request_id]
+        assert token is not None
         seq.tokens.append(token)
         self._generation_tokens += 1
         first = seq.output_tokens == 1
         if first:
             self._prompt_tokens += len(seq.request.prompt_ids)
-        reason = seq.finish_reason(self._tokens_max)
+        reason = seq.finish_reason()
         if reason is not None:
             self._end(seq)
         logprobs = result.logprobs.get(request_id)
@@ -419,15 +473,22 @@ class Scheduler:
             cached_tokens=(seq.cached_tokens or 0) if first else 0,
         )
 
+    def _offer_blocks(self, seq: Sequence) -> None:
+        """Blocks that are computed to their end can serve other requests."""
+        full = seq.computed // self.limits.block_tokens
+        for index in range(seq.committed_blocks, full):
+            self._cache.commit(seq.chain.key(index), seq.block_ids[index])
+        seq.committed_blocks = full
+
     def _end(self, seq: Sequence) -> None:
-        """Forget a request; what a step under way uses is given back when that step lands."""
+        """Forget a request; what steps under way use is given back when the last has landed."""
         request_id = seq.request.id
         del self._live[request_id]
         if self._running.pop(request_id, None) is None:
             index = bisect_left(self._waiting, seq.order, key=attrgetter("order"))
             del self._waiting[index]
         seq.ended = True
-        if self._flight is None or self._flight.get(request_id) is not seq:
+        if not seq.in_flight:
             self._release(seq)
 
     def _release(self, seq: Sequence) -> None:
@@ -435,18 +496,22 @@ class Scheduler:
         seq.block_ids = ()
         seq.committed_blocks = 0
         if seq.row_adapter is not None:
-            self._slots.release(seq.row_adapter.spec.digest)
+            digest = seq.row_adapter.spec.digest
             seq.row_adapter = None
+            self._slots.release(digest)
+            if digest in self._lost and self._slots.evict(digest):
+                self._lost.remove(digest)
         if seq.lane >= 0:
             self._lanes.append(seq.lane)
             seq.lane = -1
 
 
-def _row_place(row: Row) -> tuple[bool, str, int]:
-    """Sort key: one-token rows, then chunks; in each the base, then each adapter's rows."""
-    adapter = row.adapter
-    return (
-        len(row.token_ids) > 1,
-        "" if adapter is None else adapter.spec.family,
-        -1 if adapter is None else adapter.slot.unit,
-    )
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan under way, and the sequences of its rows."""
+
+    plan: StepPlan
+    seqs: list[Sequence]
+
+
+_PLACE = attrgetter("place")

@@ -4,19 +4,29 @@ Pure. The scheduler decides; this holds what it decided on and turns it into a `
 """
 
 from shoal.adapters.spec import RowAdapter
-from shoal.server.engine.plan import Row
+from shoal.server.engine.plan import UNKNOWN_TOKEN, Row
 from shoal.server.engine.prefix_cache import KeyChain
 from shoal.server.engine.request import FinishReason, Request, SamplingParams
+
+_BASE_PLACE = ("", -1)
 
 
 class Sequence:
     """A live request.
 
+    A plan under way moves ``scheduled`` and ``length`` ahead; its commit lets ``computed`` and
+    ``tokens`` follow. While nothing is under way, ``scheduled == computed`` and
+    ``length == len(tokens)``.
+
     Attributes:
         order: when it was accepted; lower is older, and is served first.
-        tokens: prompt and output so far.
+        tokens: prompt and output so far, as far as it is known.
+        length: ``tokens``, and those that a step under way samples.
         computed: how many of ``tokens`` are in the KV cache.
+        scheduled: how many are there once the steps under way are over.
+        in_flight: how many plans under way have a row of it.
         block_ids, row_adapter, lane: what it holds; empty, None and -1 while it waits.
+        place: where its rows go among those of equal length: the base, then each adapter.
         committed_blocks: how many of its blocks were offered to the prefix cache.
         cached_tokens: prompt tokens found in the prefix cache when it first started, or None.
         passes: later requests that started while its adapter could not get a slot.
@@ -24,83 +34,133 @@ class Sequence:
     """
 
     __slots__ = (
+        "_block_tokens",
+        "_length_max",
+        "_penalised",
+        "_prompt_tokens",
         "_stop_ids",
+        "_suppressed_ids",
         "block_ids",
         "cached_tokens",
         "chain",
         "committed_blocks",
         "computed",
         "ended",
+        "in_flight",
         "lane",
+        "length",
         "order",
         "passes",
+        "place",
         "request",
         "row_adapter",
+        "scheduled",
         "tokens",
     )
 
     def __init__(
-        self, request: Request, order: int, block_tokens: int, eos_token_ids: frozenset[int]
+        self,
+        request: Request,
+        order: int,
+        block_tokens: int,
+        tokens_max: int,
+        eos_token_ids: frozenset[int],
     ) -> None:
+        """Args:
+        tokens_max: bounds prompt and output of any request.
+        """
         sampling = request.sampling
         self.request = request
         self.order = order
         self.tokens = list(request.prompt_ids)
+        self.length = self._prompt_tokens = len(self.tokens)
         self.chain = KeyChain(
             request.adapter.digest if request.adapter else "", self.tokens, block_tokens
         )
-        self.computed = 0
+        self.computed = self.scheduled = 0
+        self.in_flight = 0
         self.block_ids: tuple[int, ...] = ()
         self.row_adapter: RowAdapter | None = None
+        self.place = _BASE_PLACE
         self.lane = -1
         self.committed_blocks = 0
         self.cached_tokens: int | None = None
         self.passes = 0
         self.ended = False
+        self._block_tokens = block_tokens
+        self._length_max = min(self._prompt_tokens + sampling.max_tokens, tokens_max)
+        self._penalised = _has_penalties(sampling)
         self._stop_ids = sampling.stop_token_ids
         if not sampling.ignore_eos:
             self._stop_ids = self._stop_ids | eos_token_ids
+        self._suppressed_ids = tuple(sorted(self._stop_ids)) if sampling.min_tokens else ()
 
     @property
     def pending(self) -> int:
-        """Tokens whose KV is still to be computed before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+        """Tokens no plan computes yet, at least one; the next is sampled after the last."""
+        return self.length - self.scheduled
 
     @property
     def output_tokens(self) -> int:
-        """Tokens sampled so far."""
-        return len(self.tokens) - len(self.request.prompt_ids)
+        """Tokens sampled so far and known."""
+        return len(self.tokens) - self._prompt_tokens
 
-    def row(self, count: int, block_tokens: int) -> Row:
-        """The row that computes the next ``count`` pending tokens."""
-        end = self.computed + count
-        sample = end == len(self.tokens)
+    @property
+    def must_land(self) -> bool:
+        """Whether a token under way must be known before there can be another row."""
+        return self.length > len(self.tokens) and (
+            self._penalised or self.length >= self._length_max
+        )
+
+    def hold(self, adapter: RowAdapter) -> None:
+        """Run with ``adapter`` where it sits now."""
+        self.row_adapter = adapter
+        self.place = (adapter.spec.family, adapter.slot.unit)
+
+    def schedule(self, count: int) -> Row:
+        """The row that computes the next ``count`` pending tokens, which are under way now."""
+        start = self.scheduled
+        end = self.scheduled = start + count
+        self.in_flight += 1
+        if count > 1:
+            token_ids = tuple(self.tokens[start:end])
+        else:
+            token_ids = (self.tokens[start] if start < len(self.tokens) else UNKNOWN_TOKEN,)
+        block_ids = self.block_ids
+        num_blocks = -(-end // self._block_tokens)
+        if num_blocks < len(block_ids):
+            block_ids = block_ids[:num_blocks]
         sampling = self.request.sampling
-        penalised = sample and _has_penalties(sampling)
-        early = sample and self.output_tokens < sampling.min_tokens
+        output_tokens = self.length - self._prompt_tokens
+        sample = end == self.length
+        penalised = early = False
+        if sample:
+            self.length = end + 1
+            penalised = self._penalised
+            early = output_tokens < sampling.min_tokens
         return Row(
             request_id=self.request.id,
-            token_ids=tuple(self.tokens[self.computed : end]),
-            start=self.computed,
-            block_ids=self.block_ids[: -(-end // block_tokens)],
+            token_ids=token_ids,
+            start=start,
+            block_ids=block_ids,
             sample=sample,
             sampling=sampling,
             history_ids=tuple(self.tokens) if penalised else (),
-            prompt_tokens=len(self.request.prompt_ids) if penalised else 0,
-            output_tokens=self.output_tokens,
+            prompt_tokens=self._prompt_tokens if penalised else 0,
+            output_tokens=output_tokens,
             adapter=self.row_adapter,
-            suppressed_ids=tuple(sorted(self._stop_ids)) if early else (),
+            suppressed_ids=self._suppressed_ids if early else (),
             lane=self.lane,
         )
 
-    def finish_reason(self, tokens_max: int) -> FinishReason | None:
-        """Whether the token sampled last ended the request; ``tokens_max`` bounds its length."""
-        sampling = self.request.sampling
-        if self.output_tokens > sampling.min_tokens and self.tokens[-1] in self._stop_ids:
+    def finish_reason(self) -> FinishReason | None:
+        """Whether the token that became known last ended the request."""
+        if (
+            self.tokens[-1] in self._stop_ids
+            and self.output_tokens > self.request.sampling.min_tokens
+        ):
             return FinishReason.STOP
-        if self.output_tokens >= sampling.max_tokens or len(self.tokens) >= tokens_max:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(self.tokens) >= self._length_max else None
 
 
 def _has_penalties(sampling: SamplingParams) -> bool:

@@ -15,9 +15,10 @@ class EngineStats:
         prefix_cache_queries, prefix_cache_hits: prompt tokens looked up, and found.
         preemptions_total: times a running request had to give its blocks back.
         prompt_tokens_total: prompt tokens of the requests that got their first token.
-        generation_tokens_total: tokens sampled.
+        generation_tokens_total: tokens sampled and delivered.
         steps_total: steps that ran, failed ones included.
-        last_step_s: how long the last step took, planning included.
+        last_step_s: how long the last step took: from the beginning of its planning, or from the
+            landing of the step before it when that was later.
     """
 
     running: int = 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -27,9 +28,14 @@ LIMITS = SchedulerLimits(
 )
 
 
+def a_moment(_: StepPlan) -> None:
+    """Lets other threads go on, as waiting for a device does."""
+    time.sleep(1e-4)
+
+
 @asynccontextmanager
 async def engine(
-    before_step: Callable[[StepPlan], None] | None = None,
+    before_step: Callable[[StepPlan], None] = a_moment,
 ) -> AsyncIterator[tuple[EngineClient, FakeRunner]]:
     runner = FakeRunner(1000, 4, before_step=before_step)
     scheduler = Scheduler(LIMITS, SlotTable(2, 10), frozenset())
