@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +17,15 @@ from shoal.kernels.errors import TritonMissing
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ALIGNMENTS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """How to launch: tokens and outputs per program. Where ``tl.dot`` runs, both at least 16."""
+
+    tile: int
+    block_n: int
+    num_warps: int
 
 
 @functools.cache  # looking a package up takes longer than a launch
@@ -39,6 +49,33 @@ def interpreting() -> bool:
 def kernel_runs_on(device: torch.device) -> bool:
     """Whether a launch works there: on a GPU, or on a CPU in the interpreter."""
     return device.type != "cpu" or interpreting()
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def overlap_options(device: torch.device, early: bool) -> dict[str, bool]:
+    """Options of a launch that may begin while the kernel before it still runs (Hopper and later).
+
+    Such a kernel reads what no kernel of the step writes (addresses, ranks, arena, basis,
+    weights), and then waits (PDL, ``gdc_wait``) until everything before it in the stream has
+    ended and its writes are visible. That is safe under three rules, which every kernel here keeps:
+
+    - Every load of what a kernel may have written, and every store, comes after the wait: a buffer
+      that is used again is neither read too early nor overwritten while it is still read.
+    - Every program waits, and none lets its successor start before it has waited itself (no
+      ``gdc_launch_dependents``). So when a kernel starts, everything but its direct predecessor
+      has ended, and what is read early can only meet a write of that one.
+    - A call whose direct predecessor writes what is read early (the copies that begin a step)
+      takes ``early=False`` and starts after it.
+    """
+    if early and _overlaps(device):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 def dot_in_float32(*dtypes: torch.dtype) -> bool:

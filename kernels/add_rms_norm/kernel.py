@@ -1,4 +1,4 @@
-"""``add_rms_norm``: residual add and RMS norm, with the LoRA-XS delta of the GEMM before it.
+"""``add_rms_norm``: residual add and RMS norm of whole rows, for models that cannot defer the norm.
 
 Owns argument checks, dispatch and launch shapes. Dispatch goes by device alone: CPU tensors run
 the reference, GPU tensors the Triton kernel. ``launch_add_rms_norm`` always launches; on CPU
@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.add_rms_norm.reference import add_rms_norm_reference
-from shoal.kernels.core_apply.epilogue import CoreEpilogue, check_epilogue, epilogue_arguments
 from shoal.kernels.errors import ShapeError, check_devices, check_matrix, check_vector
-from shoal.kernels.launching import FLOATS, power_of_two, require_triton
+from shoal.kernels.launching import FLOATS, overlap_options, power_of_two, require_triton
 
 MAX_WIDTH = 16384
 
 
 @dataclass(frozen=True, slots=True)
 class NormConfig:
-    """How to launch: ``rows`` of a program share what they read of the basis."""
+    """How to launch: a program takes one row."""
 
-    rows: int = 1
     num_warps: int = 8
 
 
@@ -38,24 +36,21 @@ def add_rms_norm(
     bias: Tensor | None = None,
     delta_weight: Tensor | None = None,
     plus_one: bool = False,
-    core: CoreEpilogue | None = None,
     config: NormConfig | None = None,
 ) -> Tensor:
-    """``residual += delta + δ + branch + bias``, then the RMS norm of residual.
+    """``residual += delta + branch + bias``, then the RMS norm of residual.
 
     Args:
         residual: ``(tokens, n)``, in and out; n at most 16384. Rows may be strided.
         weight: ``(n,)`` of the norm.
         eps: added to the mean square, of both norms.
-        delta: ``(tokens, n or more)``, a GEMM's output; columns beyond n are read by ``core``
-            only. None: nothing is added and residual stays as it is.
-        branch: ``(tokens, n)``, a further addend that is already scaled (what a launch of its own
-            computed for adapters that ``core`` does not hold).
-        bias: ``(n,)``, added after the deltas.
+        delta: ``(tokens, n or more)``, a GEMM's output; columns beyond n are not looked at.
+            None: nothing is added and residual stays as it is.
+        branch: ``(tokens, n)``, a further addend that is already scaled.
+        bias: ``(n,)``, a further addend.
         delta_weight: ``(n,)``: the whole addend goes through an RMS norm of this weight before it
             is added (the sandwich norms of Gemma 2 and 3).
         plus_one: both norms multiply by ``1 + weight``.
-        core: the adapters of the GEMM, or None when no token of the step has one.
         config: launch parameters, for measurements.
 
     Floats are float32, float16 or bfloat16, each its own; the arithmetic is float32. The norm is
@@ -68,16 +63,14 @@ def add_rms_norm(
         ShapeError: a shape, dtype, stride or device is wrong (names the argument).
         TritonMissing: the tensors are on a GPU and Triton is not installed.
 
-    Cost: reads ``2·tokens·n`` and writes as much (norm alone: half); the adapters add
-    ``tokens·columns + Σ_distinct r²``, and ``n·columns`` for every ``rows`` rows, from the L2
-    cache but for the first. Memory bound.
+    Cost: reads ``2·tokens·n`` and writes as much (norm alone: half). Memory bound.
     """
-    _check(residual, weight, delta, branch, bias, delta_weight, core)
+    _check(residual, weight, delta, branch, bias, delta_weight)
     if residual.device.type == "cpu":
         return add_rms_norm_reference(
-            residual, weight, eps, delta, branch, bias, delta_weight, plus_one, core
+            residual, weight, eps, delta, branch, bias, delta_weight, plus_one
         )
-    return _launch(residual, weight, eps, delta, branch, bias, delta_weight, plus_one, core, config)
+    return _launch(residual, weight, eps, delta, branch, bias, delta_weight, plus_one, config)
 
 
 def launch_add_rms_norm(
@@ -90,26 +83,17 @@ def launch_add_rms_norm(
     bias: Tensor | None = None,
     delta_weight: Tensor | None = None,
     plus_one: bool = False,
-    core: CoreEpilogue | None = None,
     config: NormConfig | None = None,
 ) -> Tensor:
     """``add_rms_norm`` through Triton on any device; CPU tensors need ``TRITON_INTERPRET=1``."""
-    _check(residual, weight, delta, branch, bias, delta_weight, core)
-    return _launch(residual, weight, eps, delta, branch, bias, delta_weight, plus_one, core, config)
+    _check(residual, weight, delta, branch, bias, delta_weight)
+    return _launch(residual, weight, eps, delta, branch, bias, delta_weight, plus_one, config)
 
 
-def default_config(tokens: int, n: int, core: CoreEpilogue | None) -> NormConfig:
-    """The launch parameters for ``tokens`` rows of ``n``."""
-    # Not swept yet. A thread holds 8 (with adapters) or 16 elements of a row: 16 bytes a load.
-    # Rows share a program once there are enough programs for every multiprocessor of an H100; but
-    # the basis of rank 32 cannot be kept for a second row: it spills 2 KB of registers a thread.
-    per_thread = 16 if core is None else 8
-    warps = min(16, max(1, power_of_two(n) // (32 * per_thread)))
-    rows = 1
-    if core is not None and core.basis.shape[1] <= 16:
-        while rows < 8 and tokens >= 2 * rows * 128:
-            rows *= 2
-    return NormConfig(rows, warps)
+def default_config(n: int) -> NormConfig:
+    """The launch parameters for rows of ``n``."""
+    # Not swept yet. A thread holds 16 elements of a row.
+    return NormConfig(min(16, max(1, power_of_two(n) // 512)))
 
 
 def _check(
@@ -119,7 +103,6 @@ def _check(
     branch: Tensor | None,
     bias: Tensor | None,
     delta_weight: Tensor | None,
-    core: CoreEpilogue | None,
 ) -> None:
     check_matrix("residual", residual, FLOATS)
     tokens, n = residual.shape
@@ -138,7 +121,6 @@ def _check(
             ("branch", branch),
             ("bias", bias),
             ("delta_weight", delta_weight),
-            ("core", core),
         ):
             if extra is not None:
                 raise ShapeError(name, "None without delta", "a value")
@@ -146,8 +128,6 @@ def _check(
         check_matrix("delta", delta, FLOATS)
         if delta.shape[0] != tokens or delta.shape[1] < n:
             raise ShapeError("delta", f"shape ({tokens}, {n} or more)", tuple(delta.shape))
-        if core is not None:
-            check_epilogue(core, "delta", delta, (n,))
     check_devices(
         {
             "residual": residual,
@@ -169,7 +149,6 @@ def _launch(
     bias: Tensor | None,
     delta_weight: Tensor | None,
     plus_one: bool,
-    core: CoreEpilogue | None,
     config: NormConfig | None,
 ) -> Tensor:
     require_triton()
@@ -179,8 +158,8 @@ def _launch(
     out = torch.empty((tokens, n), dtype=residual.dtype, device=residual.device)
     if tokens == 0:
         return out
-    chosen = config or default_config(tokens, n, core)
-    add_rms_norm_kernel[(-(-tokens // chosen.rows),)](
+    chosen = config or default_config(n)
+    add_rms_norm_kernel[(tokens,)](
         residual_ptr=residual,
         delta_ptr=delta,
         branch_ptr=branch,
@@ -194,10 +173,9 @@ def _launch(
         delta_stride=0 if delta is None else delta.stride(0),
         branch_stride=0 if branch is None else branch.stride(0),
         eps=eps,
-        **epilogue_arguments(core),
         PLUS_ONE=plus_one,
-        ROWS=chosen.rows,
         BLOCK=power_of_two(n),
+        **overlap_options(residual.device, early=True),
         num_warps=chosen.num_warps,
     )
     return out

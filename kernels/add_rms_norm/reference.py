@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.kernels.core_apply.epilogue import CoreEpilogue, epilogue_reference
-
 
 def add_rms_norm_reference(
     residual: Tensor,
@@ -17,7 +15,6 @@ def add_rms_norm_reference(
     bias: Tensor | None = None,
     delta_weight: Tensor | None = None,
     plus_one: bool = False,
-    core: CoreEpilogue | None = None,
 ) -> Tensor:
     """See ``shoal.kernels.add_rms_norm.kernel.add_rms_norm``; float32 inside, any device."""
     n = residual.shape[1]
@@ -28,9 +25,6 @@ def add_rms_norm_reference(
             added = added + branch.float()
         if bias is not None:
             added = added + bias.float()
-        if core is not None:
-            added = added.clone() if added.dtype == delta.dtype else added
-            epilogue_reference(added, delta, core, (n,))
         if delta_weight is not None:
             added = F.rms_norm(added, (n,), delta_weight.float() + offset, eps)
         residual.copy_(residual.float() + added)

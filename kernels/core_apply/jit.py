@@ -123,42 +123,6 @@ def core_mix_kernel(
 
 
 @triton.jit
-def load_h(source_ptr, token, live, source_stride, h_column, columns, RANK: tl.constexpr):
-    """Every column of ``h (TILE, RANK)`` as it is: needs no address, so it can be asked for first.
-
-    Columns a token does not use may hold anything; ``mix_tile`` leaves them out.
-    """
-    j = tl.arange(0, RANK)
-    return tl.load(
-        source_ptr + token[:, None] * source_stride + (h_column + j)[None, :],
-        mask=live[:, None] & (j < columns)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def mix_tile(h, arena_ptr, address, rank, first, matrix, RANK: tl.constexpr, ALIGN: tl.constexpr):
-    """``h Rᵀ`` float32 ``(TILE, RANK)``, the tile's whole R in one access.
-
-    Zero outside the columns ``first … first + rank`` of the token's basis, and without adapter.
-    Nothing but ALIGN decides how wide R is loaded: a mask that knows less narrows every load.
-    """
-    j = tl.arange(0, RANK)
-    local = j[None, :] - first[:, None]
-    inside = (local >= 0) & (local < rank[:, None]) & (address >= 0)[:, None]
-    start = tl.multiple_of(address + matrix * rank * rank, ALIGN)
-    r = tl.load(
-        arena_ptr
-        + start[:, None, None]
-        + (local[:, :, None] * rank[:, None, None] + local[:, None, :]),
-        mask=inside[:, :, None] & inside[:, None, :],
-        other=0.0,
-    ).to(tl.float32)
-    used_h = tl.where(inside, h.to(tl.float32), 0.0)
-    return tl.sum(r * used_h[:, None, :], axis=2)
-
-
-@triton.jit
 def load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live, ALIGN: tl.constexpr):
     """Address, rank and first column of each token's adapter; -1, 0, 0 past the last token.
 
@@ -166,33 +130,98 @@ def load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live, ALIGN: tl.cons
     """
     address = tl.load(addresses_ptr + token, mask=live, other=-1)
     rank = tl.multiple_of(tl.load(ranks_ptr + token, mask=live, other=0), ALIGN)
-    if firsts_ptr is not None:
-        first = tl.multiple_of(tl.load(firsts_ptr + token, mask=live, other=0), ALIGN)
-    else:
-        first = tl.zeros_like(rank)
+    first = tl.multiple_of(tl.load(firsts_ptr + token, mask=live, other=0), ALIGN)
     return address, rank, first
 
 
 @triton.jit
-def add_delta(
-    acc,
-    mixed,
-    basis_ptr,
-    out,
-    inside,
-    columns,
-    basis_stride,
-    basis_rank_stride,
-    RANK: tl.constexpr,
-    FLOAT32_DOT: tl.constexpr,
+def load_matrices(
+    arena_ptr, address, rank, first, matrix, i, RANK: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """``acc (TILE, OUT) + mixed Bᵀ`` for the outputs ``out`` that are ``inside``."""
-    i = tl.arange(0, RANK)
-    basis = tl.load(
-        basis_ptr + out[None, :].to(tl.int64) * basis_stride + i[:, None] * basis_rank_stride,
-        mask=inside[None, :] & (i < columns)[:, None],
+    """Rows ``i`` of every token's R ``(TILE, len(i), RANK)``, in one access.
+
+    R lies at the columns ``first … first + rank`` of the joint basis, both ways; zero elsewhere,
+    and without adapter. Nothing but ALIGN decides how wide R is loaded: a mask that knows less
+    narrows every load.
+    """
+    row = i[None, :] - first[:, None]
+    column = tl.arange(0, RANK)[None, :] - first[:, None]
+    has_row = (row >= 0) & (row < rank[:, None]) & (address >= 0)[:, None]
+    has_column = (column >= 0) & (column < rank[:, None])
+    start = tl.multiple_of(address + matrix * rank * rank, ALIGN)
+    return tl.load(
+        arena_ptr
+        + start[:, None, None]
+        + (row[:, :, None] * rank[:, None, None] + column[:, None, :]),
+        mask=has_row[:, :, None] & has_column[:, None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def load_h(
+    source_ptr, token, live, source_stride, h_column, module, RANK: tl.constexpr,
+    MODULES: tl.constexpr,
+):  # fmt: skip
+    """h of a module ``(TILE, RANK)`` from its blocks of 16 columns in a widened GEMM's output."""
+    j = tl.arange(0, RANK)
+    at = h_column + j // 16 * (MODULES * 16) + module * 16 + j % 16
+    return tl.load(
+        source_ptr + token[:, None] * source_stride + at[None, :], mask=live[:, None], other=0.0
+    )
+
+
+@triton.jit
+def mix(r, h, address, rank, first, RANK: tl.constexpr):
+    """``h Rᵀ`` float32 ``(TILE, rows of r)``. Columns of h that a token does not use may hold
+    anything.
+    """
+    local = tl.arange(0, RANK)[None, :] - first[:, None]
+    used = (local >= 0) & (local < rank[:, None]) & (address >= 0)[:, None]
+    used_h = tl.where(used, h.to(tl.float32), 0.0)
+    return tl.sum(r.to(tl.float32) * used_h[:, None, :], axis=2)
+
+
+@triton.jit
+def load_mixed(
+    mixed_ptr, token, live, mixed_stride, module, RANK: tl.constexpr, MODULES: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """``h Rᵀ`` float32 ``(TILE, RANK)``, made before: the sum of its splits, in their order."""
+    j = tl.arange(0, RANK)
+    ptrs = mixed_ptr + (token[:, None] * MODULES + module) * RANK + j[None, :]
+    mixed = tl.load(ptrs, mask=live[:, None], other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        mixed += tl.load(
+            ptrs + tl.cast(mixed_stride, tl.int64) * split, mask=live[:, None], other=0.0
+        )
+    return mixed
+
+
+@triton.jit
+def load_basis(basis_ptr, out, inside, basis_stride, RANK: tl.constexpr):
+    """B ``(RANK, OUT)`` at the outputs ``out`` that are ``inside``."""
+    i = tl.arange(0, RANK).to(tl.int64)
+    return tl.load(
+        basis_ptr + i[:, None] * basis_stride + out[None, :], mask=inside[None, :], other=0.0
+    )
+
+
+@triton.jit
+def add_delta(acc, mixed, basis, FLOAT32_DOT: tl.constexpr):
+    """``acc (TILE, OUT) + mixed Bᵀ``."""
     if FLOAT32_DOT:
         basis = basis.to(tl.float32)
     return tl.dot(mixed.to(basis.dtype), basis, acc, input_precision="ieee")
+
+
+@triton.jit
+def row_factor(sums_ptr, token, live, sums_stride, parts, width, eps, PARTS: tl.constexpr):
+    """What the deferred RMS norm multiplies each row by: ``(TILE,)``."""
+    part = tl.arange(0, PARTS)
+    sums = tl.load(
+        sums_ptr + part[:, None].to(tl.int64) * sums_stride + token[None, :],
+        mask=(part < parts)[:, None] & live[None, :],
+        other=0.0,
+    )
+    return tl.rsqrt(tl.sum(sums, axis=0) / width + eps)

@@ -7,18 +7,27 @@ import sys
 import torch
 
 from shoal.kernels.benching import Bench, OpBench, Record, run
-from shoal.kernels.core_apply.epilogue_bench import applied_apart, bench_core, core_bytes, widened
-from shoal.kernels.launching import kernel_runs_on
+from shoal.kernels.core_apply.epilogue_bench import (
+    PROMPT_TILES,
+    SWEPT,
+    SWEPT_PROMPTS,
+    SWEPT_WITHOUT,
+    TILES,
+    Point,
+    applied_apart,
+    bench_core,
+    bench_scale,
+    points,
+    widened,
+)
+from shoal.kernels.launching import TileConfig, kernel_runs_on
 from shoal.kernels.rope_kv.cases import CASES, make_inputs
-from shoal.kernels.rope_kv.kernel import RopeConfig, launch_rope_kv, rope_kv
+from shoal.kernels.rope_kv.kernel import launch_rope_kv, rope_kv
 from shoal.kernels.rope_kv.reference import rope_kv_reference, rotation_table
-from shoal.kernels.shapes import DECODE_TOKENS, LLAMA_3_1_8B, PROMPT_TOKENS, SMOLLM2_135M
+from shoal.kernels.shapes import LLAMA_3_1_8B, SMOLLM2_135M
 from shoal.kernels.testing import TOLERANCE, max_error
 
-SWEEP = tuple(RopeConfig(16, n, w) for n in (128, 256, 512, 1024) for w in (4, 8))
-SWEEP_WITHOUT = tuple(
-    RopeConfig(t, n, w) for t in (1, 4, 8) for n in (256, 512, 1024) for w in (2, 4)
-)
+SWEEP_WITHOUT = tuple(TileConfig(t, n, w) for t in (1, 4) for n in (256, 512, 1024) for w in (2, 4))
 BLOCK_TOKENS = 16
 POSITIONS = 4096
 
@@ -42,6 +51,7 @@ def check(device: torch.device) -> dict[torch.dtype, float]:
                 bias=inputs.bias,
                 kv_limit=inputs.kv_limit,
                 core=inputs.core,
+                scale=inputs.scale,
             )
             pairs = ((actual, expected), (inputs.key_cache, keys), (inputs.value_cache, values))
             for one, other in pairs:
@@ -49,16 +59,8 @@ def check(device: torch.device) -> dict[torch.dtype, float]:
     return errors
 
 
-def _record(
-    bench: Bench,
-    case: str,
-    tokens: int,
-    rank: int,
-    distinct: int,
-    config: RopeConfig | None = None,
-) -> Record:
-    """One row; rank 0: without adapters."""
-    shape = LLAMA_3_1_8B if bench.on_gpu else SMOLLM2_135M
+def _record(bench: Bench, point: Point, config: TileConfig | None = None) -> Record:
+    shape, tokens = LLAMA_3_1_8B if bench.on_gpu else SMOLLM2_135M, point.tokens
     dim = 128 if bench.on_gpu else 64
     heads, kv_heads = shape.q // dim, shape.kv // dim
     widths = (shape.q, shape.kv, shape.kv)
@@ -73,7 +75,9 @@ def _record(
     cache = torch.zeros(
         (2, blocks, BLOCK_TOKENS, kv_heads, dim), dtype=bench.dtype, device=bench.device
     )
-    core = bench_core(bench, shape, tokens, distinct, rank, widths) if rank else None
+    made = bench_core(bench, shape, point, qkv, widths)
+    core = made.epilogue if made else None
+    scale = bench_scale(bench, tokens, shape.hidden)
     arguments = (qkv, heads, positions, rotations, slots, cache[0], cache[1])
 
     def torch_only() -> None:
@@ -89,20 +93,20 @@ def _record(
         cache[0].flatten(0, 1).index_copy_(0, slots, rotate(k))
         cache[1].flatten(0, 1).index_copy_(0, slots, v.view(tokens, -1, dim))
 
-    apart = applied_apart(qkv, core, widths) if core else torch_only
+    apart = applied_apart(qkv, made, widths) if made else torch_only
 
     def three_more_launches() -> None:
         apart()
-        rope_kv(*arguments)
+        rope_kv(*arguments, scale=scale)
 
-    baseline = ("core_apply first", three_more_launches) if core else ("torch", torch_only)
+    baseline = ("core_apply first", three_more_launches) if made else ("torch", torch_only)
     moved = 2 * tokens * n * qkv.element_size() + tokens * (dim * 4 + 16)
     return bench.record(
         "rope_kv",
-        case,
-        {"tokens": tokens, "n": n, "rank": rank, "adapters": distinct},
-        lambda: rope_kv(*arguments, core=core, config=config),
-        bytes_moved=moved + (core_bytes(core, distinct, 3) if core else 0),
+        point.case,
+        {"tokens": tokens, "n": n, "rank": point.columns, "adapters": point.distinct},
+        lambda: rope_kv(*arguments, core=core, scale=scale, config=config),
+        bytes_moved=moved + (made.bytes if made else 0),
         baseline=None if config else baseline,
         config=config or "default",
     )
@@ -110,26 +114,15 @@ def _record(
 
 def measure(bench: Bench) -> list[Record]:
     """Decode batches and a prompt: without adapters, and with all-different and shared ones."""
-    token_counts = DECODE_TOKENS if bench.on_gpu else (1, 64)
-    last = token_counts[-1]
-    rows = [_record(bench, "no adapters", tokens, 0, 0) for tokens in token_counts]
-    rows += [_record(bench, "all differ", tokens, 16, tokens) for tokens in token_counts]
-    rows += [_record(bench, "all differ", tokens, 32, tokens) for tokens in (token_counts[0], last)]
-    rows.append(_record(bench, "one shared", last, 16, 1))
-    if bench.on_gpu:
-        rows += [_record(bench, "prompts", PROMPT_TOKENS, rank, 8) for rank in (0, 16, 32)]
-    return rows
+    return [_record(bench, point) for point in points(bench.on_gpu)]
 
 
 def sweep(bench: Bench) -> list[Record]:
     """Every launch variant at a few points that bracket the use."""
-    points = [(1, 16, 1), (32, 16, 32), (128, 16, 128), (256, 16, 256), (256, 32, 256)]
-    points.append((PROMPT_TOKENS, 16, 8))
-    rows = [_record(bench, "core", *point, config) for point in points for config in SWEEP]
+    rows = [_record(bench, point, config) for point in SWEPT for config in TILES]
+    rows += [_record(bench, point, config) for point in SWEPT_PROMPTS for config in PROMPT_TILES]
     return rows + [
-        _record(bench, "no adapters", tokens, 0, 0, config)
-        for tokens in (1, 32, 256, PROMPT_TOKENS)
-        for config in SWEEP_WITHOUT
+        _record(bench, point, config) for point in SWEPT_WITHOUT for config in SWEEP_WITHOUT
     ]
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.core_apply.epilogue import CoreEpilogue
-from shoal.kernels.core_apply.epilogue_cases import CoreCase, widen
+from shoal.kernels.core_apply.epilogue import Epilogue, RowScale
+from shoal.kernels.core_apply.epilogue_cases import (
+    ALIGNED,
+    BARE,
+    LARGEST,
+    MADE,
+    MIXED_RANKS,
+    SMALL,
+    CoreCase,
+    make_scale,
+    widen,
+)
 from shoal.kernels.rope_kv.reference import rotation_table
 from shoal.kernels.testing import poisoned_rows, random
 
@@ -36,6 +46,7 @@ class Case:
     joint: bool = False
     broken: bool = False
     core: CoreCase | None = None
+    parts: int = 0
     gpu_only: bool = False
 
     @property
@@ -44,27 +55,23 @@ class Case:
         return 3.0 if self.gpu_only else 1.0
 
 
-MIXED = CoreCase(
-    columns=29, ranks=(1, 29, 7, 16), adapters=9, bare_every=5, gap=3, matrix=7, rank_major=False
-)
-ALIGNED = CoreCase(
-    columns=32, ranks=(8, 16, 16), firsts=(0, 16, 8), adapters=7, bare_every=4, alignment=8
-)
 CASES = (
     Case("empty", tokens=0, heads=2, kv_heads=1, head_dim=8),
     Case("one row", tokens=1, heads=2, kv_heads=1, head_dim=16),
-    Case("divides nothing", 5, 9, 3, 24, block_tokens=3, bias=True, joint=True),
+    Case("divides nothing", 5, 9, 3, 24, block_tokens=3, bias=True, joint=True, parts=1),
     Case("head norms", tokens=3, heads=3, kv_heads=1, head_dim=20, norm=True, bias=True),
     Case("padding", tokens=7, heads=2, kv_heads=2, head_dim=8, padding=3),
     Case("broken values", tokens=6, heads=2, kv_heads=2, head_dim=8, broken=True),
-    Case("one row, core", 1, 4, 2, 16, core=CoreCase(columns=4, ranks=(4,), adapters=1)),
-    Case("all bare, core", 2, 2, 1, 8, core=CoreCase(8, (8,), 1, bare_every=1)),
-    Case("mixed ranks, core", 21, 5, 3, 20, 3, norm=True, bias=True, padding=2, core=MIXED),
-    Case("shared columns, core", 18, 9, 3, 64, joint=True, core=ALIGNED),
+    Case("one row, core", 1, 4, 2, 16, core=SMALL, parts=16),
+    Case("all bare, core", 2, 2, 1, 8, core=BARE),
     Case(
-        "largest", 4096, 32, 8, 128, block_tokens=16, gpu_only=True,
-        core=CoreCase(columns=32, ranks=(16, 32, 7), adapters=300, bare_every=9),
+        "mixed ranks, core", 21, 5, 3, 20, 3, norm=True, bias=True, padding=2, core=MIXED_RANKS,
+        parts=3,
     ),
+    Case("shared columns, core", 18, 9, 3, 64, joint=True, core=ALIGNED),
+    Case("already mixed, core", 19, 5, 3, 20, bias=True, core=MADE, parts=5),
+    Case("largest", 4096, 32, 8, 128, block_tokens=16, gpu_only=True, core=LARGEST, parts=16),
+    Case("largest, already mixed", 999, 32, 8, 128, gpu_only=True, core=replace(LARGEST, splits=2)),
 )  # fmt: skip
 
 
@@ -83,7 +90,8 @@ class Inputs(NamedTuple):
     eps: float
     bias: Tensor | None
     kv_limit: float
-    core: CoreEpilogue | None
+    core: Epilogue | None
+    scale: RowScale | None
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
@@ -132,4 +140,5 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
         random((sum(widths),), generator, dtype).to(device) if case.bias else None,
         1e15,
         core,
+        make_scale(case.parts, case.tokens, device, generator),
     )

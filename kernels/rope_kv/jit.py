@@ -3,8 +3,18 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from shoal.kernels.core_apply.jit import add_delta, load_h, load_owner, mix_tile
+from shoal.kernels.core_apply.jit import (
+    add_delta,
+    load_basis,
+    load_h,
+    load_matrices,
+    load_mixed,
+    load_owner,
+    mix,
+    row_factor,
+)
 
 
 @triton.jit
@@ -47,7 +57,9 @@ def rope_kv_kernel(
     addresses_ptr,
     ranks_ptr,
     firsts_ptr,
+    mixed_ptr,
     basis_ptr,
+    sums_ptr,
     tokens,
     heads,
     kv_heads,
@@ -60,22 +72,31 @@ def rope_kv_kernel(
     eps,
     limit,
     h_column,
-    columns,
     matrix,
+    mixed_stride,
     basis_stride,
-    basis_rank_stride,
+    sums_stride,
+    parts,
+    sums_width,
+    sums_eps,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
     TILE: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program finishes ``HEADS`` heads of q, or of k, or of v, of ``TILE`` tokens.
 
     Column ``i`` of a head's first half and its partner ``i + HEAD_DIM / 2`` are held apart, as
     ``low`` and ``high``: rotation and norm are then elementwise.
+
+    Everything that no kernel of the step writes is requested before the wait (``launching.py``
+    says why that is safe): the longest chain of dependent loads, address to R, runs meanwhile.
     """
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -94,31 +115,42 @@ def rope_kv_kernel(
     column = (heads_before + head) * HEAD_DIM + i
     mask = live[:, None] & inside[None, :]
 
-    if basis_ptr is not None:
+    if arena_ptr is not None:
         address, rank, first = load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live, ALIGN)
-        h_at = h_column + section * columns
-        h = load_h(qkv_ptr, token, live, qkv_stride, h_at, columns, RANK)
+        r = load_matrices(
+            arena_ptr, address, rank, first, matrix + section, tl.arange(0, RANK), RANK, ALIGN
+        )
     # (The interpreter refuses a vector & a scalar condition as a mask.)
     turning = token < tl.where(section < 2, tokens, 0)
     position = tl.load(positions_ptr + token, mask=turning, other=0)
     caching = token < tl.where(section > 0, tokens, 0)
     slot = tl.load(slots_ptr + token, mask=caching, other=-1)
+    if basis_ptr is not None:
+        basis_low = load_basis(basis_ptr, column, inside, basis_stride, RANK)
+        basis_high = load_basis(basis_ptr, column + HALF_DIM, inside, basis_stride, RANK)
+    if bias_ptr is not None:
+        bias_low, bias_high = load_pair(bias_ptr, column, inside, HALF_DIM)
+    if PDL:
+        gdc_wait()
     qkv_ptrs = qkv_ptr + token[:, None] * qkv_stride + column[None, :]
     low = tl.load(qkv_ptrs, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(qkv_ptrs + HALF_DIM, mask=mask, other=0.0).to(tl.float32)
-    if basis_ptr is not None:  # noqa: SIM102 - the compiler decides this one, the device the next
-        if tl.max(address, 0) >= 0:
-            mixed = mix_tile(h, arena_ptr, address, rank, first, matrix + section, RANK, ALIGN)
-            low = add_delta(
-                low, mixed, basis_ptr, column, inside, columns, basis_stride, basis_rank_stride,
-                RANK, FLOAT32_DOT,
-            )  # fmt: skip
-            high = add_delta(
-                high, mixed, basis_ptr, column + HALF_DIM, inside, columns, basis_stride,
-                basis_rank_stride, RANK, FLOAT32_DOT,
-            )  # fmt: skip
+    if arena_ptr is not None:
+        h = load_h(qkv_ptr, token, live, qkv_stride, h_column, section, RANK, 3)
+        mixed = mix(r, h, address, rank, first, RANK)
+    elif mixed_ptr is not None:
+        mixed = load_mixed(mixed_ptr, token, live, mixed_stride, section, RANK, 3, SPLITS)
+    if sums_ptr is not None:
+        factor = row_factor(sums_ptr, token, live, sums_stride, parts, sums_width, sums_eps, PARTS)[
+            :, None
+        ]
+    if basis_ptr is not None:
+        low = add_delta(low, mixed, basis_low, FLOAT32_DOT)
+        high = add_delta(high, mixed, basis_high, FLOAT32_DOT)
+    if sums_ptr is not None:
+        low *= factor
+        high *= factor
     if bias_ptr is not None:
-        bias_low, bias_high = load_pair(bias_ptr, column, inside, HALF_DIM)
         low += bias_low
         high += bias_high
     if section > 0:

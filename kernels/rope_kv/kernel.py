@@ -7,31 +7,27 @@ that needs Triton's interpreter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from shoal.kernels.core_apply.epilogue import (
-    CoreEpilogue,
+    Epilogue,
+    RowScale,
     check_epilogue,
+    check_scale,
+    default_tile,
     epilogue_arguments,
-    epilogue_dot_in_float32,
+    scale_arguments,
 )
 from shoal.kernels.errors import ShapeError, check_devices, check_matrix, check_vector
-from shoal.kernels.launching import FLOATS, power_of_two, require_triton
+from shoal.kernels.launching import (
+    FLOATS,
+    TileConfig,
+    overlap_options,
+    power_of_two,
+    require_triton,
+)
 from shoal.kernels.rope_kv.reference import KV_LIMIT, cache_limit, rope_kv_reference
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """How to launch: tokens and columns (whole heads) per program. With adapters ``tile`` is at
-    least 16.
-    """
-
-    tile: int = 16
-    block_n: int = 512
-    num_warps: int = 4
 
 
 def rope_kv(
@@ -48,10 +44,12 @@ def rope_kv(
     eps: float = 1e-6,
     bias: Tensor | None = None,
     kv_limit: float = KV_LIMIT,
-    core: CoreEpilogue | None = None,
-    config: RopeConfig | None = None,
+    core: Epilogue | None = None,
+    scale: RowScale | None = None,
+    early: bool = True,
+    config: TileConfig | None = None,
 ) -> Tensor:
-    """Deltas, bias, limit, norm, rotation; k and v go to the cache, q is returned.
+    """Deltas, factor, bias, limit, norm, rotation; k and v go to the cache, q is returned.
 
     Args:
         qkv: ``(tokens, (heads + 2·kv_heads)·head_dim or more)``: q, k, v, and whatever the GEMM
@@ -66,11 +64,14 @@ def rope_kv(
             one dtype and the same strides, the last axis contiguous.
         q_norm, k_norm: ``(head_dim,)``: weights of RMS norms over each head of q and k, with eps
             ``eps``; both or none.
-        bias: as wide as q, k and v together, added after the deltas.
+        bias: as wide as q, k and v together, added after the deltas and the factor.
         kv_limit: k and v are clamped to it (and to the cache's dtype) in size, NaN to 0, so that
             a row that overflows leaves nothing behind that another row's mask cannot hide.
         core: the adapters of q, k and v, or None when no token of the step has one.
-        config: launch parameters, for measurements.
+        scale: the factor of each row of ``y0 + δ`` (a deferred norm), or None: 1.
+        early: see ``launching.overlap_options``; False where the call before writes the tables,
+            ``positions``, ``slot_mapping`` and ``rotations`` among them.
+        config: launch parameters, for measurements; ``block_n`` columns are whole heads.
 
     Floats are float32, float16 or bfloat16, each its own; the arithmetic is float32.
 
@@ -86,11 +87,11 @@ def rope_kv(
     n·columns`` read. Memory bound.
     """
     _check(qkv, heads, positions, rotations, slot_mapping, key_cache, value_cache)
-    _check_optional(qkv, heads, key_cache, q_norm, k_norm, bias, core)
+    _check_optional(qkv, heads, key_cache, q_norm, k_norm, bias, core, scale)
     arguments = (qkv, heads, positions, rotations, slot_mapping, key_cache, value_cache)
     if qkv.device.type == "cpu":
-        return rope_kv_reference(*arguments, q_norm, k_norm, eps, bias, kv_limit, core)
-    return _launch(*arguments, q_norm, k_norm, eps, bias, kv_limit, core, config)
+        return rope_kv_reference(*arguments, q_norm, k_norm, eps, bias, kv_limit, core, scale)
+    return _launch(*arguments, q_norm, k_norm, eps, bias, kv_limit, core, scale, early, config)
 
 
 def launch_rope_kv(
@@ -107,22 +108,24 @@ def launch_rope_kv(
     eps: float = 1e-6,
     bias: Tensor | None = None,
     kv_limit: float = KV_LIMIT,
-    core: CoreEpilogue | None = None,
-    config: RopeConfig | None = None,
+    core: Epilogue | None = None,
+    scale: RowScale | None = None,
+    early: bool = True,
+    config: TileConfig | None = None,
 ) -> Tensor:
     """``rope_kv`` through Triton on any device; CPU tensors need ``TRITON_INTERPRET=1``."""
     _check(qkv, heads, positions, rotations, slot_mapping, key_cache, value_cache)
-    _check_optional(qkv, heads, key_cache, q_norm, k_norm, bias, core)
+    _check_optional(qkv, heads, key_cache, q_norm, k_norm, bias, core, scale)
     arguments = (qkv, heads, positions, rotations, slot_mapping, key_cache, value_cache)
-    return _launch(*arguments, q_norm, k_norm, eps, bias, kv_limit, core, config)
+    return _launch(*arguments, q_norm, k_norm, eps, bias, kv_limit, core, scale, early, config)
 
 
-def default_config(core: CoreEpilogue | None) -> RopeConfig:
+def default_config(core: Epilogue | None, tokens: int) -> TileConfig:
     """The launch parameters, with or without adapters."""
-    # Not swept yet. With adapters: the outputs per program that were fastest in core_apply.
+    # Not swept yet.
     if core is None:
-        return RopeConfig(tile=4)
-    return RopeConfig(num_warps=4 if core.basis.shape[1] <= 16 else 8)
+        return TileConfig(4, 512, 4)
+    return default_tile(core, tokens)
 
 
 def _check(
@@ -176,7 +179,8 @@ def _check_optional(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     bias: Tensor | None,
-    core: CoreEpilogue | None,
+    core: Epilogue | None,
+    scale: RowScale | None,
 ) -> None:
     kv_heads, head_dim = key_cache.shape[2:]
     widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
@@ -189,9 +193,12 @@ def _check_optional(
     ):
         if vector is not None:
             check_vector(name, vector, FLOATS, length)
-            check_devices({"qkv": qkv, name: vector})
+            if vector.device != qkv.device:
+                raise ShapeError(name, "the device of qkv", vector.device)
     if core is not None:
         check_epilogue(core, "qkv", qkv, widths)
+    if scale is not None:
+        check_scale(scale, "qkv", qkv)
 
 
 def _launch(
@@ -207,8 +214,10 @@ def _launch(
     eps: float,
     bias: Tensor | None,
     kv_limit: float,
-    core: CoreEpilogue | None,
-    config: RopeConfig | None,
+    core: Epilogue | None,
+    scale: RowScale | None,
+    early: bool,
+    config: TileConfig | None,
 ) -> Tensor:
     require_triton()
     from shoal.kernels.rope_kv.jit import rope_kv_kernel
@@ -218,7 +227,7 @@ def _launch(
     q = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return q
-    chosen = config or default_config(core)
+    chosen = config or default_config(core, tokens)
     half = power_of_two(head_dim // 2)
     # tl.dot wants 16 outputs; more heads than there are only cost.
     least = max(1, 16 // half)
@@ -247,11 +256,12 @@ def _launch(
         eps=eps,
         limit=cache_limit(key_cache.dtype, kv_limit),
         **epilogue_arguments(core),
+        **scale_arguments(scale),
         HEAD_DIM=head_dim,
         HALF=half,
         HEADS=together,
         TILE=chosen.tile,
-        FLOAT32_DOT=epilogue_dot_in_float32(core),
+        **overlap_options(qkv.device, early),
         num_warps=chosen.num_warps,
     )
     return q

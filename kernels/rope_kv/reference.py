@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.kernels.core_apply.epilogue import CoreEpilogue, epilogue_reference
+from shoal.kernels.core_apply.epilogue import (
+    Epilogue,
+    RowScale,
+    epilogue_reference,
+    scale_reference,
+)
 
 # Beyond what any working model comes near; see ``rope_kv``.
 KV_LIMIT = 1e15
@@ -45,7 +50,8 @@ def rope_kv_reference(
     eps: float = 1e-6,
     bias: Tensor | None = None,
     kv_limit: float = KV_LIMIT,
-    core: CoreEpilogue | None = None,
+    core: Epilogue | None = None,
+    scale: RowScale | None = None,
 ) -> Tensor:
     """See ``shoal.kernels.rope_kv.kernel.rope_kv``; float32 inside, any device."""
     block_tokens, kv_heads, head_dim = key_cache.shape[1:]
@@ -54,6 +60,8 @@ def rope_kv_reference(
     if core is not None:
         y = y.clone() if y.dtype == qkv.dtype else y
         epilogue_reference(y, qkv, core, widths)
+    if scale is not None:
+        y = scale_reference(y, scale)
     if bias is not None:
         y = y + bias.float()
     heads_each = [heads, kv_heads, kv_heads]

@@ -8,17 +8,28 @@ import torch
 from torch.nn import functional as F
 
 from shoal.kernels.benching import Bench, OpBench, Record, run
-from shoal.kernels.core_apply.epilogue_bench import applied_apart, bench_core, core_bytes, widened
-from shoal.kernels.launching import kernel_runs_on
-from shoal.kernels.shapes import DECODE_TOKENS, LLAMA_3_1_8B, PROMPT_TOKENS, SMOLLM2_135M
+from shoal.kernels.core_apply.epilogue_bench import (
+    PROMPT_TILES,
+    SWEPT,
+    SWEPT_PROMPTS,
+    SWEPT_WITHOUT,
+    TILES,
+    Point,
+    applied_apart,
+    bench_core,
+    bench_scale,
+    points,
+    widened,
+)
+from shoal.kernels.launching import TileConfig, kernel_runs_on
+from shoal.kernels.shapes import LLAMA_3_1_8B, SMOLLM2_135M
 from shoal.kernels.silu_mul.cases import CASES, make_inputs
-from shoal.kernels.silu_mul.kernel import SiluConfig, launch_silu_mul, silu_mul
+from shoal.kernels.silu_mul.kernel import launch_silu_mul, silu_mul
 from shoal.kernels.silu_mul.reference import silu_mul_reference
 from shoal.kernels.testing import TOLERANCE, max_error
 
-SWEEP = tuple(SiluConfig(16, n, w) for n in (64, 128, 256, 512) for w in (4, 8))
 SWEEP_WITHOUT = tuple(
-    SiluConfig(t, n, w) for t in (1, 2) for n in (512, 1024, 2048) for w in (4, 8)
+    TileConfig(t, n, w) for t in (1, 2) for n in (512, 1024, 2048) for w in (4, 8)
 )
 
 
@@ -31,44 +42,38 @@ def check(device: torch.device) -> dict[torch.dtype, float]:
             continue
         for dtype in TOLERANCE:
             inputs = make_inputs(case, dtype, device, seed=7)
-            gate_up, width, activation, bias, core = inputs
-            actual = op(gate_up, width, activation=activation, bias=bias, core=core)
+            gate_up, width, activation, bias, core, scale = inputs
+            actual = op(gate_up, width, activation=activation, bias=bias, core=core, scale=scale)
             error = max_error(actual, silu_mul_reference(*inputs)) / case.slack
             errors[dtype] = max(errors[dtype], error)
     return errors
 
 
-def _record(
-    bench: Bench,
-    case: str,
-    tokens: int,
-    rank: int,
-    distinct: int,
-    config: SiluConfig | None = None,
-) -> Record:
-    """One row; rank 0: without adapters."""
+def _record(bench: Bench, point: Point, config: TileConfig | None = None) -> Record:
     shape = LLAMA_3_1_8B if bench.on_gpu else SMOLLM2_135M
-    f = shape.ffn
+    tokens, f = point.tokens, shape.ffn
     gate_up = widened(bench, tokens, 2 * f)
-    core = bench_core(bench, shape, tokens, distinct, rank, (f, f)) if rank else None
+    made = bench_core(bench, shape, point, gate_up, (f, f))
+    core = made.epilogue if made else None
+    scale = bench_scale(bench, tokens, shape.hidden)
 
     def torch_only() -> None:
         F.silu(gate_up[:, :f]) * gate_up[:, f : 2 * f]
 
-    apart = applied_apart(gate_up, core, (f, f)) if core else torch_only
+    apart = applied_apart(gate_up, made, (f, f)) if made else torch_only
 
     def two_more_launches() -> None:
         apart()
-        silu_mul(gate_up, f)
+        silu_mul(gate_up, f, scale=scale)
 
-    baseline = ("core_apply first", two_more_launches) if core else ("torch", torch_only)
+    baseline = ("core_apply first", two_more_launches) if made else ("torch", torch_only)
     moved = 3 * tokens * f * gate_up.element_size()
     return bench.record(
         "silu_mul",
-        case,
-        {"tokens": tokens, "width": f, "rank": rank, "adapters": distinct},
-        lambda: silu_mul(gate_up, f, core=core, config=config),
-        bytes_moved=moved + (core_bytes(core, distinct, 2) if core else 0),
+        point.case,
+        {"tokens": tokens, "width": f, "rank": point.columns, "adapters": point.distinct},
+        lambda: silu_mul(gate_up, f, core=core, scale=scale, config=config),
+        bytes_moved=moved + (made.bytes if made else 0),
         baseline=None if config else baseline,
         config=config or "default",
     )
@@ -76,26 +81,15 @@ def _record(
 
 def measure(bench: Bench) -> list[Record]:
     """Decode batches and a prompt: without adapters, and with all-different and shared ones."""
-    token_counts = DECODE_TOKENS if bench.on_gpu else (1, 64)
-    last = token_counts[-1]
-    rows = [_record(bench, "no adapters", tokens, 0, 0) for tokens in token_counts]
-    rows += [_record(bench, "all differ", tokens, 16, tokens) for tokens in token_counts]
-    rows += [_record(bench, "all differ", tokens, 32, tokens) for tokens in (token_counts[0], last)]
-    rows.append(_record(bench, "one shared", last, 16, 1))
-    if bench.on_gpu:
-        rows += [_record(bench, "prompts", PROMPT_TOKENS, rank, 8) for rank in (0, 16, 32)]
-    return rows
+    return [_record(bench, point) for point in points(bench.on_gpu)]
 
 
 def sweep(bench: Bench) -> list[Record]:
     """Every launch variant at a few points that bracket the use."""
-    points = [(1, 16, 1), (32, 16, 32), (128, 16, 128), (256, 16, 256), (256, 32, 256)]
-    points.append((PROMPT_TOKENS, 16, 8))
-    rows = [_record(bench, "core", *point, config) for point in points for config in SWEEP]
+    rows = [_record(bench, point, config) for point in SWEPT for config in TILES]
+    rows += [_record(bench, point, config) for point in SWEPT_PROMPTS for config in PROMPT_TILES]
     return rows + [
-        _record(bench, "no adapters", tokens, 0, 0, config)
-        for tokens in (1, 32, 256, PROMPT_TOKENS)
-        for config in SWEEP_WITHOUT
+        _record(bench, point, config) for point in SWEPT_WITHOUT for config in SWEEP_WITHOUT
     ]
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.core_apply.epilogue import CoreEpilogue
-from shoal.kernels.core_apply.epilogue_cases import CoreCase, widen
+from shoal.kernels.core_apply.epilogue import Epilogue, RowScale
+from shoal.kernels.core_apply.epilogue_cases import (
+    ALIGNED,
+    BARE,
+    LARGEST,
+    MADE,
+    MIXED_RANKS,
+    SMALL,
+    CoreCase,
+    make_scale,
+    widen,
+)
 from shoal.kernels.silu_mul.reference import Activation
 from shoal.kernels.testing import random
 
@@ -24,6 +34,7 @@ class Case:
     activation: Activation = "silu"
     bias: bool = False
     core: CoreCase | None = None
+    parts: int = 0
     gpu_only: bool = False
 
     @property
@@ -32,30 +43,20 @@ class Case:
         return 3.0 if self.gpu_only else 1.0
 
 
-MIXED = CoreCase(
-    columns=29, ranks=(1, 29, 7, 16), adapters=9, bare_every=5, gap=3, matrix=2, rank_major=False
-)
-ALIGNED = CoreCase(
-    columns=32, ranks=(8, 16, 16), firsts=(0, 16, 8), adapters=7, bare_every=4, alignment=8
-)
 CASES = (
     Case("empty", tokens=0, width=8),
     Case("one row", tokens=1, width=16),
-    Case("divides nothing", tokens=5, width=131, bias=True),
+    Case("divides nothing", tokens=5, width=131, bias=True, parts=1),
     Case("tanh GELU", tokens=3, width=33, activation="gelu_tanh"),
     Case("exact GELU", tokens=3, width=33, activation="gelu", bias=True),
-    Case("one row, core", tokens=1, width=48, core=CoreCase(columns=4, ranks=(4,), adapters=1)),
-    Case(
-        "all bare, core", tokens=3, width=20,
-        core=CoreCase(columns=8, ranks=(8,), adapters=1, bare_every=1),
-    ),
-    Case("mixed ranks, core", tokens=21, width=131, bias=True, core=MIXED),
+    Case("one row, core", tokens=1, width=48, core=SMALL, parts=16),
+    Case("all bare, core", tokens=3, width=20, core=BARE),
+    Case("mixed ranks, core", tokens=21, width=131, bias=True, core=MIXED_RANKS, parts=3),
     Case("shared columns, core", tokens=18, width=96, activation="gelu_tanh", core=ALIGNED),
-    Case(
-        "largest", tokens=2048, width=14336, gpu_only=True,
-        core=CoreCase(columns=32, ranks=(16, 32, 7), adapters=300, bare_every=9),
-    ),
-)  # fmt: skip
+    Case("already mixed, core", tokens=19, width=131, core=MADE, parts=5),
+    Case("largest", tokens=2048, width=14336, gpu_only=True, core=LARGEST, parts=16),
+    Case("largest, already mixed", 2048, 14336, gpu_only=True, core=replace(LARGEST, splits=2)),
+)
 
 
 class Inputs(NamedTuple):
@@ -65,7 +66,8 @@ class Inputs(NamedTuple):
     width: int
     activation: Activation
     bias: Tensor | None
-    core: CoreEpilogue | None
+    core: Epilogue | None
+    scale: RowScale | None
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
@@ -74,4 +76,5 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     y0 = random((case.tokens, 2 * case.width), generator, dtype).to(device)
     gate_up, core = widen(y0, case.core, (case.width, case.width), generator)
     bias = random((2 * case.width,), generator, dtype).to(device) if case.bias else None
-    return Inputs(gate_up, case.width, case.activation, bias, core)
+    scale = make_scale(case.parts, case.tokens, device, generator)
+    return Inputs(gate_up, case.width, case.activation, bias, core, scale)

@@ -7,30 +7,25 @@ that needs Triton's interpreter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from shoal.kernels.core_apply.epilogue import (
-    CoreEpilogue,
+    Epilogue,
+    RowScale,
     check_epilogue,
+    check_scale,
+    default_tile,
     epilogue_arguments,
-    epilogue_dot_in_float32,
+    scale_arguments,
 )
-from shoal.kernels.errors import ShapeError, check_devices, check_matrix, check_vector
-from shoal.kernels.launching import FLOATS, require_triton
+from shoal.kernels.errors import ShapeError, check_matrix, check_vector
+from shoal.kernels.launching import FLOATS, TileConfig, overlap_options, require_triton
 from shoal.kernels.silu_mul.reference import Activation, silu_mul_reference
 
-
-@dataclass(frozen=True, slots=True)
-class SiluConfig:
-    """How to launch: tokens and outputs per program. With adapters ``tile`` is at least 16."""
-
-    tile: int = 16
-    block_n: int = 256
-    num_warps: int = 4
+ACTIVATIONS = get_args(Activation)
 
 
 def silu_mul(
@@ -39,18 +34,22 @@ def silu_mul(
     *,
     activation: Activation = "silu",
     bias: Tensor | None = None,
-    core: CoreEpilogue | None = None,
-    config: SiluConfig | None = None,
+    core: Epilogue | None = None,
+    scale: RowScale | None = None,
+    early: bool = True,
+    config: TileConfig | None = None,
 ) -> Tensor:
-    """``act(gate + δ_gate + bias_gate) · (up + δ_up + bias_up)``.
+    """``act((gate + δ_gate)·f + bias_gate) · ((up + δ_up)·f + bias_up)``, f the row's factor.
 
     Args:
         gate_up: ``(tokens, 2·width or more)``: gate, up, and whatever the GEMM was widened by,
             which only ``core`` reads. Rows may be strided.
         width: of gate and of up.
         activation: ``silu``, ``gelu_tanh`` or (exact) ``gelu``.
-        bias: ``(2·width,)``, added after the deltas.
+        bias: ``(2·width,)``, added after the deltas and the factor.
         core: the adapters of gate and up, or None when no token of the step has one.
+        scale: the factor of each row (a deferred norm), or None: 1.
+        early: see ``launching.overlap_options``; False where the call before writes the tables.
         config: launch parameters, for measurements.
 
     Floats are float32, float16 or bfloat16, each its own; the arithmetic is float32.
@@ -65,10 +64,10 @@ def silu_mul(
     Cost: reads ``2·tokens·width`` and writes ``tokens·width`` elements; the adapters add
     ``tokens·2·columns + Σ_distinct 2·r² + 2·width·columns`` read. Memory bound.
     """
-    _check(gate_up, width, activation, bias, core)
+    _check(gate_up, width, activation, bias, core, scale)
     if gate_up.device.type == "cpu":
-        return silu_mul_reference(gate_up, width, activation, bias, core)
-    return _launch(gate_up, width, activation, bias, core, config)
+        return silu_mul_reference(gate_up, width, activation, bias, core, scale)
+    return _launch(gate_up, width, activation, bias, core, scale, early, config)
 
 
 def launch_silu_mul(
@@ -77,22 +76,22 @@ def launch_silu_mul(
     *,
     activation: Activation = "silu",
     bias: Tensor | None = None,
-    core: CoreEpilogue | None = None,
-    config: SiluConfig | None = None,
+    core: Epilogue | None = None,
+    scale: RowScale | None = None,
+    early: bool = True,
+    config: TileConfig | None = None,
 ) -> Tensor:
     """``silu_mul`` through Triton on any device; CPU tensors need ``TRITON_INTERPRET=1``."""
-    _check(gate_up, width, activation, bias, core)
-    return _launch(gate_up, width, activation, bias, core, config)
+    _check(gate_up, width, activation, bias, core, scale)
+    return _launch(gate_up, width, activation, bias, core, scale, early, config)
 
 
-def default_config(core: CoreEpilogue | None) -> SiluConfig:
+def default_config(core: Epilogue | None, tokens: int) -> TileConfig:
     """The launch parameters, with or without adapters."""
-    # Not swept yet. With adapters: what core_apply measured (256 to 512 outputs per program; here
-    # gate and up make two of them), more warps where R of rank 32 has to fit their registers.
-    # Without: one contiguous run of 16 bytes per thread.
+    # Not swept yet. Without adapters: one contiguous run of 16 bytes per thread.
     if core is None:
-        return SiluConfig(tile=1, block_n=1024)
-    return SiluConfig(num_warps=4 if core.basis.shape[1] <= 16 else 8)
+        return TileConfig(1, 1024, 4)
+    return default_tile(core, tokens)
 
 
 def _check(
@@ -100,18 +99,22 @@ def _check(
     width: int,
     activation: str,
     bias: Tensor | None,
-    core: CoreEpilogue | None,
+    core: Epilogue | None,
+    scale: RowScale | None,
 ) -> None:
     check_matrix("gate_up", gate_up, FLOATS)
     if not 1 <= 2 * width <= gate_up.shape[1]:
         raise ShapeError("width", f"1 to half of gate_up's {gate_up.shape[1]} columns", width)
-    if activation not in get_args(Activation):
-        raise ShapeError("activation", f"one of {get_args(Activation)}", activation)
+    if activation not in ACTIVATIONS:
+        raise ShapeError("activation", f"one of {ACTIVATIONS}", activation)
     if bias is not None:
         check_vector("bias", bias, FLOATS, 2 * width)
-        check_devices({"gate_up": gate_up, "bias": bias})
+        if bias.device != gate_up.device:
+            raise ShapeError("bias", "the device of gate_up", bias.device)
     if core is not None:
         check_epilogue(core, "gate_up", gate_up, (width, width))
+    if scale is not None:
+        check_scale(scale, "gate_up", gate_up)
 
 
 def _launch(
@@ -119,8 +122,10 @@ def _launch(
     width: int,
     activation: str,
     bias: Tensor | None,
-    core: CoreEpilogue | None,
-    config: SiluConfig | None,
+    core: Epilogue | None,
+    scale: RowScale | None,
+    early: bool,
+    config: TileConfig | None,
 ) -> Tensor:
     require_triton()
     from shoal.kernels.silu_mul.jit import silu_mul_kernel
@@ -129,7 +134,7 @@ def _launch(
     out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     if tokens == 0:
         return out
-    chosen = config or default_config(core)
+    chosen = config or default_config(core, tokens)
     silu_mul_kernel[(-(-tokens // chosen.tile), -(-width // chosen.block_n))](
         gate_up_ptr=gate_up,
         bias_ptr=bias,
@@ -138,10 +143,11 @@ def _launch(
         width=width,
         gate_up_stride=gate_up.stride(0),
         **epilogue_arguments(core),
+        **scale_arguments(scale),
         ACTIVATION=activation,
         TILE=chosen.tile,
         BLOCK_N=chosen.block_n,
-        FLOAT32_DOT=epilogue_dot_in_float32(core),
+        **overlap_options(gate_up.device, early),
         num_warps=chosen.num_warps,
     )
     return out

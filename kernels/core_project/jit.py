@@ -1,0 +1,108 @@
+"""Device code of ``core_project`` and ``core_mix``; imported when launched, needs Triton."""
+# mypy: disable-error-code="misc, no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from shoal.kernels.core_apply.jit import load_h, load_matrices, load_owner, mix
+
+
+@triton.jit(do_not_specialize=["matrix"])
+def core_project_kernel(
+    x_ptr,
+    projection_ptr,
+    mixed_ptr,
+    arena_ptr,
+    addresses_ptr,
+    ranks_ptr,
+    firsts_ptr,
+    tokens,
+    k,
+    x_stride,
+    projection_stride,
+    matrix,
+    MODULES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    RANK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    FLOAT32_DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program ``(t, s, m)`` projects split s of ``TILE`` tokens for module m, and mixes that.
+
+    R of up to 32 columns is requested before the wait and held; a larger one would not fit the
+    registers, so it comes 16 rows at a time at the end.
+    """
+    module = tl.program_id(2)
+    token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    live = token < tokens
+    address, rank, first = load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live, ALIGN)
+    j = tl.arange(0, RANK)
+    if RANK <= 32:
+        r = load_matrices(arena_ptr, address, rank, first, matrix + module, j, RANK, ALIGN)
+    row = (j // 16 * (MODULES * 16) + module * 16 + j % 16).to(tl.int64)
+    if PDL:
+        gdc_wait()
+    h = tl.zeros((TILE, RANK), tl.float32)
+    for step in range(STEPS):
+        col = (tl.program_id(1) * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + token[:, None] * x_stride + col[None, :],
+            mask=live[:, None] & (col < k)[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            projection_ptr + row[None, :] * projection_stride + col[:, None],
+            mask=(col < k)[:, None],
+            other=0.0,
+        )
+        if FLOAT32_DOT:
+            x = x.to(tl.float32)
+            a = a.to(tl.float32)
+        h = tl.dot(x.to(a.dtype), a, h, input_precision="ieee")
+    at = (tl.program_id(1).to(tl.int64) * tokens + token) * (MODULES * RANK) + module * RANK
+    if RANK <= 32:
+        mixed = mix(r, h, address, rank, first, RANK)
+        tl.store(mixed_ptr + at[:, None] + j[None, :], mixed, mask=live[:, None])
+    else:
+        for begin in tl.static_range(0, RANK, 16):
+            i = begin + tl.arange(0, 16)
+            rows = load_matrices(arena_ptr, address, rank, first, matrix + module, i, RANK, ALIGN)
+            mixed = mix(rows, h, address, rank, first, RANK)
+            tl.store(mixed_ptr + at[:, None] + i[None, :], mixed, mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["matrix"])
+def core_mix_rows_kernel(
+    y_ptr,
+    mixed_ptr,
+    arena_ptr,
+    addresses_ptr,
+    ranks_ptr,
+    firsts_ptr,
+    tokens,
+    y_stride,
+    h_column,
+    matrix,
+    MODULES: tl.constexpr,
+    TILE: tl.constexpr,
+    RANK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program ``(t, c, m)`` makes 16 columns of ``h Rᵀ`` of module m for ``TILE`` tokens."""
+    module = tl.program_id(2)
+    token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    live = token < tokens
+    i = tl.program_id(1) * 16 + tl.arange(0, 16)
+    address, rank, first = load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live, ALIGN)
+    r = load_matrices(arena_ptr, address, rank, first, matrix + module, i, RANK, ALIGN)
+    if PDL:
+        gdc_wait()
+    h = load_h(y_ptr, token, live, y_stride, h_column, module, RANK, MODULES)
+    mixed = mix(r, h, address, rank, first, RANK)
+    at = (token * MODULES + module) * RANK
+    tl.store(mixed_ptr + at[:, None] + i[None, :], mixed, mask=live[:, None])
