@@ -1,4 +1,8 @@
-"""The engine's thread. Steps are held and released by the tests; nothing here sleeps."""
+"""The engine's thread. Steps are held and released by the tests; nothing here sleeps.
+
+What holds for any runner is tested with one that finishes a step in ``submit`` and with one that
+looks ahead, whose steps block in ``wait``.
+"""
 
 import logging
 import queue
@@ -6,13 +10,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import AdapterSpec
 from shoal.server.engine.loop import EngineLoop
-from shoal.server.engine.plan import StepPlan
+from shoal.server.engine.plan import Pending, StepPlan
 from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.errors import Draining, EngineFailure, Overloaded, PromptTooLong
@@ -26,12 +31,16 @@ class Bench:
     """A loop over a fake runner, and what it delivered."""
 
     max_waiting: int = 100
+    lookahead: bool = False
+    eos: int | None = None
     held: bool = False
     batches: queue.Queue[list[TokenEvent]] = field(default_factory=queue.Queue)
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     go_on: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     fault: BaseException | None = None
+    submit_faults: list[Exception | None] = field(default_factory=list)  # of the next submits
     deliver_fault: Exception | None = None
+    clock_s: float = 100.0
     pins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -43,11 +52,13 @@ class Bench:
             max_model_len=200,
             max_waiting=self.max_waiting,
         )
-        scheduler = Scheduler(limits, SlotTable(2, 10), frozenset())
-        self.runner = FakeRunner(1000, 4, before_step=self._before_step)
+        eos = frozenset() if self.eos is None else frozenset({self.eos})
+        scheduler = Scheduler(limits, SlotTable(2, 10), eos)
+        self.runner = Submitting(self)
         self.loop = EngineLoop(scheduler, self.runner, self._deliver, staged=self)
 
-    def _before_step(self, plan: StepPlan) -> None:
+    def before_step(self, plan: StepPlan) -> None:
+        self.clock_s += 1.0
         self.entered.release()
         if self.held:
             assert self.go_on.acquire(timeout=WAIT_S)
@@ -80,9 +91,30 @@ class Bench:
                 return events
 
 
+class Submitting(FakeRunner):
+    """Notes each plan it is given, and refuses those it is told to."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(1000, 4, lookahead=bench.lookahead, before_step=bench.before_step)
+        self._bench = bench
+        self.submitted: list[list[str]] = []
+
+    def submit(self, plan: StepPlan) -> Pending:
+        self.submitted.append([row.request_id for row in plan.rows])
+        faults = self._bench.submit_faults
+        if faults and (fault := faults.pop(0)) is not None:
+            raise fault
+        return super().submit(plan)
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def lookahead(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @contextmanager
-def running(**options: int) -> Iterator[Bench]:
-    bench = Bench(**options)  # type: ignore[arg-type]
+def running(**options: Any) -> Iterator[Bench]:
+    bench = Bench(**options)
     bench.loop.start()
     try:
         yield bench
@@ -100,16 +132,16 @@ def tokens(events: list[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.token_ids]
 
 
-def test_a_request_is_served() -> None:
-    with running() as bench:
+def test_a_request_is_served(lookahead: bool) -> None:
+    with running(lookahead=lookahead) as bench:
         bench.loop.submit(request("a"))
         events = bench.until_end("a")
     assert tokens(events) == bench.runner.expected((1, 2, 3), None, 3)
     assert events[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_one_delivery_carries_all_of_a_step() -> None:
-    bench = Bench()
+def test_one_delivery_carries_all_of_a_step(lookahead: bool) -> None:
+    bench = Bench(lookahead=lookahead)
     for name in "abc":
         bench.loop.submit(request(name))
     bench.loop.start()
@@ -118,8 +150,8 @@ def test_one_delivery_carries_all_of_a_step() -> None:
     assert [event.request_id for event in first] == ["a", "b", "c"]
 
 
-def test_an_idle_loop_runs_no_steps_and_wakes_for_work() -> None:
-    with running() as bench:
+def test_an_idle_loop_runs_no_steps_and_wakes_for_work(lookahead: bool) -> None:
+    with running(lookahead=lookahead) as bench:
         for name in ("a", "b"):
             bench.loop.submit(request(name, max_tokens=2))
             bench.until_end(name)
@@ -140,23 +172,23 @@ def test_an_abort_takes_effect_before_the_next_step() -> None:
         assert bench.runner.steps == 1
 
 
-def test_an_adapter_stays_staged_until_the_engine_is_done_with_it() -> None:
+def test_an_adapter_stays_staged_until_the_engine_is_done_with_it(lookahead: bool) -> None:
     adapter = AdapterSpec("d", "core", 1, "basis", 10)
-    with running() as bench:
+    with running(lookahead=lookahead) as bench:
         bench.held = True
         bench.loop.submit(replace(request("a", max_tokens=100), adapter=adapter))
         bench.wait_for_step()
         bench.loop.abort("a")
         # The client has left, but the step under way may still ask for the adapter.
         assert bench.pins == ["d"]
-        bench.go_on.release()
+        bench.go_on.release(2)
         bench.until_end("a")
         assert bench.loop.drain(WAIT_S)
         assert bench.pins == []
 
 
-def test_aborting_what_was_never_submitted_or_has_ended_does_nothing() -> None:
-    with running() as bench:
+def test_aborting_what_was_never_submitted_or_has_ended_does_nothing(lookahead: bool) -> None:
+    with running(lookahead=lookahead) as bench:
         bench.loop.abort("ghost")
         bench.loop.submit(request("a"))
         bench.until_end("a")
@@ -165,8 +197,8 @@ def test_aborting_what_was_never_submitted_or_has_ended_does_nothing() -> None:
         assert bench.until_end("b")[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_submit_and_abort_in_one_inbox_end_once() -> None:
-    bench = Bench()
+def test_submit_and_abort_in_one_inbox_end_once(lookahead: bool) -> None:
+    bench = Bench(lookahead=lookahead)
     bench.loop.submit(request("a"))
     bench.loop.abort("a")
     bench.loop.start()
@@ -176,9 +208,9 @@ def test_submit_and_abort_in_one_inbox_end_once() -> None:
 
 
 def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(
-    caplog: pytest.LogCaptureFixture,
+    lookahead: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with running() as bench, caplog.at_level(logging.CRITICAL + 1):
+    with running(lookahead=lookahead) as bench, caplog.at_level(logging.CRITICAL + 1):
         bench.fault = RuntimeError("planted")
         bench.loop.submit(request("a"))
         (event,) = bench.until_end("a")
@@ -189,16 +221,20 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(
         assert tokens(bench.until_end("b")) == bench.runner.expected((1, 2, 3), None, 3)
 
 
-def test_a_consumer_that_raises_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    with running() as bench:
+def test_a_consumer_that_raises_harms_nobody(
+    lookahead: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(lookahead=lookahead) as bench:
         bench.deliver_fault = RuntimeError("planted")
         bench.loop.submit(request("a"))
         assert len(tokens(bench.until_end("a"))) == 3
     assert "deliver_failed" in caplog.text
 
 
-def test_a_thread_that_dies_leaves_no_request_hanging(caplog: pytest.LogCaptureFixture) -> None:
-    with running() as bench:
+def test_a_thread_that_dies_leaves_no_request_hanging(
+    lookahead: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(lookahead=lookahead) as bench:
         bench.fault = SystemExit()
         bench.loop.submit(request("a"))
         (event,) = bench.until_end("a")
@@ -210,15 +246,15 @@ def test_a_thread_that_dies_leaves_no_request_hanging(caplog: pytest.LogCaptureF
     assert "no further request is served" in caplog.text
 
 
-def test_a_request_that_can_never_run_ends_with_its_error() -> None:
-    with running() as bench:
+def test_a_request_that_can_never_run_ends_with_its_error(lookahead: bool) -> None:
+    with running(lookahead=lookahead) as bench:
         bench.loop.submit(request("a", prompt=(1,) * 200))
         (event,) = bench.until_end("a")
     assert isinstance(event.error, PromptTooLong)
 
 
-def test_a_full_queue_refuses_and_changes_nothing() -> None:
-    bench = Bench(max_waiting=2)
+def test_a_full_queue_refuses_and_changes_nothing(lookahead: bool) -> None:
+    bench = Bench(lookahead=lookahead, max_waiting=2)
     bench.loop.submit(request("a"))
     bench.loop.submit(request("b"))
     with pytest.raises(Overloaded) as refusal:
@@ -232,8 +268,8 @@ def test_a_full_queue_refuses_and_changes_nothing() -> None:
     bench.loop.stop()
 
 
-def test_requests_taken_in_count_as_waiting_until_they_run() -> None:
-    with running(max_waiting=1) as bench:
+def test_requests_taken_in_count_as_waiting_until_they_run(lookahead: bool) -> None:
+    with running(lookahead=lookahead, max_waiting=1) as bench:
         bench.held = True
         bench.loop.submit(request("a"))
         bench.wait_for_step()  # taken in, its first step not over
@@ -241,8 +277,8 @@ def test_requests_taken_in_count_as_waiting_until_they_run() -> None:
             bench.loop.submit(request("b"))
 
 
-def test_drain_waits_for_what_runs_and_refuses_the_rest() -> None:
-    with running() as bench:
+def test_drain_waits_for_what_runs_and_refuses_the_rest(lookahead: bool) -> None:
+    with running(lookahead=lookahead) as bench:
         bench.held = True
         bench.loop.submit(request("a"))
         bench.wait_for_step()
@@ -263,8 +299,8 @@ def test_drain_waits_for_what_runs_and_refuses_the_rest() -> None:
         assert bench.until_end("a")[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_drain_aborts_what_is_left_after_its_timeout() -> None:
-    with running() as bench:
+def test_drain_aborts_what_is_left_after_its_timeout(lookahead: bool) -> None:
+    with running(lookahead=lookahead) as bench:
         bench.held = True
         bench.loop.submit(request("a", max_tokens=100))
         bench.wait_for_step()
@@ -273,8 +309,8 @@ def test_drain_aborts_what_is_left_after_its_timeout() -> None:
         assert bench.until_end("a")[-1].finish_reason is FinishReason.ABORT
 
 
-def test_stop_ends_every_request() -> None:
-    bench = Bench()
+def test_stop_ends_every_request(lookahead: bool) -> None:
+    bench = Bench(lookahead=lookahead)
     bench.loop.start()
     bench.held = True
     bench.loop.submit(request("a", max_tokens=100))
@@ -290,15 +326,15 @@ def test_stop_ends_every_request() -> None:
     assert all(event.finish_reason for event in last.values())
 
 
-def test_stop_before_start_ends_every_request() -> None:
-    bench = Bench()
+def test_stop_before_start_ends_every_request(lookahead: bool) -> None:
+    bench = Bench(lookahead=lookahead)
     bench.loop.submit(request("a"))
     bench.loop.stop()
     assert bench.until_end("a")[-1].finish_reason is FinishReason.ABORT
 
 
-def test_stats_count_tokens_and_return_to_zero() -> None:
-    with running() as bench:
+def test_stats_count_tokens_and_return_to_zero(lookahead: bool) -> None:
+    with running(lookahead=lookahead) as bench:
         for name in "ab":
             bench.loop.submit(request(name))
             bench.until_end(name)
@@ -309,8 +345,8 @@ def test_stats_count_tokens_and_return_to_zero() -> None:
     assert stats.last_step_s > 0
 
 
-def test_many_threads_submit_and_abort_and_each_request_ends_once() -> None:
-    with running(max_waiting=1000) as bench:
+def test_many_threads_submit_and_abort_and_each_request_ends_once(lookahead: bool) -> None:
+    with running(lookahead=lookahead, max_waiting=1000) as bench:
 
         def work(worker: int) -> None:
             for index in range(50):
@@ -331,3 +367,147 @@ def test_many_threads_submit_and_abort_and_each_request_ends_once() -> None:
         if event.finish_reason or event.error
     ]
     assert len(ended) == len(set(ended)) == 200
+
+
+# -- looking ahead --------------------------------------------------------------------------------
+
+
+def test_the_next_step_is_submitted_while_one_is_under_way() -> None:
+    with running(lookahead=True) as bench:
+        bench.held = True
+        bench.loop.submit(request("a", max_tokens=4))
+        for step in range(1, 4):
+            bench.wait_for_step()
+            assert len(bench.runner.submitted) == step + 1
+            bench.go_on.release()
+        bench.wait_for_step()
+        assert len(bench.runner.submitted) == 4  # nothing is planned beyond the last token
+        bench.go_on.release()
+        assert tokens(bench.until_end("a")) == bench.runner.expected((1, 2, 3), None, 4)
+
+
+def test_a_runner_that_does_not_look_ahead_gets_one_plan_at_a_time() -> None:
+    with running() as bench:
+        bench.held = True
+        bench.loop.submit(request("a", max_tokens=4))
+        for step in range(1, 5):
+            bench.wait_for_step()
+            assert len(bench.runner.submitted) == step
+            bench.go_on.release()
+
+
+def test_new_requests_join_the_next_plan_while_steps_are_under_way() -> None:
+    with running(lookahead=True) as bench:
+        bench.held = True
+        bench.loop.submit(request("a", max_tokens=50))
+        bench.wait_for_step()
+        bench.loop.submit(request("b"))
+        bench.go_on.release()
+        bench.wait_for_step()
+        assert bench.runner.submitted == [["a"], ["a"], ["a", "b"]]
+
+
+def test_an_abort_under_two_steps_takes_effect_in_the_next_plan() -> None:
+    with running(lookahead=True) as bench:
+        bench.held = True
+        bench.loop.submit(request("a", max_tokens=50))
+        bench.loop.submit(request("b", max_tokens=50))
+        bench.wait_for_step()
+        bench.loop.abort("a")
+        bench.go_on.release()
+        bench.wait_for_step()
+        assert bench.runner.submitted[-1] == ["b"]
+        bench.go_on.release()
+        events = bench.until_end("a")
+        assert events[-1].finish_reason is FinishReason.ABORT
+        assert len(tokens(events)) == 1
+
+
+def test_a_token_after_the_end_is_dropped_and_drain_lands_its_step() -> None:
+    expected = Bench().runner.expected((1, 2, 3), None, 2)
+    with running(lookahead=True, eos=expected[0]) as bench:
+        bench.held = True
+        bench.loop.submit(request("a", max_tokens=50))
+        bench.wait_for_step()
+        bench.go_on.release()
+        (event,) = bench.until_end("a")
+        assert (event.token_ids, event.finish_reason) == ((expected[0],), FinishReason.STOP)
+        bench.wait_for_step()  # the step planned ahead is still under way
+        assert bench.loop.stats().kv_blocks_used == 1
+        outcome: list[bool] = []
+        thread = threading.Thread(target=lambda: outcome.append(bench.loop.drain(WAIT_S)))
+        thread.start()
+        thread.join(0.05)
+        assert not outcome
+        bench.go_on.release()
+        thread.join(WAIT_S)
+        assert outcome == [True]
+        assert bench.loop.stats().kv_blocks_used == 0
+        assert bench.runner.steps == 2
+
+
+def test_a_plan_that_is_refused_ends_its_requests_after_the_older_step_has_landed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with running(lookahead=True) as bench, caplog.at_level(logging.CRITICAL + 1):
+        bench.submit_faults = [None, RuntimeError("planted")]
+        bench.loop.submit(request("a", max_tokens=50))
+        events = bench.until_end("a")
+        assert tokens(events) == bench.runner.expected((1, 2, 3), None, 1)
+        assert isinstance(events[-1].error, EngineFailure)
+        bench.loop.submit(request("b"))
+        assert tokens(bench.until_end("b")) == bench.runner.expected((1, 2, 3), None, 3)
+        assert bench.loop.stats().kv_blocks_used == 0
+
+
+def test_a_step_that_fails_spares_who_joined_in_the_younger_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with running(lookahead=True) as bench, caplog.at_level(logging.CRITICAL + 1):
+        bench.held = True
+        bench.loop.submit(request("a", max_tokens=50))
+        bench.wait_for_step()
+        bench.loop.submit(request("b", prompt=(4, 5)))
+        bench.go_on.release()
+        bench.wait_for_step()  # the second; the third, with b, has been submitted
+        assert bench.runner.submitted[-1] == ["a", "b"]
+        bench.fault = RuntimeError("planted")
+        bench.held = False
+        bench.go_on.release()
+        assert isinstance(bench.until_end("a")[-1].error, EngineFailure)
+        assert tokens(bench.until_end("b")) == bench.runner.expected((4, 5), None, 3)
+
+
+def test_stop_lands_what_is_under_way_and_delivers_it() -> None:
+    with running(lookahead=True) as bench:
+        bench.held = True
+        bench.loop.submit(request("a", max_tokens=50))
+        bench.wait_for_step()
+        stopper = threading.Thread(target=bench.loop.stop)
+        stopper.start()
+        while True:  # until the stop has been asked for
+            try:
+                bench.loop.submit(request("b"))
+            except Draining:
+                break
+            except AssertionError:  # the id is in use: it got in before
+                continue
+        bench.go_on.release(2)
+        stopper.join(WAIT_S)
+        assert bench.runner.steps == len(bench.runner.submitted) == 2
+        events = bench.until_end("a")
+        assert tokens(events) == bench.runner.expected((1, 2, 3), None, 2)
+        assert events[-1].finish_reason is FinishReason.ABORT
+
+
+def test_a_step_lasts_from_landing_to_landing(
+    lookahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(lookahead=lookahead)
+    monkeypatch.setattr("shoal.server.engine.loop.time.perf_counter", lambda: bench.clock_s)
+    bench.loop.submit(request("a", max_tokens=5))
+    bench.loop.start()
+    bench.until_end("a")
+    bench.loop.stop()
+    assert bench.loop.stats().steps_total == 5
+    assert bench.loop.stats().last_step_s == 1.0  # each step moves the clock by a second

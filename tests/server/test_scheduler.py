@@ -8,7 +8,7 @@ import pytest
 
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import AdapterSpec
-from shoal.server.engine.plan import StepPlan, StepResult
+from shoal.server.engine.plan import UNKNOWN_TOKEN, Pending, StepPlan, StepResult
 from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from shoal.server.engine.scheduler import PASSES_MAX, Scheduler, SchedulerLimits
 from shoal.server.errors import EngineFailure, InvalidRequest, PromptTooLong, UnusableAdapter
@@ -53,6 +53,22 @@ def step(engine: Scheduler, token: int = 500) -> tuple[StepPlan, list[TokenEvent
     events = engine.commit(plan, result)
     engine.check()
     return plan, events
+
+
+def ahead(engine: Scheduler) -> StepPlan:
+    """One more plan under way."""
+    plan = engine.plan()
+    engine.check()
+    assert plan is not None
+    return plan
+
+
+def land(engine: Scheduler, plan: StepPlan, token: int = 500) -> list[TokenEvent]:
+    """Commit ``plan`` with ``token`` for every row that samples."""
+    result = StepResult(token_ids={row.request_id: token for row in plan.rows if row.sample})
+    events = engine.commit(plan, result)
+    engine.check()
+    return events
 
 
 def ends(engine: Scheduler) -> dict[str, TokenEvent]:
@@ -460,6 +476,177 @@ def test_a_row_without_a_result_ends_alone(result: StepResult) -> None:
     assert engine.num_running == 1
 
 
+# -- planning ahead -------------------------------------------------------------------------------
+
+
+def test_a_second_plan_takes_the_token_under_way_for_its_input() -> None:
+    engine = scheduler()
+    engine.add(request("a", prompt=3, min_tokens=2))
+    first, second = ahead(engine), ahead(engine)
+    (row,) = second.rows
+    assert (row.token_ids, row.start, row.output_tokens) == ((UNKNOWN_TOKEN,), 3, 1)
+    assert row.suppressed_ids == (EOS,)
+    assert row.lane == first.rows[0].lane
+    assert [event.token_ids for event in land(engine, first, 7)] == [(7,)]
+    (row,) = ahead(engine).rows
+    assert (row.token_ids, row.start, row.output_tokens) == ((UNKNOWN_TOKEN,), 4, 2)
+    assert row.suppressed_ids == ()
+    assert [event.token_ids for event in land(engine, second, 8)] == [(8,)]
+
+
+def test_a_prompt_goes_on_where_the_chunk_under_way_ends() -> None:
+    engine = scheduler(max_num_batched_tokens=8)
+    engine.add(request("a", prompt=13))
+    rows = [plan.rows[0] for plan in (ahead(engine), ahead(engine))]
+    assert [(row.start, len(row.token_ids), row.sample) for row in rows] == [
+        (0, 8, False),
+        (8, 5, True),
+    ]
+
+
+def test_two_plans_are_under_way_at_most_and_land_in_their_order() -> None:
+    engine = scheduler()
+    engine.add(request("a", max_tokens=9))
+    ahead(engine)
+    second = ahead(engine)
+    with pytest.raises(AssertionError, match="too many"):
+        engine.plan()
+    with pytest.raises(AssertionError, match="order"):
+        engine.commit(second, StepResult(token_ids={"a": 5}))
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_model_len": 5}])
+def test_a_request_that_ends_by_length_is_not_planned_beyond_its_end(
+    limits: dict[str, int],
+) -> None:
+    engine = scheduler(**limits)
+    engine.add(request("a", prompt=3, max_tokens=99 if limits else 2))
+    first, second = ahead(engine), ahead(engine)
+    land(engine, first)
+    assert engine.plan() is None
+    (event,) = land(engine, second)
+    assert event.finish_reason is FinishReason.LENGTH
+    assert not engine.has_work
+
+
+def test_a_penalised_request_waits_for_its_token_and_holds_up_nobody() -> None:
+    engine = scheduler()
+    engine.add(request("plain", max_tokens=9))
+    engine.add(request("penalised", max_tokens=9, presence_penalty=1.0))
+    first, second = ahead(engine), ahead(engine)
+    assert names(second) == ["plain"]
+    land(engine, first)
+    rows = {row.request_id: row for row in ahead(engine).rows}
+    assert rows["plain"].token_ids == (UNKNOWN_TOKEN,)
+    assert rows["penalised"].token_ids == (500,)
+    assert rows["penalised"].history_ids[-1] == 500
+
+
+def test_what_a_younger_step_samples_for_an_ended_request_is_dropped() -> None:
+    slots = SlotTable(1, 10)
+    engine = Scheduler(replace(LIMITS, max_num_seqs=1), slots, frozenset({EOS}))
+    engine.add(request("a", adapter=spec("x")))
+    first, second = ahead(engine), ahead(engine)
+    (event,) = land(engine, first, EOS)
+    assert event.finish_reason is FinishReason.STOP
+    engine.add(request("b"))
+    assert engine.plan() is None  # the lane is taken until the younger step lands
+    assert (engine.stats().kv_blocks_used, slots.num_pinned) == (1, 1)
+    assert land(engine, second) == []
+    assert (engine.stats().kv_blocks_used, slots.num_pinned) == (0, 0)
+    assert engine.stats().generation_tokens_total == 1
+    assert names(ahead(engine)) == ["b"]
+
+
+def test_nobody_is_preempted_under_a_step() -> None:
+    engine = scheduler(num_blocks=4)
+    engine.add(request("old", prompt=7, max_tokens=9))
+    engine.add(request("young", prompt=7, max_tokens=9))
+    first, second = ahead(engine), ahead(engine)
+    land(engine, first)
+    assert engine.plan() is None
+    assert engine.stats().preemptions_total == 0
+    land(engine, second)
+    third = ahead(engine)
+    assert names(third) == ["old"]
+    assert engine.stats().preemptions_total == 1
+    land(engine, third)
+    assert ends(engine)["young"].finish_reason is FinishReason.LENGTH
+
+
+def test_a_prompt_under_way_is_not_reused_before_it_has_landed() -> None:
+    engine = scheduler()
+    plans = []
+    for name in ("a", "b"):
+        engine.add(replace(request("same", prompt=8, max_tokens=1), id=name))
+        plans.append(ahead(engine))
+    for plan in plans:
+        land(engine, plan)
+    engine.add(replace(request("same", prompt=8, max_tokens=1), id="c"))
+    plans.append(ahead(engine))
+    assert [plan.rows[0].start for plan in plans] == [0, 0, 4]
+
+
+def test_a_failed_step_ends_its_requests_in_the_younger_one_too() -> None:
+    engine = scheduler()
+    engine.add(request("a"))
+    first = ahead(engine)
+    engine.add(request("b"))
+    second = ahead(engine)
+    assert sorted(names(second)) == ["a", "b"]
+    (event,) = engine.fail(first, EngineFailure("planted"))
+    engine.check()
+    assert event.request_id == "a"
+    assert engine.stats().kv_blocks_used == 2  # the younger step may still write there
+    assert [event.request_id for event in land(engine, second)] == ["b"]
+    assert engine.stats().kv_blocks_used == 1
+    assert ends(engine).keys() == {"b"}
+
+
+def test_the_younger_of_two_steps_may_fail() -> None:
+    engine = scheduler()
+    engine.add(request("a"))
+    first, second = ahead(engine), ahead(engine)
+    assert [event.token_ids for event in land(engine, first)] == [(500,)]
+    (event,) = engine.fail(second, EngineFailure("planted"))
+    engine.check()
+    assert isinstance(event.error, EngineFailure)
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_who_relies_on_a_load_that_failed_ends_and_the_next_loads_again() -> None:
+    slots = SlotTable(1, 10)
+    engine = Scheduler(LIMITS, slots, frozenset({EOS}))
+    engine.add(request("a", adapter=spec("x")))
+    first = ahead(engine)
+    engine.add(request("b", adapter=spec("x")))
+    second = ahead(engine)
+    assert second.adapter_loads == ()
+    events = engine.fail(first, EngineFailure("planted"))
+    engine.check()
+    assert [event.request_id for event in events] == ["a", "b"]
+    engine.add(request("c", adapter=spec("x")))
+    third = ahead(engine)
+    assert len(third.adapter_loads) == 1
+    assert land(engine, second) == []
+    engine.add(request("d", adapter=spec("x")))
+    assert ahead(engine).adapter_loads == ()
+    land(engine, third)
+    assert slots.resident("x")
+
+
+def test_a_failed_load_is_forgotten_when_the_younger_step_lets_go() -> None:
+    slots = SlotTable(1, 10)
+    engine = Scheduler(LIMITS, slots, frozenset({EOS}))
+    engine.add(request("a", adapter=spec("x")))
+    first, second = ahead(engine), ahead(engine)
+    engine.fail(first, EngineFailure("planted"))
+    engine.check()
+    assert slots.resident("x")
+    land(engine, second)
+    assert not slots.resident("x")
+
+
 @pytest.mark.parametrize(
     "bad", [{"num_blocks": 0}, {"max_num_batched_tokens": 7}, {"max_model_len": 1}]
 )
@@ -504,4 +691,41 @@ def test_every_short_history_keeps_the_invariants() -> None:
                 if event.finish_reason or event.error:
                     open_.remove(event.request_id)
         assert not open_
+        assert engine.stats().kv_blocks_used == 0
+
+
+def test_every_short_history_keeps_the_invariants_when_planning_ahead() -> None:
+    """As above, with two plans under way; what is left at the end lands in turn."""
+    operations = ("add", "abort", "plan", "land", "fail")
+    for history in product(operations, repeat=4):
+        engine = scheduler(slots=2, num_blocks=3, max_num_seqs=2)
+        runner = FakeRunner(1000, 4, lookahead=True)
+        under_way: list[tuple[StepPlan, Pending]] = []
+        open_: list[str] = []
+        added = 0
+        for operation in ("add", "plan", *history, *["plan", "plan", "land"] * 16):
+            events: list[TokenEvent] = []
+            if operation == "add" and added < 3:
+                engine.add(request(str(added), prompt=4, adapter=spec(str(added), added or 2)))
+                open_.append(str(added))
+                added += 1
+            elif operation == "abort" and open_:
+                events = [event] if (event := engine.abort(open_[0])) else []
+            elif operation == "plan" and len(under_way) < 2:
+                if (plan := engine.plan()) is not None:
+                    under_way.append((plan, runner.submit(plan)))
+            elif operation in ("land", "fail") and under_way:
+                plan, pending = under_way.pop(0)
+                result = pending.wait()
+                assert not result.failed
+                if operation == "fail":
+                    events = engine.fail(plan, EngineFailure("planted"))
+                else:
+                    events = engine.commit(plan, result)
+            for event in events:
+                if event.finish_reason or event.error:
+                    open_.remove(event.request_id)
+            engine.check()
+        assert not open_
+        assert not under_way
         assert engine.stats().kv_blocks_used == 0
