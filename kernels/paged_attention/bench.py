@@ -2,7 +2,7 @@
 
 Bytes are those of the keys and values that rows see, and of q and out, each once. That bounds a
 decode; a prefill is bound by arithmetic, and there the baseline says more: torch's own causal
-attention over keys and values that lie side by side, unpaged, which no paged kernel has to match.
+attention over keys and values that lie side by side, unpaged (for prompts its FlashAttention).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shoal.kernels.benching import Bench, OpBench, Record, run
 from shoal.kernels.launching import kernel_runs_on
@@ -98,11 +99,20 @@ def _cache(bench: Bench, heads: Heads, rows: int, context: int, block_tokens: in
 def _sdpa(
     bench: Bench, heads: Heads, rows: int, context: int, new: int, q: Tensor
 ) -> Callable[[], object]:
-    """torch's attention of the last ``new`` positions (all of them, or one)."""
+    """torch's attention of the last ``new`` positions: FlashAttention of all, or of one whatever
+    torch picks."""
     shape = (rows, heads.kv, context, heads.dim)
     k, v = (torch.randn(shape, device=bench.device, dtype=bench.dtype) for _ in "kv")
     queries = q.view(rows, new, heads.q, heads.dim).transpose(1, 2)
-    return lambda: F.scaled_dot_product_attention(queries, k, v, is_causal=new > 1, enable_gqa=True)
+
+    def call() -> Tensor:
+        return F.scaled_dot_product_attention(queries, k, v, is_causal=new > 1, enable_gqa=True)
+
+    def flash() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return call()
+
+    return flash if new > 1 and bench.on_gpu else call
 
 
 def _record(
