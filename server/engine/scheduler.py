@@ -442,10 +442,8 @@ class Scheduler:
     def _advance(self, seq: Sequence, row: Row, result: StepResult) -> TokenEvent | None:
         request_id = row.request_id
         token = result.token_ids.get(request_id)
-        why = result.failed.get(request_id)
-        if why is None and row.sample and token is None:
-            why = "the runner sampled no token for it"
-        if why is not None:
+        if request_id in result.failed or (token is None and row.sample):
+            why = result.failed.get(request_id, "the runner sampled no token for it")
             self._end(seq)
             return TokenEvent(
                 request_id=request_id, error=EngineFailure(f"the request failed: {why}")
@@ -453,12 +451,11 @@ class Scheduler:
         seq.computed = row.start + len(row.token_ids)
         if seq.computed // self.limits.block_tokens > seq.committed_blocks:
             self._offer_blocks(seq)
-        if not row.sample:
+        if token is None or not row.sample:
             return None
-        assert token is not None
         seq.tokens.append(token)
         self._generation_tokens += 1
-        first = seq.output_tokens == 1
+        first = not row.output_tokens
         if first:
             self._prompt_tokens += len(seq.request.prompt_ids)
         reason = seq.finish_reason()
