@@ -149,9 +149,7 @@ class Layer(nn.Module):
         self.index = index
         self.window = c.windows[index]
         self.kv_limit = min(KV_LIMIT, torch.finfo(dtype).max)
-        linear = partial(
-            Linear, layer=index, device=device, dtype=dtype, spare_rows=spare_rows
-        )
+        linear = partial(Linear, layer=index, device=device, dtype=dtype, spare_rows=spare_rows)
         hidden, inner, qkv = c.hidden_size, c.intermediate_size, c.q_size + 2 * c.kv_size
         self.qkv = linear("qkv", hidden, qkv, c.qkv_bias)
         self.o = linear("o", c.q_size, hidden, c.o_bias)

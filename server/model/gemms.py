@@ -175,4 +175,5 @@ class _Timer:
             end.record()
             events.append((begin, end))
         torch.cuda.synchronize()
-        return statistics.median(b.elapsed_time(e) for b, e in events) * 1e3 / len(runs)
+        times = [float(begin.elapsed_time(end)) for begin, end in events]
+        return statistics.median(times) * 1e3 / len(runs)

@@ -13,12 +13,15 @@ import transformers
 from torch import Tensor
 
 from shoal.adapters.spec import Group, Target
+from shoal.kernels.paged_attention.kernel import paged_prefill
 from shoal.server.engine.plan import Row
 from shoal.server.engine.request import SamplingParams
 from shoal.server.model.batch import Batch
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
+from shoal.server.model.fused import FusedForward, StepInputs
 from shoal.server.model.kv_cache import KVCache
+from shoal.server.model.step_tensors import StepTensors
 
 BLOCK = 4
 VOCAB = 97
@@ -289,3 +292,77 @@ def test_bfloat16_stays_near_float32() -> None:
     want = expected("gemma3", ids)
     assert got.dtype == torch.float32
     assert float((got - want).abs().mean()) < 0.05 * float(want.std())
+
+
+class FusedStepper:
+    """Feeds rows to a fused forward pass; every row is attended to as a chunk."""
+
+    def __init__(self, case: str) -> None:
+        self.decoder = ours(case)
+        self.kv: KVCache = new_cache(self.decoder)
+        self.kv._data.normal_(0, 50.0)  # what earlier requests left behind must not matter
+        self.forward = FusedForward(self.decoder, self.kv, max_positions=256)
+        self.tensors = StepTensors(
+            max_tokens=128,
+            max_rows=8,
+            max_blocks=32,
+            block_tokens=BLOCK,
+            device=torch.device("cpu"),
+        )
+
+    @torch.inference_mode()
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        loaded = self.tensors.load(rows, entropy=random.Random(0), table_blocks=32)
+        device = self.tensors.device
+        starts = torch.tensor([0, *(len(r.token_ids) for r in rows)]).cumsum(0).int()
+
+        def attend(
+            layer: int, q: Tensor, scale: float, window: int | None, softcap: float | None
+        ) -> Tensor:
+            return paged_prefill(
+                q,
+                self.kv.keys[layer],
+                self.kv.values[layer],
+                self.tensors.tables(len(rows), 32),
+                device["contexts"][: len(rows)],
+                starts,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+            ).flatten(1)
+
+        hidden, scale = self.forward(
+            StepInputs(
+                input_ids=device["ids"][: loaded.tokens],
+                positions=device["positions"][: loaded.tokens],
+                slot_mapping=device["slots"][: loaded.tokens],
+                attend=attend,
+            )
+        )
+        assert (scale is not None) == self.forward.deferred
+        return self.decoder.logits(self.forward.normalised(hidden, scale))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_fused_forward_gives_each_sequence_its_own_logits(case: str) -> None:
+    rng = random.Random(5)
+    step = FusedStepper(case)
+    free = rng.sample(range(64), 64)
+    texts = [prompt(n, seed=n) for n in (3, 30, 17, 9, 24, 1)]
+    wants = [expected(case, ids) for ids in texts]
+    blocks = [tuple(free.pop() for _ in range(-(-len(ids) // BLOCK))) for ids in texts]
+    done = [0] * len(texts)
+    while any(d < len(ids) for d, ids in zip(done, texts, strict=True)):
+        sizes = [
+            min(rng.choice((1, 1, 4, 11)), len(t) - d) for t, d in zip(texts, done, strict=True)
+        ]
+        order = sorted((i for i, n in enumerate(sizes) if n), key=lambda i: sizes[i] > 1)
+        rows = [
+            row(texts[i][done[i] : done[i] + sizes[i]], done[i], blocks[i])._replace(lane=i)
+            for i in order
+        ]
+        logits = step(rows)
+        for i in order:
+            part, logits = logits[: sizes[i]], logits[sizes[i] :]
+            assert_close(part, wants[i][done[i] : done[i] + sizes[i]])
+            done[i] += sizes[i]

@@ -1,0 +1,126 @@
+"""Building a ``DeviceRunner`` that will not stop to compile, measure or capture once it serves.
+
+One place for what the server and the offline benchmark share: GEMM plan, kernels, graphs.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from shoal.adapters.bank import AdapterBank
+from shoal.adapters.families.joint_basis import Columns, JointBasis
+from shoal.adapters.host_tier import HostTier
+from shoal.adapters.spec import GROUPS
+from shoal.adapters.tables import ActiveFamilies
+from shoal.server.model import gemms
+from shoal.server.model.decoder import Decoder, Linear
+from shoal.server.model.device_runner import NO_FAMILIES, DeviceRunner, RunnerLimits, row_buckets
+from shoal.server.model.fused import FusedForward
+from shoal.server.model.kv_cache import KVCache
+
+log = logging.getLogger(__name__)
+
+# Steps of up to this many tokens make gate_up's h beside the GEMM where that is faster.
+BESIDE_ROWS = 160
+PROMPT_ROWS = (512, 1024, 2048)
+# Token counts of prompt steps that together launch every variant of the kernels: a kernel is
+# compiled anew for sizes of 1, and for sizes that 16 divides.
+WARM_TOKENS = (1, 17, 32, 513, 1024)
+
+# (what is being done, how much of it is done, how much there is)
+Progress = Callable[[str, int, int], None]
+
+
+def start_device_runner(
+    decoder: Decoder,
+    kv: KVCache,
+    bank: AdapterBank | None,
+    host: HostTier | None,
+    limits: RunnerLimits,
+    *,
+    families: Sequence[ActiveFamilies] = (),
+    progress: Progress | None = None,
+) -> DeviceRunner:
+    """A runner with its GEMMs measured, its kernels compiled and its graphs captured.
+
+    Args:
+        decoder: with ``gemms.SPARE_ROWS`` spare rows when there is a bank.
+        bank: None for the base alone.
+        families: sets of active families whose graphs are captured now, besides the base's.
+        progress: told of each part of the work.
+    """
+
+    def part(name: str) -> Callable[[int, int], None]:
+        return lambda done, total: progress(name, done, total) if progress else None
+
+    on_cuda = decoder.device.type == "cuda"
+    sets = (NO_FAMILIES, *families)
+    begin = time.perf_counter()
+    plan = measure_gemms(decoder, limits, sets, part("measuring GEMMs"))
+    measured = time.perf_counter()
+    runner = make_device_runner(decoder, kv, bank, host, limits, plan)
+    if on_cuda:
+        tokens = [count for count in WARM_TOKENS if count <= limits.max_num_batched_tokens]
+        runner.warm_prompts(sets, tokens=tokens)
+        warmed = time.perf_counter()
+        runner.capture(sets, part("capturing graphs"))
+        log.info(
+            "device runner ready gemms_s=%.1f kernels_s=%.1f graphs_s=%.1f",
+            measured - begin,
+            warmed - measured,
+            time.perf_counter() - warmed,
+        )
+    return runner
+
+
+def measure_gemms(
+    decoder: Decoder,
+    limits: RunnerLimits,
+    families: Sequence[ActiveFamilies],
+    progress: Callable[[int, int], None] | None = None,
+) -> gemms.GemmPlan:
+    """How to run the GEMMs of steps with these sets of families; empty on a CPU."""
+    if decoder.device.type != "cuda":
+        return gemms.NO_PLAN
+    rows = row_buckets(limits.max_num_seqs)
+    return gemms.measure(
+        decoder,
+        (*rows, *(count for count in PROMPT_ROWS if count > rows[-1])),
+        sorted({active.core_columns for active in families}),
+        beside=("gate_up",),
+        beside_rows=BESIDE_ROWS,
+        progress=progress,
+    )
+
+
+def make_device_runner(
+    decoder: Decoder,
+    kv: KVCache,
+    bank: AdapterBank | None,
+    host: HostTier | None,
+    limits: RunnerLimits,
+    plan: gemms.GemmPlan,
+) -> DeviceRunner:
+    """A runner that compiles and captures what it needs when it first needs it."""
+    joint = None if bank is None else bank.joint
+    if joint is not None:
+        joint.watch(partial(_widen, decoder, joint))
+    forward = FusedForward(
+        decoder,
+        kv,
+        basis_rows=None if joint is None else joint.rows_of,
+        gemms=plan,
+        max_positions=limits.max_model_len,
+    )
+    return DeviceRunner(forward, kv, bank, host, limits=limits)
+
+
+def _widen(decoder: Decoder, joint: JointBasis, columns: Columns) -> None:
+    """Write the rows of new columns behind every weight; they are multiplied by nobody yet."""
+    for layer in decoder.layers:
+        for group, modules in GROUPS.items():
+            linear: Linear = getattr(layer, group)
+            rows = joint.widened_rows(linear.layer, group, linear.weight, columns)
+            first = linear.weight.shape[0] + len(modules) * columns.first
+            linear.widened[first : first + len(rows)].copy_(rows)

@@ -1,0 +1,310 @@
+"""The GPU's runner against the plain one: same scheduler, same requests, same tokens.
+
+On a CPU the fused kernels run their references and nothing is captured; on a GPU the same tests
+hold compiled kernels, graphs and asynchronous steps to the CPU's tokens in float32.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.basis import Basis
+from shoal.adapters.families import core, fold, lora
+from shoal.adapters.host_tier import HostTier
+from shoal.adapters.packing import PackedAdapter
+from shoal.adapters.slots import SlotTable
+from shoal.adapters.spec import AdapterSpec, BaseShape
+from shoal.server.engine.plan import Pending, Runner, StepPlan
+from shoal.server.engine.request import Request, SamplingParams
+from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
+from shoal.server.model.config import ModelConfig
+from shoal.server.model.decoder import Decoder
+from shoal.server.model.device_runner import RunnerLimits
+from shoal.server.model.dummy import random_decoder
+from shoal.server.model.gemms import SPARE_ROWS
+from shoal.server.model.kv_cache import KVCache
+from shoal.server.model.runner import ModelRunner
+from shoal.server.model.sampler import Sampler
+from shoal.server.model.starting import start_device_runner
+
+VOCAB = 211
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LIMITS = RunnerLimits(max_num_seqs=20, max_num_batched_tokens=48, max_model_len=96)
+BLOCK_TOKENS, NUM_BLOCKS = 4, 400
+KINDS: list[tuple[str, int, str | None]] = [
+    *(("core", rank, "canonical") for rank in (4, 8, 16, 24, 32, 40)),
+    *(("core", rank, "foreign") for rank in (8, 12)),
+    ("core", 20, "late"),  # no columns are left for its basis
+    *(("fold", rank, None) for rank in (4, 7, 16)),
+    *(("lora", rank, None) for rank in (3, 16, 24)),
+]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+
+
+class World:
+    """One tiny model and its adapters, on one device."""
+
+    def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self.config = ModelConfig.from_hf(CONFIG)
+        self.shape: BaseShape = self.config.base_shape("tiny", "0" * 64)
+        source = random_decoder(self.config, "cpu", torch.float32)
+        self.decoder = Decoder(self.config, device=self.device, dtype=dtype, spare_rows=SPARE_ROWS)
+        for name, view in source._views.items():
+            # Large enough that a mistake changes tokens.
+            self.decoder.load_weight(name, view if "norm" in name else view * 3)
+        self.packed = adapters(self.shape, dtype)
+        self.host = HostTier(64 << 20)
+        for packed in self.packed:
+            self.host.put(packed)
+
+    def cache(self) -> KVCache:
+        return KVCache(
+            self.config,
+            num_blocks=NUM_BLOCKS,
+            block_tokens=BLOCK_TOKENS,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def bank(self, *, joint: bool) -> AdapterBank:
+        bank = AdapterBank(
+            self.shape, capacity_bytes=16 << 20, device=self.device, dtype=self.dtype, joint=joint
+        )
+        for basis in bases(self.shape, self.dtype):
+            bank.add_basis(basis)
+        return bank
+
+    def plain(self) -> tuple[Runner, AdapterBank]:
+        bank = self.bank(joint=False)
+        return ModelRunner(self.decoder, self.cache(), bank, self.host, Sampler()), bank
+
+    def fused(self) -> tuple[Runner, AdapterBank]:
+        bank = self.bank(joint=True)
+        runner = start_device_runner(self.decoder, self.cache(), bank, self.host, LIMITS)
+        return runner, bank
+
+
+def bases(shape: BaseShape, dtype: torch.dtype) -> Iterator[Basis]:
+    generator = torch.Generator().manual_seed(3)
+    for name, rank in (("canonical", 48), ("foreign", 12), ("second", 16), ("late", 20)):
+        factors = {}
+        for target in shape.targets():
+            dims = shape.dims[target.module]
+            noise = torch.randn(dims.d_out, min(rank, *dims), generator=generator)
+            factors[target] = torch.linalg.qr(noise)[0].to(dtype).float()
+        kind = "canonical" if name == "canonical" else "uploaded"
+        yield Basis(id=name, rank=rank, factors=factors, kind=kind)
+
+
+def adapters(shape: BaseShape, dtype: torch.dtype) -> list[PackedAdapter]:
+    generator = torch.Generator().manual_seed(4)
+    made = []
+    for i, (family, rank, basis_id) in enumerate(KINDS * 2):
+        layout = {"core": core, "fold": fold, "lora": lora}[family]
+        elements = layout.packed_elements(shape, rank)
+        strength = {"core": 1.0, "fold": 0.05, "lora": 0.15}[family]
+        data = torch.randn(elements, generator=generator) * strength
+        spec = AdapterSpec(f"{i:064x}", family, rank, basis_id, elements)  # type: ignore[arg-type]
+        made.append(PackedAdapter(spec, data.to(dtype)))
+    return made
+
+
+def workload(
+    specs: Sequence[AdapterSpec], *, count: int = 30, seed: int = 0, **sampling: Any
+) -> list[Request]:
+    draw = random.Random(seed)
+    requests = []
+    for i in range(count):
+        prompt = tuple(draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 3, 9, 30, 61))))
+        params: dict[str, Any] = {
+            "max_tokens": draw.randint(1, 16),
+            "temperature": 0.0,
+            "ignore_eos": True,
+        }
+        params["seed"] = i
+        requests.append(
+            Request(
+                id=str(i),
+                prompt_ids=prompt,
+                sampling=SamplingParams(**(params | sampling)),
+                adapter=draw.choice([None, *specs]),
+            )
+        )
+    return requests
+
+
+def new_scheduler(bank: AdapterBank, waiting: int) -> Scheduler:
+    limits = SchedulerLimits(
+        block_tokens=BLOCK_TOKENS,
+        num_blocks=NUM_BLOCKS,
+        max_num_seqs=LIMITS.max_num_seqs,
+        max_num_batched_tokens=LIMITS.max_num_batched_tokens,
+        max_model_len=LIMITS.max_model_len,
+        max_waiting=waiting,
+        vocab_size=VOCAB,
+    )
+    return Scheduler(limits, SlotTable(bank.num_units, UNIT_ELEMENTS), frozenset({2}))
+
+
+def run(runner: Runner, bank: AdapterBank, requests: Sequence[Request]) -> dict[str, list[int]]:
+    """Every request to its end, a few arriving at each step, as ``EngineLoop`` does it."""
+    scheduler = new_scheduler(bank, len(requests))
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    todo = list(requests)
+    flight: list[tuple[StepPlan, Pending]] = []
+    while todo or scheduler.has_work:
+        for request in todo[:3]:
+            refused = scheduler.add(request)
+            assert refused is None
+        todo = todo[3:]
+        plan = scheduler.plan()
+        if plan is not None:
+            flight.append((plan, runner.submit(plan)))
+        if flight and (plan is None or not runner.lookahead or len(flight) > 1):
+            landed, pending = flight.pop(0)
+            for event in scheduler.commit(landed, pending.wait()):
+                assert event.error is None, event.error
+                tokens[event.request_id] += event.token_ids
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[int]]:
+    world = World("cpu")
+    runner, bank = world.plain()
+    return run(runner, bank, workload([packed.spec for packed in world.packed]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_mixed_batches_equal_the_plain_runner(device: str, expected: dict[str, list[int]]) -> None:
+    world = World(device)
+    runner, bank = world.fused()
+    got = run(runner, bank, workload([packed.spec for packed in world.packed]))
+    assert got == expected
+    assert len({tuple(tokens) for tokens in expected.values()}) > 12, "the model says nothing"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_row_count_gives_the_same_tokens(device: str) -> None:
+    """Around every bucket edge: a request's tokens do not depend on how many run beside it."""
+    world = World(device)
+    specs = [packed.spec for packed in world.packed]
+    runner, bank = world.fused()
+    alone: dict[str, list[int]] = {}
+    edges = (20, 19, 17, 16, 15, 9, 8, 7, 5, 4, 3, 2, 1)
+    for count in edges if device == "cuda" else (9, 3, 1):
+        requests = [
+            Request(
+                id=str(i),
+                prompt_ids=(3 + i, 7),
+                sampling=SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True),
+                adapter=None if i % 3 == 0 else specs[i % len(specs)],
+            )
+            for i in range(count)
+        ]
+        got = run(runner, bank, requests)
+        for name, tokens in got.items():
+            assert alone.setdefault(name, tokens) == tokens
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_seeded_requests_draw_the_plain_runners_tokens(device: str) -> None:
+    host, world = World("cpu"), World(device)
+    specs = [packed.spec for packed in world.packed]
+    for sampling in (
+        {"temperature": 0.8},
+        {"temperature": 1.2, "top_k": 9, "top_p": 0.8},
+        {"temperature": 0.9, "min_p": 0.05},
+        {"temperature": 0.7, "presence_penalty": 0.5, "logprobs": 2},
+    ):
+        requests = workload(specs, count=8, seed=1, max_tokens=6, **sampling)
+        assert run(*world.fused(), requests) == run(*host.plain(), requests)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_non_finite_logits_fail_their_row_only(device: str) -> None:
+    world = World(device)
+    runner, bank = world.fused()
+    bad = Request(
+        id="bad",
+        prompt_ids=(5, 6, 7),
+        sampling=SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True),
+    )
+    good = Request(id="good", prompt_ids=(8, 9), sampling=bad.sampling)
+    alone = run(runner, bank, [good])
+    with torch.no_grad():
+        world.decoder.embed[7] = float("nan")
+    scheduler = new_scheduler(bank, 4)
+    assert scheduler.add(bad) is None
+    assert scheduler.add(good) is None
+    tokens: list[int] = []
+    failed: list[str] = []
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        assert plan is not None
+        for event in scheduler.commit(plan, runner.submit(plan).wait()):
+            if event.error is not None:
+                failed.append(event.request_id)
+            else:
+                tokens += event.token_ids
+    assert failed == ["bad"]
+    assert tokens == alone["good"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sixteen_bit_logprobs_are_near_the_cpus(dtype: torch.dtype) -> None:
+    world, host = World("cuda", dtype), World("cpu")
+    got_from, want_from = world.fused(), host.plain()
+    for packed in (None, *world.packed):
+        spec = None if packed is None else packed.spec
+        got, want = top_logprobs(*got_from, spec), top_logprobs(*want_from, spec)
+        common = got.keys() & want.keys()
+        assert len(common) >= 14, spec
+        assert max(abs(got[token] - want[token]) for token in common) < 0.25, spec
+
+
+def top_logprobs(runner: Runner, bank: AdapterBank, spec: AdapterSpec | None) -> dict[int, float]:
+    """The 20 best of the first sampled position."""
+    prompt = tuple(random.Random(0).randrange(3, VOCAB) for _ in range(40))
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
+    scheduler = new_scheduler(bank, 1)
+    request = Request(id="r", prompt_ids=prompt, sampling=sampling, adapter=spec)
+    assert scheduler.add(request) is None
+    plan = scheduler.plan()
+    assert plan is not None
+    (event,) = scheduler.commit(plan, runner.submit(plan).wait())
+    assert event.error is None, event.error
+    return dict(event.logprobs[0].top)
