@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 
+from shoal.kernels.add_residual.bench import BENCH as ADD_RESIDUAL
 from shoal.kernels.add_rms_norm.bench import BENCH as ADD_RMS_NORM
 from shoal.kernels.benching import run
 from shoal.kernels.core_apply.bench import BENCH as CORE_APPLY
+from shoal.kernels.core_project.bench import BENCH as CORE_PROJECT
 from shoal.kernels.fold_sum.bench import BENCH as FOLD_SUM
 from shoal.kernels.grouped_matmul.bench import BENCH as GROUPED_MATMUL
 from shoal.kernels.paged_attention.bench import BENCH as PAGED_ATTENTION
@@ -17,6 +19,6 @@ from shoal.kernels.rope_kv.bench import BENCH as ROPE_KV
 from shoal.kernels.silu_mul.bench import BENCH as SILU_MUL
 
 if __name__ == "__main__":
-    fused = [ADD_RMS_NORM, ROPE_KV, SILU_MUL]
+    fused = [ADD_RESIDUAL, CORE_PROJECT, ROPE_KV, SILU_MUL, ADD_RMS_NORM]
     benches = [CORE_APPLY, FOLD_SUM, GROUPED_MATMUL, PAGED_ATTENTION, *fused]
     sys.exit(run(benches, ["--sweep", *sys.argv[1:]]))

@@ -6,14 +6,21 @@ branch, for one), so the tests run this on CPU machines. It needs Triton with it
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, compile
 
+from shoal.kernels.add_residual.jit import add_residual_kernel
 from shoal.kernels.add_rms_norm.jit import add_rms_norm_kernel
 from shoal.kernels.core_apply.jit import core_apply_kernel, core_mix_kernel
+from shoal.kernels.core_project.jit import core_mix_rows_kernel, core_project_kernel
 from shoal.kernels.fold_sum.jit import fold_sum_kernel
 from shoal.kernels.grouped_matmul.jit import grouped_matmul_kernel
 from shoal.kernels.paged_attention.jit import (
@@ -41,8 +48,11 @@ INDEX_TYPES = {
     "firsts_ptr": "*i32",
     "positions_ptr": "*i64",
     "slots_ptr": "*i64",
+    "mixed_ptr": "*fp32",
+    "sums_ptr": "*fp32",
 }
 SCALAR_TYPES = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "limit": "fp32"}
+SCALAR_TYPES |= {"sums_width": "fp32", "sums_eps": "fp32"}
 SHARED_BYTES = 227 << 10  # what one program may take on an H100
 
 CORE = {"TILE": 16, "BLOCK_N": 128, "CHUNK": 16}
@@ -52,16 +62,26 @@ PAGED |= {"SOFTCAP": False, "FLOAT32_DOT": False, "STAGES": 3, "num_stages": 3, 
 DECODE = {**PAGED, "ROWS_M": 16, "num_warps": 4}
 PREFILL = {**PAGED, "ROWS": 4, "ROWS_M": 128, "num_warps": 8}
 FLOAT32 = {"FLOAT32_DOT": True, "STAGES": 2, "num_stages": 2}
-# Kernels that apply adapters themselves: with all options, with the usual ones, and bare.
-FUSED = {"RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False, "basis_stride": 1, "columns": 16}
-FUSED |= {"aligned": True, "h_column": 6144}
-USUAL = {**FUSED, **dict.fromkeys(("firsts_ptr", "bias_ptr", "branch_ptr", "delta_weight_ptr"))}
-USUAL |= {"q_norm_ptr": None, "k_norm_ptr": None}
-CORE_POINTERS = ("arena_ptr", "addresses_ptr", "ranks_ptr", "firsts_ptr", "basis_ptr")
-BARE = {**USUAL, **dict.fromkeys(CORE_POINTERS)}
-NORM = {"n": 4096, "BLOCK": 4096, "ROWS": 1, "PLUS_ONE": False, "num_warps": 16}
-SILU = {"width": 14336, "ACTIVATION": "silu", "TILE": 16, "BLOCK_N": 128}
-ROPE = {"HEAD_DIM": 128, "HALF": 64, "HEADS": 1, "TILE": 16}
+# Kernels that apply adapters themselves: with all options; with the usual ones, inline at 16 and
+# 32 columns, and with u already made; and bare.
+FUSED: dict[str, object] = {"RANK": 16, "ALIGN": 8, "SPLITS": 1, "PARTS": 16, "PDL": True}
+FUSED |= {"FLOAT32_DOT": False, "TILE": 16, "mixed_ptr": None, "h_column": 6144, "aligned": True}
+EXTRAS = ("bias_ptr", "branch_ptr", "delta_weight_ptr", "q_norm_ptr", "k_norm_ptr")
+USUAL = {**FUSED, **dict.fromkeys(EXTRAS), "wide": True, "unspilled": True}
+WIDER = {**USUAL, "RANK": 32, "num_warps": 8}
+ROW_POINTERS = ("arena_ptr", "addresses_ptr", "ranks_ptr", "firsts_ptr")
+MADE = {**USUAL, **dict.fromkeys(ROW_POINTERS), "RANK": 64, "SPLITS": 2, "num_warps": 8}
+MADE.pop("mixed_ptr")
+BARE = {**USUAL, **dict.fromkeys((*ROW_POINTERS, "basis_ptr")), "PDL": False}
+FUSED_FLOAT32 = {**FUSED, "FLOAT32_DOT": True, "ALIGN": 1}
+RESIDUAL = {"n": 4096, "BLOCK_N": 256}
+START = {**RESIDUAL, "delta_ptr": None, "TILE": 4, "PDL": True}
+NORM = {"n": 4096, "BLOCK": 4096, "PLUS_ONE": False, "PDL": True, "num_warps": 8, "aligned": True}
+SILU = {"width": 14336, "ACTIVATION": "silu", "BLOCK_N": 256}
+ROPE = {"HEAD_DIM": 128, "HALF": 64, "HEADS": 2}
+PROJECT = {"RANK": 16, "ALIGN": 8, "MODULES": 2, "TILE": 16, "BLOCK_K": 128, "STEPS": 4}
+PROJECT |= {"FLOAT32_DOT": False, "PDL": True, "k": 4096, "aligned": True, "unspilled": True}
+MIX = {**PROJECT, "TILE": 4, "h_column": 6144, "num_warps": 1}
 # Kernel, element type of its arrays, compile-time constants: every branch at least once.
 VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (core_apply_kernel, "*bf16", {**CORE, "RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False}),
@@ -107,15 +127,28 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
         "*fp32",
         {**PREFILL, **FLOAT32, "HEAD_DIM": 64, "DIM": 64, "ROWS_M": 32, "TILE": 32, "num_warps": 4},
     ),
-    (add_rms_norm_kernel, "*fp16", {**FUSED, **NORM, "ROWS": 2, "PLUS_ONE": True}),
-    (add_rms_norm_kernel, "*bf16", {**USUAL, **NORM, "RANK": 32, "columns": 32}),
-    (add_rms_norm_kernel, "*bf16", {**BARE, **NORM, "num_warps": 8}),
+    (add_rms_norm_kernel, "*fp16", {**NORM, "PLUS_ONE": True}),
+    (add_rms_norm_kernel, "*bf16", {**NORM, **dict.fromkeys(EXTRAS), "PDL": False}),
+    (add_residual_kernel, "*fp32", {**FUSED_FLOAT32, **RESIDUAL}),
+    (add_residual_kernel, "*bf16", {**USUAL, **RESIDUAL}),
+    (add_residual_kernel, "*bf16", {**WIDER, **RESIDUAL}),
+    (add_residual_kernel, "*bf16", {**MADE, **RESIDUAL}),
+    (add_residual_kernel, "*bf16", {**BARE, **START}),
     (silu_mul_kernel, "*fp16", {**FUSED, **SILU, "ACTIVATION": "gelu_tanh"}),
-    (silu_mul_kernel, "*bf16", {**USUAL, **SILU, "wide": True}),
+    (silu_mul_kernel, "*bf16", {**USUAL, **SILU}),
+    (silu_mul_kernel, "*bf16", {**WIDER, **SILU}),
+    (silu_mul_kernel, "*bf16", {**MADE, **SILU}),
     (silu_mul_kernel, "*bf16", {**BARE, **SILU, "ACTIVATION": "gelu", "TILE": 1}),
     (rope_kv_kernel, "*fp16", {**FUSED, **ROPE, "num_warps": 8}),
-    (rope_kv_kernel, "*bf16", {**USUAL, **ROPE, "wide": True}),
+    (rope_kv_kernel, "*bf16", {**USUAL, **ROPE}),
+    (rope_kv_kernel, "*bf16", {**WIDER, **ROPE}),
+    (rope_kv_kernel, "*bf16", {**MADE, **ROPE}),
     (rope_kv_kernel, "*bf16", {**BARE, **ROPE, "TILE": 4, "HEAD_DIM": 96}),
+    (core_project_kernel, "*bf16", {**PROJECT, "wide": True}),
+    (core_project_kernel, "*bf16", {**PROJECT, "RANK": 64, "num_warps": 8}),
+    (core_project_kernel, "*fp32", {**PROJECT, "FLOAT32_DOT": True, "ALIGN": 1}),
+    (core_mix_rows_kernel, "*bf16", MIX),
+    (core_mix_rows_kernel, "*bf16", {**MIX, "RANK": 64, "num_warps": 4}),
 )
 
 
@@ -127,7 +160,9 @@ def compile_variant(kernel: object, element: str, constants: Mapping[str, object
         constants: compile-time constants; those the kernel has no argument for are left out, but
             for ``num_warps``, ``num_stages`` and ``aligned`` (pointers and strides are multiples
             of 16, as they are in use: without it no load is wide enough to be pipelined), and
-            ``wide`` (no element may be loaded alone: that is how a lost alignment shows).
+            ``wide`` (no element may be loaded alone: that is how a lost alignment shows), and
+            ``unspilled`` (no register may go to memory). With PDL nothing may be stored before
+            the wait, and addresses must be asked for before it.
     """
     signature: dict[str, str] = {}
     attributes = {}
@@ -147,7 +182,29 @@ def compile_variant(kernel: object, element: str, constants: Mapping[str, object
     assert compiled.metadata.shared <= SHARED_BYTES, f"{compiled.metadata.shared} bytes shared"
     narrow = constants.get("wide") and "ld.global.b16" in compiled.asm["ptx"]
     assert not narrow, "an element is loaded alone"
+    if constants.get("PDL"):
+        early, wait, _ = compiled.asm["ptx"].partition("griddepcontrol.wait")
+        assert wait, "it never waits"
+        assert "st.global" not in early, "a store comes before the wait"
+        inline = signature.get("arena_ptr", "constexpr") != "constexpr"
+        assert "ld.global" in early or not inline, "addresses are loaded after the wait"
+    if constants.get("unspilled"):
+        assert (spilled := _spilled(compiled.asm["ptx"])) == 0, f"{spilled} bytes spilled"
     return len(compiled.asm["cubin"])
+
+
+def _spilled(ptx: str) -> int:
+    """Bytes of registers that a thread stores to memory, says the assembler."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        command = [get_ptxas(H100.arch).path, "-v", "--gpu-name=sm_90a", source.name]
+        done = subprocess.run(
+            [*command, "-o", os.devnull], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"(\d+) bytes spill stores", done.stderr)
+    assert found, done.stderr
+    return int(found.group(1))
 
 
 def main() -> None:

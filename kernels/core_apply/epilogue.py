@@ -264,7 +264,7 @@ def rows_arguments(rows: CoreRows) -> dict[str, object]:
 
 _WITHOUT_ROWS = dict.fromkeys(("arena_ptr", "addresses_ptr", "ranks_ptr", "firsts_ptr"))
 _WITHOUT_MIXED = {"mixed_ptr": None, "mixed_stride": 0, "SPLITS": 1}
-_WITHOUT_CORE = {
+_WITHOUT_CORE: dict[str, object] = {
     **_WITHOUT_ROWS,
     **_WITHOUT_MIXED,
     "basis_ptr": None,
@@ -275,7 +275,7 @@ _WITHOUT_CORE = {
     "ALIGN": 1,
     "FLOAT32_DOT": False,
 }
-_WITHOUT_SCALE = {
+_WITHOUT_SCALE: dict[str, object] = {
     "sums_ptr": None, "sums_stride": 0, "parts": 0, "sums_width": 1.0, "sums_eps": 0.0, "PARTS": 1,
 }  # fmt: skip
 

@@ -140,6 +140,35 @@ def widen(
     return poisoned_rows(row), CoreEpilogue(rows, basis, y0.shape[1] + case.gap, case.matrix)
 
 
+def defined_mix(h: Tensor, rows: CoreRows, matrix: int) -> Tensor:
+    """``u = h Rᵀ`` of ``h (tokens, modules, columns)``: the definition, token by token, float64."""
+    mixed = torch.zeros(h.shape, dtype=torch.float64, device=h.device)
+    for t, address in enumerate(rows.addresses.tolist()):
+        rank, first = int(rows.ranks[t]), int(rows.firsts[t])
+        for module in range(h.shape[1] if address >= 0 else 0):
+            start = address + (matrix + module) * rank * rank
+            r = rows.arena[start : start + rank * rank].double().view(rank, rank)
+            used = slice(first, first + rank)
+            mixed[t, module, used] = r @ h[t, module, used].double()
+    return mixed
+
+
+def defined_deltas(source: Tensor, core: Epilogue, widths: Sequence[int]) -> Tensor:
+    """What ``core`` adds to the outputs: the definition in float64, ``(tokens, sum(widths))``."""
+    if isinstance(core, MixedEpilogue):
+        mixed = core.mixed.double().sum(dim=0)
+    else:
+        modules, columns = len(widths), core.rows.columns
+        h = source.new_empty((source.shape[0], modules, columns))
+        for module in range(modules):
+            for j in range(columns):
+                at = core.h_column + j // CHUNK * modules * CHUNK + module * CHUNK + j % CHUNK
+                h[:, module, j] = source[:, at]
+        mixed = defined_mix(h, core.rows, core.matrix)
+    bases = torch.split(core.basis[: mixed.shape[2]].double(), list(widths), dim=1)
+    return torch.cat([mixed[:, m] @ basis for m, basis in enumerate(bases)], dim=1)
+
+
 def make_scale(
     parts: int, tokens: int, device: torch.device, generator: torch.Generator
 ) -> RowScale | None:

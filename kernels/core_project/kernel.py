@@ -161,8 +161,9 @@ def launch_core_mix(
 
 def default_project_config(columns: int) -> ProjectConfig:
     """The launch parameters of ``core_project``."""
-    # 8 splits were timed at k 4096 and rank 16 beside decode's GEMMs; the others are not swept.
-    return ProjectConfig(num_warps=4 if columns == 16 else 8)
+    # 8 splits were timed at k 4096 and 16 columns beside decode's GEMMs; the others are not swept.
+    # Every program of the consumer reads all splits, so wider ones are fewer.
+    return ProjectConfig(splits=128 // columns, num_warps=4 if columns == 16 else 8)
 
 
 def default_mix_config(columns: int) -> MixConfig:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from shoal.kernels.add_residual.bench import BENCH as ADD_RESIDUAL
 from shoal.kernels.add_rms_norm.bench import BENCH as ADD_RMS_NORM
 from shoal.kernels.benching import Bench, Record, format_table, format_winners, run
 from shoal.kernels.core_apply.bench import BENCH as CORE_APPLY
+from shoal.kernels.core_project.bench import BENCH as CORE_PROJECT
 from shoal.kernels.fold_sum.bench import BENCH as FOLD_SUM
 from shoal.kernels.grouped_matmul.bench import BENCH as GROUPED_MATMUL
 from shoal.kernels.rope_kv.bench import BENCH as ROPE_KV
@@ -16,6 +18,7 @@ from shoal.kernels.silu_mul.bench import BENCH as SILU_MUL
 from shoal.kernels.testing import max_error, poisoned_arena, poisoned_rows
 
 BENCHES = [CORE_APPLY, FOLD_SUM, GROUPED_MATMUL, ADD_RMS_NORM, ROPE_KV, SILU_MUL]
+BENCHES += [ADD_RESIDUAL, CORE_PROJECT]
 
 
 def test_a_cpu_run_says_so_and_its_last_line_is_json(

@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.core_apply.epilogue import CoreEpilogue
+from shoal.kernels.core_apply.epilogue_cases import defined_deltas
 from shoal.kernels.errors import ShapeError
+from shoal.kernels.launching import TileConfig
 from shoal.kernels.rope_kv.cases import CASES, Case, Inputs, make_inputs
-from shoal.kernels.rope_kv.kernel import RopeConfig, launch_rope_kv, rope_kv
+from shoal.kernels.rope_kv.kernel import launch_rope_kv, rope_kv
 from shoal.kernels.rope_kv.reference import rope_kv_reference, rotation_table
 from shoal.kernels.testing import assert_close
 
@@ -24,8 +27,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BY_NAME = {case.name: case for case in CASES}
 
 
-def launch(inputs: Inputs, config: RopeConfig | None = None) -> Tensor:
-    *arguments, q_norm, k_norm, eps, bias, kv_limit, core = inputs
+def launch(inputs: Inputs, config: TileConfig | None = None) -> Tensor:
+    *arguments, q_norm, k_norm, eps, bias, kv_limit, core, scale = inputs
     return launch_rope_kv(
         *arguments,
         q_norm=q_norm,
@@ -34,6 +37,7 @@ def launch(inputs: Inputs, config: RopeConfig | None = None) -> Tensor:
         bias=bias,
         kv_limit=kv_limit,
         core=core,
+        scale=scale,
         config=config,
     )
 
@@ -59,27 +63,19 @@ def test_reference_equals_a_case_worked_by_hand() -> None:
     assert int(values.count_nonzero()) == 2
 
 
-@pytest.mark.parametrize("name", ["mixed ranks, core", "shared columns, core"])
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.core and not case.gpu_only])
 def test_reference_equals_the_definition_in_float64(name: str) -> None:
     case = BY_NAME[name]
     inputs = make_inputs(case, torch.float32, DEVICE, seed=1)
     core, dim = inputs.core, case.head_dim
     assert core is not None
     out = rope_kv_reference(*inputs)
-    columns = core.basis.shape[1]
-    ends = [case.heads * dim, (case.heads + case.kv_heads) * dim]
-    ends.append(ends[1] + case.kv_heads * dim)
-    for t, address in enumerate(core.addresses.tolist()):
-        y = inputs.qkv[t, : ends[2]].double()
-        rank = int(core.ranks[t])
-        first = 0 if core.firsts is None else int(core.firsts[t])
-        for module, end in enumerate(ends if address >= 0 else []):
-            start = address + (core.matrix + module) * rank * rank
-            r = core.arena[start : start + rank * rank].double().view(rank, rank)
-            at = core.h_column + module * columns + first
-            u = r @ inputs.qkv[t, at : at + rank].double()
-            rows = slice(ends[module - 1] if module else 0, end)
-            y[rows] += core.basis[rows, first : first + rank].double() @ u
+    widths = (case.heads * dim, case.kv_heads * dim, case.kv_heads * dim)
+    ys = inputs.qkv[:, : sum(widths)].double() + defined_deltas(inputs.qkv, core, widths)
+    if inputs.scale is not None:
+        scale = inputs.scale
+        ys = ys / (scale.sums.double().sum(0) / scale.width + scale.eps).sqrt()[:, None]
+    for t, y in enumerate(ys):
         y += 0.0 if inputs.bias is None else inputs.bias
         heads = y.view(-1, dim)
         q, k = heads[: case.heads], heads[case.heads : case.heads + case.kv_heads]
@@ -116,8 +112,8 @@ def test_kernel_equals_reference(case: Case, dtype: torch.dtype) -> None:
 
 def test_a_token_without_adapter_is_what_it_is_without_adapters() -> None:
     inputs = make_inputs(BY_NAME["mixed ranks, core"], torch.float16, DEVICE, seed=3)
-    assert inputs.core is not None
-    bare = inputs.core.addresses < 0
+    assert isinstance(inputs.core, CoreEpilogue)
+    bare = inputs.core.rows.addresses < 0
     plain = own_caches(inputs)._replace(core=None)
     without, with_core = launch(plain), launch(inputs)
     assert torch.equal(with_core[bare], without[bare])
@@ -132,7 +128,7 @@ def test_heads_that_a_program_does_not_divide_are_all_done() -> None:
     expected = own_caches(inputs)
     expected_q = rope_kv_reference(*expected)
     # 24 columns are padded to 32: two heads in a program, of nine and three.
-    assert_close(launch(inputs, RopeConfig(tile=2, block_n=64)), expected_q, torch.float32)
+    assert_close(launch(inputs, TileConfig(2, 64, 4)), expected_q, torch.float32)
     assert_close(inputs.key_cache, expected.key_cache, torch.float32)
 
 

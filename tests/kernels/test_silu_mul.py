@@ -10,9 +10,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from shoal.kernels.core_apply.epilogue import CoreEpilogue
+from shoal.kernels.core_apply.epilogue_cases import defined_deltas
 from shoal.kernels.errors import ShapeError
+from shoal.kernels.launching import TileConfig
 from shoal.kernels.silu_mul.cases import CASES, Case, Inputs, make_inputs
-from shoal.kernels.silu_mul.kernel import SiluConfig, launch_silu_mul, silu_mul
+from shoal.kernels.silu_mul.kernel import default_config, launch_silu_mul, silu_mul
 from shoal.kernels.silu_mul.reference import silu_mul_reference
 from shoal.kernels.testing import assert_close
 
@@ -23,10 +26,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BY_NAME = {case.name: case for case in CASES}
 
 
-def launch(inputs: Inputs, config: SiluConfig | None = None) -> torch.Tensor:
-    gate_up, width, activation, bias, core = inputs
+def launch(inputs: Inputs, config: TileConfig | None = None) -> torch.Tensor:
+    gate_up, width, activation, bias, core, scale = inputs
     return launch_silu_mul(
-        gate_up, width, activation=activation, bias=bias, core=core, config=config
+        gate_up, width, activation=activation, bias=bias, core=core, scale=scale, config=config
     )
 
 
@@ -37,37 +40,26 @@ def test_reference_equals_a_case_worked_by_hand() -> None:
     assert out.tolist() == [[0.0, pytest.approx(math.log(3.0) * 0.75 * 4.0)]]
 
 
-@pytest.mark.parametrize("name", ["mixed ranks, core", "shared columns, core"])
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.core and not case.gpu_only])
 def test_reference_equals_the_definition_in_float64(name: str) -> None:
     inputs = make_inputs(BY_NAME[name], torch.float32, DEVICE, seed=1)
-    core, width = inputs.core, inputs.width
+    gate_up, width, activation, bias, core, scale = inputs
     assert core is not None
-    before = inputs.gate_up.clone()
-    y = inputs.gate_up[:, : 2 * width].double()
-    columns = core.basis.shape[1]
-    for t, address in enumerate(core.addresses.tolist()):
-        if address < 0:
-            continue
-        rank = int(core.ranks[t])
-        first = 0 if core.firsts is None else int(core.firsts[t])
-        for module in (0, 1):
-            start = address + (core.matrix + module) * rank * rank
-            r = core.arena[start : start + rank * rank].double().view(rank, rank)
-            at = core.h_column + module * columns + first
-            h = inputs.gate_up[t, at : at + rank].double()
-            outputs = slice(module * width, (module + 1) * width)
-            y[t, outputs] += core.basis[outputs, first : first + rank].double() @ (r @ h)
-    if inputs.bias is not None:
-        y += inputs.bias
+    before = gate_up.clone()
+    y = gate_up[:, : 2 * width].double() + defined_deltas(gate_up, core, (width, width))
+    if scale is not None:
+        y = y / (scale.sums.double().sum(0) / scale.width + scale.eps).sqrt()[:, None]
+    if bias is not None:
+        y = y + bias
     gate, up = y.split(width, dim=1)
-    if inputs.activation == "silu":
+    if activation == "silu":
         expected = gate / (1 + torch.exp(-gate)) * up
     else:
         inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
         expected = gate * (1 + torch.tanh(inner)) / 2 * up
-    assert_close(silu_mul(*inputs[:2], activation=inputs.activation, bias=inputs.bias, core=core),
-                 expected, torch.float32)  # fmt: skip
-    assert torch.equal(inputs.gate_up.nan_to_num(), before.nan_to_num())
+    actual = silu_mul(gate_up, width, activation=activation, bias=bias, core=core, scale=scale)
+    assert_close(actual, expected, torch.float32)
+    assert torch.equal(gate_up.nan_to_num(), before.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,11 +73,23 @@ def test_kernel_equals_reference(case: Case, dtype: torch.dtype) -> None:
 
 def test_a_token_without_adapter_is_what_it_is_without_adapters() -> None:
     inputs = make_inputs(BY_NAME["mixed ranks, core"], torch.float16, DEVICE, seed=3)
-    assert inputs.core is not None
-    bare = inputs.core.addresses < 0
+    assert isinstance(inputs.core, CoreEpilogue)
+    bare = inputs.core.rows.addresses < 0
     with_core, without = launch(inputs), launch(inputs._replace(core=None))
     assert torch.equal(with_core[bare], without[bare])
     assert not torch.equal(with_core[~bare], without[~bare])
+
+
+def test_launch_parameters_may_differ() -> None:
+    inputs = make_inputs(BY_NAME["mixed ranks, core"], torch.float32, DEVICE, seed=4)
+    expected = silu_mul_reference(*inputs)
+    for config in (TileConfig(16, 64, 4), TileConfig(32, 16, 8)):
+        assert_close(launch(inputs, config), expected, torch.float32)
+
+
+def test_prompts_take_larger_tiles_once_u_is_made() -> None:
+    made = make_inputs(BY_NAME["already mixed, core"], torch.float32, DEVICE, seed=4).core
+    assert default_config(made, 2048).tile > default_config(made, 256).tile == 16
 
 
 def fail_width(i: Inputs) -> Inputs:
