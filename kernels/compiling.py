@@ -22,13 +22,14 @@ from shoal.kernels.add_rms_norm.jit import add_rms_norm_kernel
 from shoal.kernels.core_apply.jit import core_apply_kernel, core_mix_kernel
 from shoal.kernels.core_project.jit import core_mix_rows_kernel, core_project_kernel
 from shoal.kernels.fold_sum.jit import fold_sum_kernel
-from shoal.kernels.grouped_matmul.jit import grouped_matmul_kernel
+from shoal.kernels.grouped_matmul.jit import expand_kernel, shrink_kernel
 from shoal.kernels.paged_attention.jit import (
     attention_decode_kernel,
     attention_prefill_kernel,
     attention_reduce_kernel,
 )
 from shoal.kernels.rope_kv.jit import rope_kv_kernel
+from shoal.kernels.sample_tokens.jit import sample_pick_kernel, sample_scan_kernel
 from shoal.kernels.silu_mul.jit import silu_mul_kernel
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -50,13 +51,28 @@ INDEX_TYPES = {
     "slots_ptr": "*i64",
     "mixed_ptr": "*fp32",
     "sums_ptr": "*fp32",
+    "temperature_ptr": "*fp32",
+    "top_k_ptr": "*i32",
+    "top_p_ptr": "*fp32",
+    "min_p_ptr": "*fp32",
+    "uniform_ptr": "*fp64",
+    "scale_ptr": "*fp32",
+    "best_ptr": "*fp32",
+    "index_ptr": "*i32",
+    "chunk_max_ptr": "*fp32",
+    "chunk_sum_ptr": "*fp32",
+    "tokens_ptr": "*i64",
 }
 SCALAR_TYPES = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "limit": "fp32"}
 SCALAR_TYPES |= {"sums_width": "fp32", "sums_eps": "fp32"}
+EVEN = ("k", "width0", "width1", "width2")  # widths of a model's linears
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 SHARED_BYTES = 227 << 10  # what one program may take on an H100
 
 CORE = {"TILE": 16, "BLOCK_N": 128, "CHUNK": 16}
-GROUPED = {"TILE": 16, "TILE_K": 64, "BLOCK_N": 16, "ALIGN": 16, "STAGES": 3, "FLOAT32_DOT": False}
+TILES = {"TILE": 16, "TILE_N": 16, "ALIGN": 16, "STAGES": 3, "FLOAT32_DOT": False, "aligned": True}
+SHRINK = {**TILES, "SINGLE_N": 4, "TILE_K": 256, "SINGLE_K": 512, "num_warps": 4}
+EXPAND = {**TILES, "TILE_K": 16, "BLOCK_N": 512, "SINGLE": True, "num_warps": 2, "num_stages": 1}
 PAGED = {"GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_TOKENS": 16, "TILE": 64, "WINDOW": False}
 PAGED |= {"SOFTCAP": False, "FLOAT32_DOT": False, "STAGES": 3, "num_stages": 3, "aligned": True}
 DECODE = {**PAGED, "ROWS_M": 16, "num_warps": 4}
@@ -82,32 +98,26 @@ ROPE = {"HEAD_DIM": 128, "HALF": 64, "HEADS": 2}
 PROJECT = {"RANK": 16, "ALIGN": 8, "MODULES": 2, "TILE": 16, "BLOCK_K": 128, "STEPS": 4}
 PROJECT |= {"FLOAT32_DOT": False, "PDL": True, "k": 4096, "aligned": True, "unspilled": True}
 MIX = {**PROJECT, "TILE": 4, "h_column": 6144, "num_warps": 1}
+# With scale and softcap; FIRM has neither.
+SAMPLE: dict[str, object] = {"vocab": 128256, "CHUNK": 2048, "CHUNKS": 64, "BLOCK": 4096}
+SAMPLE |= {"GROUP": 8192, "GROUPS": 16, "GREEDY_ONLY": False, "SOFTCAP": True, "SHIFT": 16}
+SAMPLE |= {"aligned": True, "num_warps": 16, "maxnreg": 64}
+FIRM = {**SAMPLE, "SOFTCAP": False, "scale_ptr": None, "wide": True}
+GREEDY = {**FIRM, "GREEDY_ONLY": True}
 # Kernel, element type of its arrays, compile-time constants: every branch at least once.
 VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (core_apply_kernel, "*bf16", {**CORE, "RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False}),
     (core_apply_kernel, "*fp32", {**CORE, "RANK": 16, "ALIGN": 1, "FLOAT32_DOT": True}),
     (core_mix_kernel, "*bf16", {"RANK": 64, "TILE": 4, "CHUNK": 16, "ALIGN": 8}),
-    (fold_sum_kernel, "*bf16", {"RANK": 16, "FOLDS": 128, "EXACT": True}),
-    (fold_sum_kernel, "*bf16", {"RANK": 64, "FOLDS": 32, "EXACT": False}),
-    *(
-        (
-            grouped_matmul_kernel,
-            "*bf16",
-            {
-                **GROUPED,
-                "TRANSPOSED": transposed,
-                "HAS_RANKS": ranks,
-                "HAS_TILES": tiles,
-                "SINGLE_K": single,
-            },
-        )
-        for transposed, ranks, tiles, single in (
-            (False, False, True, 16),
-            (False, True, True, 0),
-            (True, False, False, 256),
-            (True, True, True, 256),
-        )
-    ),
+    (fold_sum_kernel, "*bf16", {"RANK": 16, "FOLDS": 128, "HALVINGS": 4, "num_warps": 16}),
+    (fold_sum_kernel, "*bf16", {"RANK": 64, "FOLDS": 32, "HALVINGS": 6, "num_warps": 2}),
+    (shrink_kernel, "*bf16", SHRINK),
+    (shrink_kernel, "*bf16", {**SHRINK, "SINGLE_N": 1, "SINGLE_K": 1024, "STAGES": 4}),
+    (shrink_kernel, "*bf16", {**SHRINK, "TILE_N": 32, "SINGLE_N": 32, "SINGLE_K": 0}),
+    (shrink_kernel, "*fp32", {**SHRINK, "FLOAT32_DOT": True, "ALIGN": 1}),
+    (expand_kernel, "*bf16", EXPAND),
+    (expand_kernel, "*bf16", {**EXPAND, "width1": 0, "width2": 0, "SINGLE": False}),
+    (expand_kernel, "*fp32", {**EXPAND, "FLOAT32_DOT": True, "BLOCK_N": 128, "num_warps": 4}),
     (attention_decode_kernel, "*bf16", DECODE),
     (attention_decode_kernel, "*bf16", {**DECODE, "BLOCK_TOKENS": 64, "WINDOW": True}),
     (attention_decode_kernel, "*fp16", {**DECODE, "HEAD_DIM": 96, "GROUP": 7, "SOFTCAP": True}),
@@ -149,6 +159,14 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (core_project_kernel, "*fp32", {**PROJECT, "FLOAT32_DOT": True, "ALIGN": 1}),
     (core_mix_rows_kernel, "*bf16", MIX),
     (core_mix_rows_kernel, "*bf16", {**MIX, "RANK": 64, "num_warps": 4}),
+    *(
+        (sample_scan_kernel, element, {**constants, "num_warps": 4, "unspilled": True})
+        for element, constants in (("*bf16", GREEDY), ("*bf16", FIRM), ("*fp32", SAMPLE))
+    ),
+    (sample_pick_kernel, "*bf16", {**GREEDY, "num_warps": 1}),
+    (sample_pick_kernel, "*bf16", FIRM),
+    (sample_pick_kernel, "*fp16", {**SAMPLE, "SHIFT": 13}),
+    (sample_pick_kernel, "*fp32", {**SAMPLE, "SHIFT": 0}),
 )
 
 
@@ -158,7 +176,7 @@ def compile_variant(kernel: object, element: str, constants: Mapping[str, object
     Args:
         element: type of the arrays that ``INDEX_TYPES`` does not name.
         constants: compile-time constants; those the kernel has no argument for are left out, but
-            for ``num_warps``, ``num_stages`` and ``aligned`` (pointers and strides are multiples
+            for the launch ``OPTIONS`` and ``aligned`` (pointers, strides and ``EVEN`` are multiples
             of 16, as they are in use: without it no load is wide enough to be pipelined), and
             ``wide`` (no element may be loaded alone: that is how a lost alignment shows), and
             ``unspilled`` (no register may go to memory). With PDL nothing may be stored before
@@ -173,10 +191,11 @@ def compile_variant(kernel: object, element: str, constants: Mapping[str, object
         pointer = name.endswith("_ptr")
         types = INDEX_TYPES if pointer else SCALAR_TYPES
         signature[name] = types.get(name, element if pointer else "i32")
-        if constants.get("aligned") and (pointer or name.endswith("_stride")):
+        even = pointer or name.endswith("_stride") or name in EVEN
+        if constants.get("aligned") and even:
             attributes[(i,)] = [["tt.divisibility", 16]]
     used = {name: value for name, value in constants.items() if name in signature}
-    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    options = {name: constants[name] for name in OPTIONS if name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=attributes)
     compiled = compile(source, target=H100, options=options)
     assert compiled.metadata.shared <= SHARED_BYTES, f"{compiled.metadata.shared} bytes shared"

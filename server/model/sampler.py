@@ -1,7 +1,8 @@
-"""From logits to token ids: penalties, filters, seeded draws, log-probabilities.
+"""From logits to token ids: penalties, seeded draws, log-probabilities.
 
-Vectorised over rows; rows that ask for nothing special take a plain argmax. It decides nothing
-about stopping (the scheduler does) and knows nothing of text.
+The filters and the draw are ``shoal.kernels.sample_tokens``, the same rules on every device; this
+adds what depends on a request's own tokens. It decides nothing about stopping (the scheduler
+does) and knows nothing of text.
 
 A draw is an inverse-CDF lookup with one uniform number per row. For a seeded request that number
 is a hash of its seed and of how many tokens it has produced, so its text does not depend on what
@@ -16,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.kernels.sample_tokens.kernel import sample_tokens
+from shoal.kernels.sample_tokens.reference import TEMPERATURE_MIN as TEMPERATURE_MIN
 from shoal.server.engine.plan import Row
 from shoal.server.engine.request import SamplingParams, TokenLogprobs
-
-# Below this temperature the division loses all precision; the draw is the argmax anyway.
-TEMPERATURE_MIN = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Samples:
 
     Attributes:
         token_ids: the chosen token; meaningless where ``finite`` is false.
-        finite: false where the logits held a NaN or no finite value.
+        finite: false where the logits held a NaN or +inf, or no finite value.
         logprobs: None for rows that did not ask.
     """
 
@@ -56,37 +56,27 @@ class Sampler:
             rows: the plan's rows with ``sample`` set, in the order of ``logits``.
         """
         adjusted = self._adjust(logits, rows)
-        best, chosen = adjusted.max(dim=-1)
-        finite = torch.isfinite(best)
-        drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > TEMPERATURE_MIN]
-        # Filters need sorted probabilities, and one uniform number means another token in sorted
-        # order: a row must take the same path whatever its neighbours ask for.
-        for part in (
-            [i for i in drawn if _is_filtered(rows[i].sampling)],
-            [i for i in drawn if not _is_filtered(rows[i].sampling)],
-        ):
-            if not part:
-                continue
-            # A NaN row would make the whole cumulative sum meaningless; it is reported instead.
-            subset = _select(adjusted, part).nan_to_num(nan=0.0)
-            picks = _draw(
-                subset,
-                [rows[i].sampling for i in part],
-                [self._uniform(rows[i]) for i in part],
-            )
-            chosen = chosen.index_copy(0, torch.tensor(part, device=chosen.device), picks)
-        return Samples(
-            token_ids=chosen.tolist(),
-            finite=finite.tolist(),
-            logprobs=_logprobs(logits, chosen, rows),
-        )
+        asked = [row.sampling for row in rows]
+        vocab, device = logits.shape[1], logits.device
 
-    def _uniform(self, row: Row) -> float:
-        if row.sampling.seed is None:
-            return self._entropy.random()
-        key = f"{row.sampling.seed}/{row.output_tokens}".encode()
-        # 53 bits: what a float64 holds exactly, so that the number stays below 1.
-        return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 11) / 2**53
+        def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        chosen = sample_tokens(
+            adjusted,
+            temperature=column([s.temperature for s in asked]),
+            top_k=column([min(s.top_k, vocab) for s in asked], torch.int32),
+            top_p=column([s.top_p for s in asked]),
+            min_p=column([s.min_p for s in asked]),
+            uniform=column([uniform_of(row, self._entropy) for row in rows], torch.float64),
+            greedy_only=not any(_is_drawn(s) for s in asked),
+        )
+        token_ids = chosen.tolist()
+        return Samples(
+            token_ids=token_ids,
+            finite=[token >= 0 for token in token_ids],
+            logprobs=_logprobs(logits, chosen.clamp(min=0), rows),
+        )
 
     def _adjust(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
         """Penalties, biases and suppressed stop tokens; a copy only if a row asks for any."""
@@ -100,7 +90,7 @@ class Sampler:
 
     def _adjust_row(self, logits: Tensor, row: Row) -> None:
         sampling = row.sampling
-        if row.history_ids:
+        if row.history_ids and _has_penalties(sampling):
             _penalise(logits, row)
         if sampling.logit_bias:
             ids, values = zip(*sampling.logit_bias, strict=True)
@@ -109,12 +99,46 @@ class Sampler:
             logits[list(row.suppressed_ids)] = -torch.inf
 
 
-def _is_filtered(sampling: SamplingParams) -> bool:
-    return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+def uniform_of(row: Row, entropy: random.Random) -> float:
+    """The number in 0 … 1 (excluded) that decides this row's draw; 0 for a greedy row.
+
+    Args:
+        entropy: where it comes from when the request has no seed.
+    """
+    if not _is_drawn(row.sampling):
+        return 0.0
+    if row.sampling.seed is None:
+        return entropy.random()
+    key = f"{row.sampling.seed}/{row.output_tokens}".encode()
+    # 53 bits: what a float64 holds exactly, so that the number stays below 1.
+    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 11) / 2**53
+
+
+def needs_host(row: Row) -> bool:
+    """Whether this row asks for more than ``sample_tokens`` does, and so needs a ``Sampler``."""
+    sampling = row.sampling
+    return bool(
+        row.suppressed_ids
+        or sampling.logit_bias
+        or sampling.logprobs is not None
+        or _has_penalties(sampling)
+    )
+
+
+def _is_drawn(sampling: SamplingParams) -> bool:
+    return sampling.temperature > TEMPERATURE_MIN
+
+
+def _has_penalties(sampling: SamplingParams) -> bool:
+    return bool(
+        sampling.repetition_penalty != 1.0
+        or sampling.frequency_penalty
+        or sampling.presence_penalty
+    )
 
 
 def _is_adjusted(row: Row) -> bool:
-    return bool(row.history_ids or row.sampling.logit_bias or row.suppressed_ids)
+    return bool(row.suppressed_ids or row.sampling.logit_bias or _has_penalties(row.sampling))
 
 
 def _penalise(logits: Tensor, row: Row) -> None:
@@ -130,47 +154,6 @@ def _penalise(logits: Tensor, row: Row) -> None:
     if sampling.frequency_penalty or sampling.presence_penalty:
         tokens, counts = torch.unique(history[row.prompt_tokens :], return_counts=True)
         logits[tokens] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-
-
-def _draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
-    """One draw per row after temperature, top-k, top-p and min-p; ``(rows,)`` int64.
-
-    Either all of ``params`` have a filter or none has.
-    """
-    device = logits.device
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=device).unsqueeze(1)
-
-    # Subtracting the maximum first keeps tiny temperatures from overflowing.
-    logits = logits - logits.amax(dim=-1, keepdim=True)
-    probs = torch.softmax(logits / column([p.temperature for p in params]), dim=-1)
-    u = torch.tensor(uniforms, dtype=torch.float64, device=device).unsqueeze(1)
-    if not _is_filtered(params[0]):
-        return _inverse_cdf(probs, u)
-    vocab = probs.shape[1]
-    probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(vocab, device=device)
-    keep = rank < column([min(p.top_k or vocab, vocab) for p in params])
-    # top-p works on what top-k left, like Hugging Face; the token that crosses p is kept.
-    kept = probs * keep
-    mass = kept.cumsum(dim=-1) / kept.sum(dim=-1, keepdim=True)
-    keep &= (mass - kept / kept.sum(dim=-1, keepdim=True)) < column([p.top_p for p in params])
-    keep &= probs >= column([p.min_p for p in params]) * probs[:, :1]
-    keep[:, 0] = True
-    return order.gather(1, _inverse_cdf(probs * keep, u).unsqueeze(1)).squeeze(1)
-
-
-def _inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """Index of the first entry whose cumulative weight exceeds ``u`` of the total.
-
-    float64, because 50,000 float32 additions would lose the tail.
-    """
-    cumulative = weights.to(torch.float64).cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # Strictly below the total, so that the entry found has a weight above zero.
-    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
 def _logprobs(logits: Tensor, chosen: Tensor, rows: Sequence[Row]) -> list[TokenLogprobs | None]:

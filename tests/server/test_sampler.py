@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shoal.server.engine.plan import Row
 from shoal.server.engine.request import SamplingParams
-from shoal.server.model.sampler import Sampler
+from shoal.server.model.sampler import Sampler, needs_host, uniform_of
 
 VOCAB = 50
 
@@ -92,6 +92,49 @@ def test_min_p_is_relative_to_the_best_token() -> None:
 
 def test_a_tiny_top_p_is_greedy() -> None:
     assert draws(params(top_p=1e-9)) == {int(logits(1)[0].argmax())}
+
+
+def test_the_uniform_number_points_into_the_kept_tokens_in_vocabulary_order() -> None:
+    scores = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3])).expand(8, 4)
+    asked = [row(params(seed=seed, top_k=3)) for seed in range(8)]
+    want = []
+    for one in asked:
+        u = uniform_of(one, random.Random(0))
+        want.append(1 if u < 4 / 9 else 2 if u < 6 / 9 else 3)  # 0 is the least likely, dropped
+    assert sampler().sample(scores, asked).token_ids == want
+    assert len(set(want)) > 1
+
+
+def test_the_uniform_number_is_the_seeds_or_the_entropys() -> None:
+    seeded = row(params(seed=3), output_tokens=2)
+    assert uniform_of(seeded, random.Random(1)) == uniform_of(seeded, random.Random(2))
+    assert 0 <= uniform_of(seeded, random.Random(1)) < 1
+    assert uniform_of(row(params()), random.Random(1)) == random.Random(1).random()
+    untouched = random.Random(1)
+    assert uniform_of(row(params(temperature=0.0)), untouched) == 0.0
+    assert untouched.random() == random.Random(1).random()
+
+
+@pytest.mark.parametrize(
+    ("one", "needed"),
+    [
+        (row(params(temperature=0.0)), False),
+        (row(params(top_k=3, top_p=0.9, min_p=0.1, seed=1), history_ids=(1, 2)), False),
+        (row(params(), suppressed_ids=(4,)), True),
+        (row(params(logit_bias=((4, 1.0),))), True),
+        (row(params(logprobs=0)), True),
+        (row(params(presence_penalty=0.1)), True),
+        (row(params(frequency_penalty=-0.1)), True),
+        (row(params(repetition_penalty=1.1)), True),
+    ],
+)
+def test_only_a_row_that_asks_for_more_than_a_draw_needs_the_host(one: Row, needed: bool) -> None:
+    assert needs_host(one) is needed
+
+
+def test_a_row_whose_every_token_is_suppressed_is_reported() -> None:
+    out = sampler().sample(logits(1), [row(params(), suppressed_ids=tuple(range(VOCAB)))])
+    assert out.finite == [False]
 
 
 def test_seeded_draws_differ_between_positions_and_seeds() -> None:
