@@ -69,7 +69,8 @@ def overlap_options(device: torch.device, early: bool) -> dict[str, bool]:
       that is used again is neither read too early nor overwritten while it is still read.
     - Every program waits, and none lets its successor start before it has waited itself (no
       ``gdc_launch_dependents``). So when a kernel starts, everything but its direct predecessor
-      has ended, and what is read early can only meet a write of that one.
+      has ended, and what is read early can only meet a write of that one. (A library's GEMM may
+      let its successor start at once; it writes nothing that is read early.)
     - A call whose direct predecessor writes what is read early (the copies that begin a step)
       takes ``early=False`` and starts after it.
     """

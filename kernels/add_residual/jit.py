@@ -16,7 +16,7 @@ from shoal.kernels.core_apply.jit import (
 )
 
 
-@triton.jit(do_not_specialize=["matrix"])
+@triton.jit(do_not_specialize=["matrix", "tokens"])
 def add_residual_kernel(
     residual_ptr,
     delta_ptr,

@@ -16,8 +16,6 @@ from shoal.kernels.core_apply.epilogue import (
     Epilogue,
     MixedEpilogue,
     RowScale,
-    mix_reference,
-    unchunk,
 )
 from shoal.kernels.core_apply.kernel import core_apply
 from shoal.kernels.launching import TileConfig
@@ -27,8 +25,16 @@ WIDENED = 192  # columns a GEMM is widened by: three modules of 64
 SPLITS = 8  # of core_project
 
 # The launch parameters a sweep tries: with adapters, with those of a prompt, and without.
-TILES = tuple(TileConfig(16, n, w) for n in (64, 128, 256, 512) for w in (4, 8))
-PROMPT_TILES = tuple(TileConfig(t, n, w) for t in (32, 64) for n in (64, 128, 256) for w in (4, 8))
+TILES = (
+    TileConfig(16, 64, 4),
+    *(TileConfig(16, n, w) for n in (128, 256) for w in (4, 8)),
+    TileConfig(16, 512, 8),
+)
+PROMPT_TILES = (
+    TileConfig(16, 256, 4),
+    *(TileConfig(t, 128, w) for t in (32, 64) for w in (4, 8)),
+    TileConfig(64, 256, 8),
+)
 
 
 class Point(NamedTuple):
@@ -96,9 +102,9 @@ class BenchCore(NamedTuple):
 
 
 def bench_core(
-    bench: Bench, shape: ModelShape, point: Point, source: Tensor, widths: Sequence[int]
+    bench: Bench, shape: ModelShape, point: Point, widths: Sequence[int]
 ) -> BenchCore | None:
-    """The adapters of a point behind the GEMM's output ``source``; None without."""
+    """The adapters of a point behind a ``widened`` GEMM's output; None without."""
     tokens, columns, distinct, splits = point
     if not columns:
         return None
@@ -107,8 +113,7 @@ def bench_core(
     basis = torch.randn((columns, n), dtype=bench.dtype, device=bench.device) * 0.02
     item = basis.element_size()
     if splits:
-        h = unchunk(source[:, n:][:, : modules * columns], modules, columns)
-        mixed = (mix_reference(h, rows, 0)[None] / splits).repeat(splits, 1, 1, 1)
+        mixed = torch.randn((splits, tokens, modules, columns), device=bench.device) * 0.02
         return BenchCore(MixedEpilogue(mixed, basis), rows, mixed.numel() * 4 + columns * n * item)
     read = modules * columns * (tokens + distinct * columns) + columns * n
     return BenchCore(CoreEpilogue(rows, basis, n, 0), rows, read * item)

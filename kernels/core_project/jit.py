@@ -8,7 +8,7 @@ from triton.language.extra.cuda import gdc_wait
 from shoal.kernels.core_apply.jit import load_h, load_matrices, load_owner, mix
 
 
-@triton.jit(do_not_specialize=["matrix"])
+@triton.jit(do_not_specialize=["matrix", "tokens"])
 def core_project_kernel(
     x_ptr,
     projection_ptr,
@@ -75,7 +75,7 @@ def core_project_kernel(
             tl.store(mixed_ptr + at[:, None] + i[None, :], mixed, mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["matrix"])
+@triton.jit(do_not_specialize=["matrix", "tokens"])
 def core_mix_rows_kernel(
     y_ptr,
     mixed_ptr,

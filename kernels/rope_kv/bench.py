@@ -27,7 +27,10 @@ from shoal.kernels.rope_kv.reference import rope_kv_reference, rotation_table
 from shoal.kernels.shapes import LLAMA_3_1_8B, SMOLLM2_135M
 from shoal.kernels.testing import TOLERANCE, max_error
 
-SWEEP_WITHOUT = tuple(TileConfig(t, n, w) for t in (1, 4) for n in (256, 512, 1024) for w in (2, 4))
+SWEEP_WITHOUT = (
+    *(TileConfig(1, n, 4) for n in (512, 1024)),
+    *(TileConfig(4, n, w) for n in (256, 512) for w in (4, 8)),
+)
 BLOCK_TOKENS = 16
 POSITIONS = 4096
 
@@ -75,7 +78,7 @@ def _record(bench: Bench, point: Point, config: TileConfig | None = None) -> Rec
     cache = torch.zeros(
         (2, blocks, BLOCK_TOKENS, kv_heads, dim), dtype=bench.dtype, device=bench.device
     )
-    made = bench_core(bench, shape, point, qkv, widths)
+    made = bench_core(bench, shape, point, widths)
     core = made.epilogue if made else None
     scale = bench_scale(bench, tokens, shape.hidden)
     arguments = (qkv, heads, positions, rotations, slots, cache[0], cache[1])

@@ -41,7 +41,7 @@ def head_rms(low, high, eps, TILE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.c
     return tl.reshape(spread, (TILE, HEADS * HALF))
 
 
-@triton.jit(do_not_specialize=["matrix"])
+@triton.jit(do_not_specialize=["matrix", "tokens", "sums_stride"])
 def rope_kv_kernel(
     qkv_ptr,
     bias_ptr,

@@ -29,7 +29,7 @@ def activate(x, ACTIVATION: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit(do_not_specialize=["matrix"])
+@triton.jit(do_not_specialize=["matrix", "tokens", "sums_stride"])
 def silu_mul_kernel(
     gate_up_ptr,
     bias_ptr,
