@@ -1,13 +1,15 @@
 """An engine without a server: a named model shape, random weights, random resident adapters.
 
-For benchmarks. The scheduler, the runner, the bank and the kernels are the ones that serve; only
+For benchmarks. The scheduler, the runners, the bank and the kernels are the ones that serve; only
 what they work on is made up, on the device, in seconds. It owns making these parts and knowing
-whether they fit; what is run and reported is the caller's (``shoal.loadtests.offline``).
+whether they fit; what is run and reported is the caller's (``shoal.loadtests``).
 """
 
+import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,16 +17,23 @@ import torch
 from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
 from shoal.adapters.basis import Basis
 from shoal.adapters.families import core, fold, lora
+from shoal.adapters.families.joint_basis import CANONICAL_COLUMNS
+from shoal.adapters.families.joint_basis import COLUMNS as JOINT_COLUMNS
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.slots import SlotTable
-from shoal.adapters.spec import AdapterSpec, BaseShape, Family
+from shoal.adapters.spec import GROUPS, AdapterSpec, BaseShape, Family
+from shoal.adapters.tables import ActiveFamilies
+from shoal.server.engine.plan import Runner
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.model.config import ModelConfig
+from shoal.server.model.device_runner import NO_FAMILIES, RunnerLimits
 from shoal.server.model.dummy import random_decoder
+from shoal.server.model.gemms import SPARE_ROWS
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.runner import ModelRunner
 from shoal.server.model.sampler import Sampler
 from shoal.server.model.shapes import SHAPES
+from shoal.server.model.starting import make_device_runner, measure_gemms
 
 BASIS_ID = "random"
 GIB = 1 << 30
@@ -32,6 +41,12 @@ GIB = 1 << 30
 # large enough to change greedy tokens, small enough to keep activations where they are.
 DELTA = 0.5
 WEIGHT_STD = 0.02
+# Tokens that a request may have; what a server with room for a few hundred of them would say.
+MODEL_LEN = 8192
+# For uploads on their way; several of the largest records.
+HOST_TIER_BYTES = GIB
+# Graphs, and the libraries' own.
+WORKSPACE_BYTES = 2 * GIB
 
 
 class DoesNotFit(ValueError):
@@ -44,30 +59,46 @@ class OfflineConfig:
 
     Attributes:
         model_shape: a key of ``SHAPES``.
+        fused: run the fused forward with its graphs and lookahead, as on CUDA; by default there.
         resident: adapters in the bank; 0 makes only the base.
+        spare: further adapters that the bank has room for.
         max_num_seqs, max_num_batched_tokens: as of ``shoal serve``.
-        sequences, sequence_tokens: how many sequences of how many tokens the KV cache must hold.
+        workloads: how many sequences of how many tokens; the KV cache can hold any one of these.
     """
 
     model_shape: str
     device: str = "auto"
     dtype: str = "auto"
+    fused: bool | None = None
     family: Family = "core"
     rank: int = 16
     resident: int = 0
+    spare: int = 0
     basis_rank: int = 64
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     block_tokens: int = 16
-    sequences: int = 256
-    sequence_tokens: int = 256
+    workloads: tuple[tuple[int, int], ...] = ((256, 256),)
     seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(tokens for _, tokens in self.workloads)
 
 
 class OfflineEngine:
     """One model on one device, with an engine that has adapters and one that has none.
 
-    Both share the weights and the KV cache, and take turns.
+    Both share the weights and the KV cache, and take turns. The base's has no bank and no widened
+    GEMM: it is an engine that was started without adapters.
+
+    Attributes:
+        runner, base_runner: of either engine; the same one without resident adapters.
+        adapters: the residents; uploads are not among them.
+        slots: where they are.
+        host: the host tier of the engine with adapters.
+        seconds: what making each part took, by name.
     """
 
     def __init__(self, config: OfflineConfig) -> None:
@@ -82,10 +113,16 @@ class OfflineEngine:
         self.model = ModelConfig.from_hf(SHAPES[config.model_shape])
         self.dtype = _dtype(config.dtype, self.device, self.model)
         self.shape = self.model.base_shape(config.model_shape, "0" * 64)
+        self._fused = self.device.type == "cuda" if config.fused is None else config.fused
         self._check()
+        self._model_len = min(self.model.max_model_len, max(MODEL_LEN, config.longest))
         self._num_blocks = _num_blocks(config)
         self._check_memory()
-        self.decoder = random_decoder(self.model, self.device, self.dtype, config.seed)
+        self.seconds: dict[str, float] = {}
+        with self._timed("weights"):
+            self.decoder = random_decoder(
+                self.model, self.device, self.dtype, config.seed, spare_rows=self._spare_rows
+            )
         kv = KVCache(
             self.model,
             num_blocks=self._num_blocks,
@@ -93,18 +130,23 @@ class OfflineEngine:
             device=self.device,
             dtype=self.dtype,
         )
-        self.base_runner = self._runner(kv, self._bank(UNIT_ELEMENTS))
         self.adapters: tuple[AdapterSpec, ...] = ()
-        self._slots = SlotTable(0, UNIT_ELEMENTS)
-        self.runner = self.base_runner
+        self.slots = SlotTable(0, UNIT_ELEMENTS)
+        self.host = HostTier(HOST_TIER_BYTES)
+        bank = None
         if config.resident:
-            bank = self._bank(self._arena_elements())
+            with self._timed("adapters"):
+                bank = self._bank(self._arena_elements())
+                self._fill(bank)  # the device draws the numbers while the CPU finds the places
+                self.adapters, self.slots = self._place(bank.num_units)
             if config.family == "core":
-                bank.add_basis(_random_basis(self.shape, config.basis_rank, self.device))
-            self._fill(bank)
-            self.adapters, self._slots = self._place(bank.num_units)
-            self.runner = self._runner(kv, bank)
-        self.synchronize()
+                with self._timed("basis"):
+                    bank.add_basis(_random_basis(self.shape, config.basis_rank, self.device))
+        self.base_runner, self.runner = self._runners(kv, bank)
+        if self.device.type == "cuda":
+            # It lives as long as the process: collections need not walk 100,000 adapters.
+            gc.collect()
+            gc.freeze()
 
     def scheduler(self, *, adapters: bool) -> Scheduler:
         """A fresh one: no requests, an empty prefix cache. With ``adapters``, all are resident."""
@@ -114,11 +156,11 @@ class OfflineEngine:
             num_blocks=self._num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=self.model.max_model_len,
-            max_waiting=config.sequences,
+            max_model_len=self._model_len,
+            max_waiting=max(count for count, _ in config.workloads),
             vocab_size=self.model.vocab_size,
         )
-        slots = self._slots if adapters else SlotTable(0, UNIT_ELEMENTS)
+        slots = self.slots if adapters else SlotTable(0, UNIT_ELEMENTS)
         return Scheduler(limits, slots, self.model.eos_token_ids)
 
     def synchronize(self) -> None:
@@ -129,10 +171,24 @@ class OfflineEngine:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that every step reads: all but an embedding that is only looked up."""
-        parts = sum(p.numel() * p.element_size() for p in self.decoder.parameters())
-        embed = self.decoder.embed
-        tied = self.model.tie_word_embeddings
-        return parts - (0 if tied else embed.numel() * embed.element_size())
+        model = self.model
+        elements = _weight_elements(model, self.shape)
+        if not model.tie_word_embeddings:
+            elements -= model.vocab_size * model.hidden_size
+        return elements * self.dtype.itemsize
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of keys and values of one cached position."""
+        return KVCache.block_bytes(self.model, block_tokens=1, dtype=self.dtype)
+
+    def adapter_bytes(self, distinct: int) -> int:
+        """Bytes that a step reads for rows of so many different adapters, at the least."""
+        elements = distinct * self._elements()
+        if distinct and self.config.family == "core":  # B, and A behind the weights
+            shared = sum(dims.d_out + dims.d_in for dims in self.shape.dims.values())
+            elements += self.config.rank * self.model.num_layers * shared
+        return elements * self.dtype.itemsize
 
     def copy_bytes_per_s(self) -> float:
         """Device memory rate of a large copy, bytes read and bytes written; best of ten."""
@@ -153,9 +209,52 @@ class OfflineEngine:
         self.synchronize()
         return time.perf_counter() - begin
 
-    def _runner(self, kv: KVCache, bank: AdapterBank) -> ModelRunner:
-        # The host tier stays empty: every adapter is in the bank before the first step.
-        return ModelRunner(self.decoder, kv, bank, HostTier(1), Sampler())
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.synchronize()
+        self.seconds[part] = round(time.perf_counter() - begin, 2)
+
+    def _runners(self, kv: KVCache, bank: AdapterBank | None) -> tuple[Runner, Runner]:
+        """The base's, and that of the engine with adapters."""
+        if not self._fused:
+            none = self._bank(UNIT_ELEMENTS)
+            base = ModelRunner(self.decoder, kv, none, self.host, Sampler())
+            if bank is None:
+                return base, base
+            return base, ModelRunner(self.decoder, kv, bank, self.host, Sampler())
+        config = self.config
+        limits = RunnerLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self._model_len,
+        )
+        columns = ActiveFamilies(core_columns=self._core_columns)
+        with self._timed("gemms"):
+            gemms = measure_gemms(self.decoder, limits, (NO_FAMILIES, columns))
+        with self._timed("runners"):
+            base_runner = make_device_runner(self.decoder, kv, None, None, limits, gemms)
+            if bank is None:
+                return base_runner, base_runner
+            runner = make_device_runner(self.decoder, kv, bank, self.host, limits, gemms)
+        return base_runner, runner
+
+    @property
+    def _core_columns(self) -> int:
+        """Columns of the joint basis that the adapters need; 0: they are not on it."""
+        rank = self.config.rank
+        if not (self._joint and self.config.resident) or rank > CANONICAL_COLUMNS:
+            return 0
+        return 16 if rank <= 16 else 32
+
+    @property
+    def _joint(self) -> bool:
+        return self._fused and self.config.family == "core"
+
+    @property
+    def _spare_rows(self) -> int:
+        return SPARE_ROWS if self._fused and self.config.resident else 0
 
     def _bank(self, elements: int) -> AdapterBank:
         return AdapterBank(
@@ -163,6 +262,7 @@ class OfflineEngine:
             capacity_bytes=elements * self.dtype.itemsize,
             device=self.device,
             dtype=self.dtype,
+            joint=self._joint,
         )
 
     def _elements(self) -> int:
@@ -171,7 +271,8 @@ class OfflineEngine:
         return int(family.packed_elements(self.shape, self.config.rank))
 
     def _arena_elements(self) -> int:
-        return self.config.resident * -(-self._elements() // UNIT_ELEMENTS) * UNIT_ELEMENTS
+        records = self.config.resident + self.config.spare
+        return records * -(-self._elements() // UNIT_ELEMENTS) * UNIT_ELEMENTS
 
     def _fill(self, bank: AdapterBank) -> None:
         """Random numbers in every record at once; making 100,000 files would take hours."""
@@ -201,9 +302,9 @@ class OfflineEngine:
 
     def _check(self) -> None:
         config, model = self.config, self.model
-        if config.sequence_tokens > model.max_model_len:
+        if config.longest > model.max_model_len:
             raise ValueError(
-                f"a sequence has {config.sequence_tokens} tokens: {config.model_shape} takes at"
+                f"a sequence has {config.longest} tokens: {config.model_shape} takes at"
                 f" most {model.max_model_len}"
             )
         if not config.resident:
@@ -213,20 +314,27 @@ class OfflineEngine:
         if not 1 <= config.rank <= most:
             raise ValueError(f"the rank is {config.rank}: must be from 1 to {most} here")
 
+    def _spare_elements(self) -> int:
+        widths = sum(self.shape.group_dims(group).d_in for group in GROUPS)
+        return self._spare_rows * self.model.num_layers * widths
+
     def _check_memory(self) -> None:
         item = self.dtype.itemsize
         model, config = self.model, self.config
         needs = {
-            "weights": _weight_elements(model, self.shape) * item,
+            "weights": (_weight_elements(model, self.shape) + self._spare_elements()) * item,
             "KV cache": self._num_blocks
             * KVCache.block_bytes(model, block_tokens=config.block_tokens, dtype=self.dtype),
             "activations": _activation_bytes(config, model, item),
         }
+        if self.device.type == "cuda":
+            needs["graphs"] = WORKSPACE_BYTES
         if config.resident:
             needs[f"{config.resident} adapters"] = self._arena_elements() * item
             if config.family == "core":
                 outputs = sum(dims.d_out for dims in self.shape.dims.values())
-                needs["basis"] = model.num_layers * outputs * config.basis_rank * (item + 4)
+                columns = config.basis_rank * (item + 4) + JOINT_COLUMNS * item
+                needs["basis"] = model.num_layers * outputs * columns
         free = _free_bytes(self.device)
         total = sum(needs.values())
         if total > free:
@@ -254,8 +362,11 @@ def _dtype(asked: str, device: torch.device, model: ModelConfig) -> torch.dtype:
 
 def _num_blocks(config: OfflineConfig) -> int:
     """Room for all that run at once, and for the blocks that the scheduler keeps in reserve."""
-    each = -(-config.sequence_tokens // config.block_tokens)
-    return each * min(config.sequences, config.max_num_seqs) * 102 // 100 + 2
+    most = max(
+        min(count, config.max_num_seqs) * -(-tokens // config.block_tokens)
+        for count, tokens in config.workloads
+    )
+    return most * 102 // 100 + 2
 
 
 def _weight_elements(model: ModelConfig, shape: BaseShape) -> int:

@@ -10,14 +10,22 @@ from shoal.server.model.decoder import Decoder
 
 
 def random_decoder(
-    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    spare_rows: int = 0,
 ) -> Decoder:
     """Weights at the scale of an untrained model: activations stay finite at any depth.
 
     They are drawn on the device, one after the other; the same device, dtype and seed give the
     same weights.
+
+    Args:
+        spare_rows: see ``Decoder``.
     """
-    decoder = Decoder(config, device=device, dtype=dtype)
+    decoder = Decoder(config, device=device, dtype=dtype, spare_rows=spare_rows)
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in decoder.weight_shapes().items():
         if name.endswith("norm.weight"):
