@@ -2,13 +2,14 @@
 
 ``AdapterBank`` owns the arena and the bases on the device. It does not decide what is resident
 (``slots.py`` does) nor what a family computes (``families/`` does). ``StepAdapters`` belongs to one
-step: which tokens use which records, worked out once and applied after every fused GEMM.
+step: which tokens use which records, worked out once and applied after every fused GEMM, in plain
+torch. That is how a CPU serves, and the reference for CUDA, where ``tables.py`` takes its place.
 """
 
 import threading
+from collections import deque
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +17,11 @@ from torch import Tensor
 from shoal.adapters.basis import Basis
 from shoal.adapters.families.core import CoreBasis, CorePart
 from shoal.adapters.families.fold import FoldPart
-from shoal.adapters.families.kernel_parts import KernelCorePart, KernelFoldPart, KernelLoraPart
+from shoal.adapters.families.joint_basis import Columns, JointBasis
 from shoal.adapters.families.lora import LoraPart
 from shoal.adapters.families.tiles import Records, Segment
 from shoal.adapters.packing import PackedAdapter
 from shoal.adapters.spec import BaseShape, Group, RowAdapter
-from shoal.kernels.core_apply.kernel import MAX_RANK as CORE_KERNEL_RANK_MAX
 
 # Extents are multiples of this. 1024 wastes 4 % on a rank-8 LoRA-XS of a 30-layer base (13,440
 # elements), and keeps records aligned for vector loads.
@@ -30,6 +30,14 @@ UNIT_ELEMENTS = 1024
 
 # Segments of one family by rank, in token order.
 _ByRank = dict[int, list[Segment]]
+
+
+class _Load(NamedTuple):
+    """A copy into the arena that may still be under way."""
+
+    unit: int
+    done: torch.cuda.Event
+    source: Tensor
 
 
 class StepPart(Protocol):
@@ -61,8 +69,11 @@ class StepAdapters:
 class AdapterBank:
     """All resident adapters of a device: one arena of units, and the bases they need.
 
-    ``load`` and ``step`` belong to the engine thread; ``add_basis`` and ``has_basis`` may be called
-    from any thread.
+    ``load``, ``wait_loads`` and ``step`` belong to the engine thread; ``add_basis`` and
+    ``has_basis`` may be called from any thread.
+
+    Attributes:
+        joint: the bases that have columns behind the base weights; None on a CPU unless asked for.
     """
 
     def __init__(
@@ -72,15 +83,14 @@ class AdapterBank:
         capacity_bytes: int,
         device: torch.device,
         dtype: torch.dtype,
-        kernels: bool | None = None,
+        joint: bool | None = None,
     ) -> None:
         """Allocate the arena.
 
         Args:
             capacity_bytes: for the arena; bases come on top.
             dtype: of the arena, float32 on a CPU and the model's on CUDA.
-            kernels: whether steps run through ``shoal.kernels`` or in plain torch; by default
-                the kernels on CUDA when Triton is installed.
+            joint: whether to keep a joint basis, for ``StepTables``; by default on CUDA.
         """
         unit_bytes = UNIT_ELEMENTS * dtype.itemsize
         self.num_units = capacity_bytes // unit_bytes
@@ -89,14 +99,16 @@ class AdapterBank:
         self.shape = shape
         self.device = torch.device(device)
         self.dtype = dtype
-        if kernels is None:
-            kernels = self.device.type == "cuda" and find_spec("triton") is not None
-        self.kernels = kernels
+        on_cuda = self.device.type == "cuda"
+        wanted = on_cuda if joint is None else joint
+        self.joint = JointBasis(shape, self.device, dtype) if wanted else None
         # Not cleared: what no record has been loaded into is never read.
         arena = torch.empty(self.num_units * UNIT_ELEMENTS, device=self.device, dtype=dtype)
         self._records = Records(arena, UNIT_ELEMENTS)
         self._bases: dict[str, CoreBasis] = {}
         self._bases_lock = threading.Lock()
+        self._load_stream = torch.cuda.Stream(self.device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._loads: deque[_Load] = deque()  # under way, oldest first
         self._last_rows: list[tuple[RowAdapter | None, int]] | None = None
         self._last_step: StepAdapters | None = None
 
@@ -104,29 +116,55 @@ class AdapterBank:
     def arena(self) -> Tensor:
         """All units, ``(num_units * UNIT_ELEMENTS,)``, for whoever fills it other than by ``load``.
 
-        Such a caller keeps away from it while a step that reads it is under way.
+        Such a caller keeps away from it while a step that reads it is under way, and synchronises
+        before the next ``load``, which does not wait for other streams.
         """
         return self._records.arena
 
     def add_basis(self, basis: Basis) -> None:
-        """Bring a basis to the device; nothing happens when it is there already."""
+        """Bring a basis to the device; nothing happens when it is there already.
+
+        When this returns, everything it writes has been written: a step that is planned after that
+        may use the basis.
+        """
         with self._bases_lock:
             if basis.id not in self._bases:
-                self._bases[basis.id] = CoreBasis(
+                # Also of a basis with columns of the joint one: adapters of higher rank need it.
+                kept = CoreBasis(
                     basis.factors,
                     basis.rank,
                     self.shape,
                     self.device,
                     self.dtype,
-                    rank_major=not self.kernels,
+                    rank_major=self.joint is None,
                 )
+                if self.joint is not None:
+                    self.joint.add(basis)
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()
+                self._bases[basis.id] = kept
 
     def has_basis(self, basis_id: str) -> bool:
         """Whether ``core`` adapters on this basis can be applied."""
         return basis_id in self._bases
 
+    def core_basis(self, basis_id: str) -> CoreBasis:
+        """An added basis."""
+        return self._bases[basis_id]
+
+    def place(self, basis_id: str) -> Columns | None:
+        """The columns of the joint basis that an added basis has, if any."""
+        assert basis_id in self._bases, f"basis {basis_id} has not been added"
+        return None if self.joint is None else self.joint.place(basis_id)
+
     def load(self, adapter: RowAdapter, packed: PackedAdapter) -> None:
-        """Copy a record into its slot: one contiguous copy, asynchronous on CUDA."""
+        """Copy a record into its slot: one contiguous copy.
+
+        On CUDA it runs on a stream of its own, beside the step under way, and this returns at once
+        when the record is in page-locked memory; ``wait_loads`` orders it before the steps that
+        need it. The slot must not be read by a step under way: the scheduler releases a slot only
+        when the last step that uses it has ended.
+        """
         assert packed.spec == adapter.spec
         assert packed.data.dtype == self.dtype
         elements = packed.data.numel()
@@ -135,7 +173,28 @@ class AdapterBank:
         assert slot.unit + slot.num_units <= self.num_units
         self._last_rows = None  # the last step may have read the slot
         extent = self._records.arena.narrow(0, slot.unit * UNIT_ELEMENTS, elements)
-        extent.copy_(packed.data, non_blocking=True)
+        if self._load_stream is None:
+            extent.copy_(packed.data)
+            return
+        with torch.cuda.stream(self._load_stream):
+            extent.copy_(packed.data, non_blocking=True)
+        # The source is kept until it has been read, whatever the host tier does meanwhile.
+        self._loads.append(_Load(slot.unit, self._load_stream.record_event(), packed.data))
+
+    def wait_loads(self, rows: Sequence[tuple[RowAdapter | None, int]] | None = None) -> None:
+        """Have the current stream wait for loads under way; the host does not wait.
+
+        Args:
+            rows: those of the step to come: it waits only for what they use. Default: for all.
+        """
+        while self._loads and self._loads[0].done.query():  # type: ignore[no-untyped-call]
+            self._loads.popleft()
+        if not self._loads:
+            return
+        used = None if rows is None else {a.slot.unit for a, _ in rows if a is not None}
+        for load in self._loads:
+            if used is None or load.unit in used:
+                torch.cuda.current_stream(self.device).wait_event(load.done)
 
     def step(self, rows: Sequence[tuple[RowAdapter | None, int]]) -> StepAdapters | None:
         """Work out which tokens use which record.
@@ -149,6 +208,7 @@ class AdapterBank:
             before when neither the rows nor the bank have changed: decode steps repeat.
         """
         rows = list(rows)
+        self.wait_loads(rows)
         if rows != self._last_rows:
             self._last_step = self._build(rows)
             self._last_rows = rows
@@ -173,12 +233,9 @@ class AdapterBank:
             start += num_tokens
         if not (cores or folds or loras):
             return None
-        make = self._kernel_parts if self.kernels else self._torch_parts
-        return StepAdapters(make(cores, folds, loras), start)
+        return StepAdapters(self._parts(cores, folds, loras), start)
 
-    def _torch_parts(
-        self, cores: dict[str, _ByRank], folds: _ByRank, loras: _ByRank
-    ) -> list[StepPart]:
+    def _parts(self, cores: dict[str, _ByRank], folds: _ByRank, loras: _ByRank) -> list[StepPart]:
         shape, records = self.shape, self._records
         parts: list[StepPart] = [
             CorePart(segments, rank, self._bases[basis_id], shape, records)
@@ -188,23 +245,4 @@ class AdapterBank:
         if folds:
             parts.append(FoldPart(folds, shape, records))
         parts += [LoraPart(segments, rank, shape, records) for rank, segments in loras.items()]
-        return parts
-
-    def _kernel_parts(
-        self, cores: dict[str, _ByRank], folds: _ByRank, loras: _ByRank
-    ) -> list[StepPart]:
-        shape, records = self.shape, self._records
-        parts: list[StepPart] = []
-        for basis_id, by_rank in cores.items():
-            basis = self._bases[basis_id]
-            small = {r: own for r, own in by_rank.items() if r <= CORE_KERNEL_RANK_MAX}
-            if small:
-                parts.append(KernelCorePart(small, basis, shape, records))
-            parts += [
-                CorePart(segments, rank, basis, shape, records)
-                for rank, segments in by_rank.items()
-                if rank not in small
-            ]
-        parts += [KernelFoldPart(own, rank, shape, records) for rank, own in folds.items()]
-        parts += [KernelLoraPart(own, rank, shape, records) for rank, own in loras.items()]
         return parts

@@ -1,201 +1,160 @@
-"""The parts of a step through ``shoal.kernels``: what CUDA runs when Triton is installed.
+"""What the families do with a step's device tables, through ``shoal.kernels``.
 
-Same records and same results as the torch parts beside each family. What differs: a token's record
-is named by its address in the arena instead of being gathered, and the addresses for every layer
-are worked out once per step. On CPU tensors the kernels run their torch references.
+Every part reads who uses what from tensors whose place never changes, and launches grids that do
+not depend on what is in them: so a captured step can be replayed once the tables are filled anew.
+Adapters on the joint basis are no part here; the kernels behind the GEMMs apply them. On CPU
+tensors the kernels run their torch references.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from shoal.adapters.families import fold, lora
 from shoal.adapters.families.core import CoreBasis
-from shoal.adapters.families.tiles import Records, Segment, index_tensor
 from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group
 from shoal.kernels.core_apply.kernel import core_apply
 from shoal.kernels.fold_sum.kernel import fold_sum
-from shoal.kernels.grouped_matmul.kernel import Tiles, grouped_matmul, upload_tiles
-from shoal.kernels.grouped_matmul.tiles import make_tiles
+from shoal.kernels.grouped_matmul.kernel import TileTable, expand, shrink
 
-# Divides every unit's first element; no load is wider than 16 elements.
+# Divides every record's start (a unit's); no load is wider than 16 elements.
 ALIGNMENT = 16
 
 
-class _Span:
-    """The range of tokens from the first to the last of some segments, and what each one uses."""
-
-    def __init__(self, segments: Sequence[Segment], records: Records) -> None:
-        self.arena = records.arena
-        self.segments = sorted(segments, key=lambda segment: segment.start)
-        self.start = self.segments[0].start
-        self.count = self.segments[-1].start + self.segments[-1].length - self.start
-        self.unit_elements = records.unit_elements
-
-    def take(self, tensor: Tensor) -> Tensor:
-        return tensor.narrow(0, self.start, self.count)
-
-    def addresses(self, inside: Tensor) -> tuple[Tensor, ...]:
-        """Each token's address, for every offset inside a record; -1 between the segments.
-
-        Args:
-            inside: ``(offsets, 1)`` int64, or ``(offsets, count)`` where it depends on the token.
-
-        Returns:
-            One ``(count,)`` int64 per offset.
-        """
-        bases = [-1] * self.count
-        for unit, start, length in self.segments:
-            first = start - self.start
-            bases[first : first + length] = [unit * self.unit_elements] * length
-        base = index_tensor(bases, self.arena.device)
-        return torch.where(base < 0, base, base + inside).unbind(0)
-
-    def tiles(self) -> Tiles:
-        """Neighbouring tokens of one record, to read it once."""
-        runs: list[tuple[int, int]] = []
-        position = self.start
-        for unit, start, length in self.segments:
-            runs += [(-1, start - position), (unit, length)]
-            position = start + length
-        return upload_tiles(make_tiles(runs), self.arena.device)
-
-
-class KernelCorePart:
-    """The tokens of a step that are ``core`` on one basis, whatever their ranks."""
+class TablesFold:
+    """All tokens of a step whose adapters are ``fold``."""
 
     def __init__(
-        self,
-        segments: Mapping[int, Sequence[Segment]],
-        basis: CoreBasis,
-        shape: BaseShape,
-        records: Records,
+        self, ranks: Tensor, tiles: TileTable, columns: int, shape: BaseShape, arena: Tensor
     ) -> None:
-        """``segments``: by rank, at most ``core_apply``'s ``MAX_RANK``."""
-        self.shape = shape
-        self.basis = basis
-        self.max_rank = max(segments)
-        assert self.max_rank <= basis.rank
-        self.alignment = math.gcd(ALIGNMENT, *segments)
-        self.span = _Span([segment for own in segments.values() for segment in own], records)
-        device = records.arena.device
-        by_token = [1] * self.span.count
-        for rank, own in segments.items():
-            for _, start, length in own:
-                first = start - self.span.start
-                by_token[first : first + length] = [rank] * length
-        ranks = index_tensor(by_token, device)
-        targets = torch.arange(shape.num_layers * len(MODULES), device=device)
-        self.addresses = self.span.addresses(targets[:, None] * ranks.square())
-        self.ranks = ranks.int()
-
-    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
-        """Add the deltas to ``y``, which holds ``y0``."""
-        part = self.span.take(y)
-        start = 0
-        for module in GROUPS[group]:
-            width = self.shape.dims[module].d_out
-            columns = part.narrow(1, start, width)
-            start += width
-            rows = self.basis.rows(layer, module, self.max_rank)
-            if rows is None:
-                continue
-            core_apply(
-                columns,
-                columns.to(rows.dtype) @ rows.T,
-                self.span.arena,
-                self.addresses[layer * len(MODULES) + MODULES.index(module)],
-                self.ranks,
-                rows.T,
-                max_rank=self.max_rank,
-                alignment=self.alignment,
-            )
-
-
-class KernelFoldPart:
-    """The tokens of a step that are ``fold`` of one rank."""
-
-    def __init__(
-        self, segments: Sequence[Segment], rank: int, shape: BaseShape, records: Records
-    ) -> None:
-        self.shape = shape
-        self.rank = rank
-        self.span = _Span(segments, records)
-        self.tiles = self.span.tiles()
-        offsets = {
-            (layer, group): fold.record_offset(shape, rank, layer, group)
+        """``ranks``: ``(tokens,)`` int32, 0 elsewhere; ``columns``: at least the largest rank."""
+        self._ranks = ranks
+        self._tiles = tiles
+        self._columns = columns
+        self._shape = shape
+        self._arena = arena
+        # A record is linear in its rank, so the offsets at rank 1 are the scales.
+        self._scales = {
+            (layer, group): fold.record_offset(shape, 1, layer, group)
             for layer in range(shape.num_layers)
             for group in GROUPS
         }
-        self.alignment = math.gcd(ALIGNMENT, *offsets.values())
-        inside = index_tensor(list(offsets.values()), records.arena.device)[:, None]
-        self.addresses = dict(zip(offsets, self.span.addresses(inside), strict=True))
+        self._alignment = math.gcd(ALIGNMENT, *self._scales.values())
 
     def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
         """Add the deltas to ``y``."""
-        grouped_matmul(
-            fold_sum(self.span.take(x), self.rank),
-            self.span.arena,
-            self.addresses[layer, group],
-            self.span.take(y),
-            row_stride=self.shape.group_dims(group).d_out,
-            tiles=self.tiles,
-            alignment=self.alignment,
+        expand(
+            fold_sum(x, self._ranks, self._columns),
+            self._arena,
+            self._tiles,
+            y,
+            widths=(self._shape.group_dims(group).d_out,),
+            scale=self._scales[layer, group],
+            alignment=self._alignment,
         )
 
 
-class KernelLoraPart:
-    """The tokens of a step that are ``lora`` of one rank."""
+class TablesLora:
+    """All tokens of a step whose adapters are ``lora``."""
 
-    def __init__(
-        self, segments: Sequence[Segment], rank: int, shape: BaseShape, records: Records
-    ) -> None:
-        self.shape = shape
-        self.rank = rank
-        self.span = _Span(segments, records)
-        self.tiles = self.span.tiles()
-        # Per layer and group: where A starts, and per module where its columns of Bt start.
-        offsets: dict[tuple[int, str], int] = {}
+    def __init__(self, tiles: TileTable, columns: int, shape: BaseShape, arena: Tensor) -> None:
+        """``columns``: at least the largest rank."""
+        self._tiles = tiles
+        self._columns = columns
+        self._arena = arena
+        self._widths = {
+            group: tuple(shape.dims[module].d_out for module in modules)
+            for group, modules in GROUPS.items()
+        }
+        self._a_scales: dict[tuple[int, Group], int] = {}
+        self._b_scales: dict[tuple[int, Group], int] = {}
         for layer in range(shape.num_layers):
             for group, modules in GROUPS.items():
-                offset = lora.record_offset(shape, rank, layer, group)
-                offsets[layer, group] = offset
-                offset += len(modules) * rank * shape.group_dims(group).d_in
-                for module in modules:
-                    offsets[layer, module] = offset
-                    offset += shape.dims[module].d_out
-        self.alignment = math.gcd(ALIGNMENT, *offsets.values())
-        inside = index_tensor(list(offsets.values()), records.arena.device)[:, None]
-        self.addresses = dict(zip(offsets, self.span.addresses(inside), strict=True))
+                offset = lora.record_offset(shape, 1, layer, group)
+                self._a_scales[layer, group] = offset
+                self._b_scales[layer, group] = offset + len(modules) * shape.group_dims(group).d_in
+        scales = (*self._a_scales.values(), *self._b_scales.values())
+        self._alignment = math.gcd(ALIGNMENT, *scales)
 
     def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
-        """Add the deltas to ``y``: one shrink for the group, one expand per module."""
-        dims = self.shape.group_dims(group)
-        rank = self.rank
-        part = self.span.take(y)
-        shrunk = x.new_zeros(self.span.count, len(GROUPS[group]) * rank, dtype=torch.float32)
-        grouped_matmul(
-            self.span.take(x),
-            self.span.arena,
-            self.addresses[layer, group],
+        """Add the deltas to ``y``: one shrink and one expand for all modules of the group."""
+        widths = self._widths[group]
+        columns = len(widths) * self._columns
+        shrunk = torch.empty((x.shape[0], columns), dtype=torch.float32, device=x.device)
+        shrink(
+            x,
+            self._arena,
+            self._tiles,
             shrunk,
-            row_stride=dims.d_in,
-            transposed=True,
-            tiles=self.tiles,
-            alignment=self.alignment,
+            modules=len(widths),
+            scale=self._a_scales[layer, group],
+            alignment=self._alignment,
         )
+        expand(
+            shrunk,
+            self._arena,
+            self._tiles,
+            y,
+            widths=widths,
+            scale=self._b_scales[layer, group],
+            alignment=self._alignment,
+        )
+
+
+class TablesCore:
+    """All tokens of a step that are ``core`` on one basis without columns of the joint one.
+
+    The slow way: a GEMM of its own for ``h`` and two to three launches, for every module.
+    """
+
+    def __init__(
+        self,
+        addresses: Tensor,
+        squares: Tensor,
+        ranks: Tensor,
+        basis: CoreBasis,
+        max_rank: int,
+        alignment: int,
+        shape: BaseShape,
+        arena: Tensor,
+    ) -> None:
+        """Tables of ``(tokens,)``.
+
+        Args:
+            addresses: int64, where a token's record starts, -1 where it has none.
+            squares: int64, elements of one matrix, 0 where it has none.
+            ranks: int32, at most ``max_rank``.
+            basis: rows of ``(d_out, rank)``, contiguous along the rank.
+        """
+        self._addresses = addresses
+        self._squares = squares
+        self._ranks = ranks
+        self._basis = basis
+        self._max_rank = min(max_rank, basis.rank)
+        self._alignment = alignment
+        self._shape = shape
+        self._arena = arena
+
+    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
+        """Add the deltas to ``y``, which holds ``y0`` in these tokens' rows."""
         start = 0
-        for i, module in enumerate(GROUPS[group]):
-            width = self.shape.dims[module].d_out
-            grouped_matmul(
-                shrunk.narrow(1, i * rank, rank),
-                self.span.arena,
-                self.addresses[layer, module],
-                part.narrow(1, start, width),
-                row_stride=dims.d_out,
-                tiles=self.tiles,
-                alignment=self.alignment,
-            )
+        for module in GROUPS[group]:
+            width = self._shape.dims[module].d_out
+            outputs = y.narrow(1, start, width)
             start += width
+            rows = self._basis.rows(layer, module, self._max_rank)
+            if rows is None:
+                continue
+            matrix = layer * len(MODULES) + MODULES.index(module)
+            core_apply(
+                outputs,
+                outputs.to(rows.dtype) @ rows.T,
+                self._arena,
+                # Stays -1 where it is -1.
+                torch.add(self._addresses, self._squares, alpha=matrix),
+                self._ranks,
+                rows.T,
+                max_rank=self._max_rank,
+                alignment=self._alignment,
+            )

@@ -23,7 +23,7 @@ from shoal.kernels.launching import (
     require_triton,
 )
 
-MAX_RANK = 64
+MAX_RANK = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def core_apply(
         addresses: ``(tokens,)`` int64; -1 means no adapter: the token's y stays as it is.
         ranks: ``(tokens,)`` int32, ``1 … max_rank``; ignored where the address is -1.
         basis: ``(n, columns)``, the shared basis. Rows may be strided.
-        max_rank: an upper bound on ``ranks``, at most 64; default ``columns``. Rows of R beyond
+        max_rank: an upper bound on ``ranks``, at most 1024; default ``columns``. Rows of R beyond
             it would be left out: the GPU cannot check it without a synchronisation.
         alignment: a number that divides every used address and rank (1, 2, 4, 8 or 16). From 8
             on, R is loaded 16 bytes at a time. A promise, not checked.
@@ -111,6 +111,8 @@ def default_config(tokens: int, max_rank: int) -> CoreConfig:
     # token per program up to 512 tokens and 4 beyond (2048 of 4096: 26.6, with one 29.0).
     # Rank 32: fused; 256 outputs for a few tokens (1 token: 6.8 µs, with 512 7.7), then 512
     # (256 tokens: 9.0, with 256 10.0; 2048 tokens of 14336: 72.6, two_step 70.5).
+    if max_rank > 64:  # not measured: 16 rows of R have to fit the registers
+        return CoreConfig("two_step", tile=1, num_warps=4 if max_rank <= 256 else 8)
     if max_rank > 32:
         few = tokens <= 512
         return CoreConfig("two_step", tile=1 if few else 4, num_warps=1 if few else 4)

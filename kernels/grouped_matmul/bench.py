@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.benching import Bench, OpBench, Record, run
-from shoal.kernels.grouped_matmul.cases import CASES, make_inputs
+from shoal.kernels.grouped_matmul.cases import EXPANDS, SHRINKS, make_inputs
 from shoal.kernels.grouped_matmul.kernel import (
-    MatmulConfig,
-    grouped_matmul,
-    launch_grouped_matmul,
+    ExpandConfig,
+    ShrinkConfig,
+    expand,
+    launch_expand,
+    launch_shrink,
+    shrink,
     upload_tiles,
 )
-from shoal.kernels.grouped_matmul.reference import grouped_matmul_reference
+from shoal.kernels.grouped_matmul.reference import expand_reference, shrink_reference
 from shoal.kernels.grouped_matmul.tiles import make_tiles
 from shoal.kernels.launching import kernel_runs_on
 from shoal.kernels.shapes import DECODE_TOKENS, LLAMA_3_1_8B, PROMPT_TOKENS, SMOLLM2_135M
@@ -28,62 +31,49 @@ from shoal.kernels.testing import TOLERANCE, max_error
 
 EXPAND_SWEEP = (
     *(
-        MatmulConfig(n, 16, single, w, 1)
+        ExpandConfig(n, 16, single, w)
         for n in (128, 256, 512)
         for w in (2, 4, 8)
-        for single in (16, None)
+        for single in (True, False)
     ),
-    MatmulConfig(1024, 16, 16, 8, 1),
-    MatmulConfig(128, 64, 64, 4, 1),
-    MatmulConfig(128, 64, 16, 4, 1),
-    MatmulConfig(256, 64, 16, 8, 1),
-    MatmulConfig(128, 32, 16, 4, 3),
+    ExpandConfig(1024, 16, True, 8),
+    ExpandConfig(128, 64, True, 4),
+    ExpandConfig(256, 64, True, 8),
+    ExpandConfig(128, 32, True, 4),
 )
 SHRINK_SWEEP = (
-    *(MatmulConfig(n, 128, 512, 4, s) for n in (4, 8, 16) for s in (1, 3)),
-    *(MatmulConfig(n, 128, 1024, 8, 1) for n in (4, 8, 16)),
-    *(MatmulConfig(1, 256, k, 4, s) for k, s in ((2048, 1), (4096, 1), (1024, 4))),
-    *(MatmulConfig(2, 256, k, 4, s) for k, s in ((1024, 1), (2048, 1), (1024, 3))),
-    MatmulConfig(16, 256, None, 4, 3),
-    MatmulConfig(16, 128, None, 4, 4),
-    MatmulConfig(16, 64, 512, 4, 4),
-    MatmulConfig(32, 128, 256, 4, 3),
-    MatmulConfig(64, 128, 128, 4, 3),
+    *(ShrinkConfig(16, 256, n, 512, 4, s) for n in (4, 8, 16) for s in (1, 3)),
+    *(ShrinkConfig(16, 256, n, 1024, 8, 1) for n in (4, 8, 16)),
+    *(ShrinkConfig(16, 256, 1, k, 4, s) for k, s in ((2048, 1), (4096, 1), (1024, 4))),
+    *(ShrinkConfig(16, 256, 2, k, 4, s) for k, s in ((1024, 1), (2048, 1), (1024, 3))),
+    ShrinkConfig(16, 256, None, None, 4, 3),
+    ShrinkConfig(16, 128, None, None, 4, 4),
+    ShrinkConfig(16, 64, 16, 512, 4, 4),
+    ShrinkConfig(32, 128, 4, 512, 4, 3),
+    ShrinkConfig(32, 128, None, None, 4, 3),
+    ShrinkConfig(64, 128, None, None, 4, 3),
 )
 
 
 def check(device: torch.device) -> dict[torch.dtype, float]:
     """Largest error over all cases in units of a case's slack, by dtype."""
-    op = launch_grouped_matmul if kernel_runs_on(device) else grouped_matmul
+    runs = kernel_runs_on(device)
     errors = dict.fromkeys(TOLERANCE, 0.0)
-    for case in CASES:
+    for case, expands in [(c, False) for c in SHRINKS] + [(c, True) for c in EXPANDS]:
         if case.gpu_only and device.type == "cpu":
             continue
         for dtype in TOLERANCE:
-            inputs = make_inputs(case, dtype, device, seed=7)
-            x, arena, addresses, out, row_stride, transposed, ranks, tiles, alignment = inputs
+            inputs = make_inputs(case, dtype, device, seed=7, expands=expands)
+            x, arena, tiles, out, modules, widths, scale, alignment, _ = inputs
             expected = out.clone()
-            grouped_matmul_reference(
-                x,
-                arena,
-                addresses,
-                expected,
-                row_stride=row_stride,
-                transposed=transposed,
-                ranks=ranks,
-                tiles=tiles,
-            )
-            op(
-                x,
-                arena,
-                addresses,
-                out,
-                row_stride=row_stride,
-                transposed=transposed,
-                ranks=ranks,
-                tiles=tiles,
-                alignment=alignment,
-            )
+            if expands:
+                expand_reference(x, arena, tiles, expected, widths=widths, scale=scale)
+                wide = launch_expand if runs else expand
+                wide(x, arena, tiles, out, widths=widths, scale=scale, alignment=alignment)
+            else:
+                shrink_reference(x, arena, tiles, expected, modules=modules, scale=scale)
+                narrow = launch_shrink if runs else shrink
+                narrow(x, arena, tiles, out, modules=modules, scale=scale, alignment=alignment)
             errors[dtype] = max(errors[dtype], max_error(out, expected) / case.slack)
     return errors
 
@@ -119,39 +109,43 @@ def _record(
     k: int,
     n: int,
     distinct: int,
-    config: MatmulConfig | None = None,
+    config: ShrinkConfig | ExpandConfig | None = None,
 ) -> Record:
-    """``k > n`` is a shrink (transposed, float32 out), else an expand (float32 x)."""
-    transposed = k > n
+    """``k > n`` is a shrink (float32 out), else an expand (float32 x); one module.
+
+    A decode batch's table has room for every token on its own, as a captured step's has.
+    """
+    shrinks = k > n
     arena = bench.arena()
     record = arena.numel() // max(distinct, 64)
     addresses = bench.addresses(distinct, tokens, record, k * n)
     x = torch.randn((tokens, k), device=bench.device)
     out = torch.zeros((tokens, n), device=bench.device)
-    x, out = (x.to(bench.dtype), out) if transposed else (x, out.to(bench.dtype))
-    runs = [(address, 1) for address in addresses.tolist()]
-    tiles = upload_tiles(make_tiles(runs), bench.device)
-    moved = distinct * k * n * arena.element_size()
-    moved += x.numel() * x.element_size() + 2 * out.numel() * out.element_size()
+    x, out = (x.to(bench.dtype), out) if shrinks else (x, out.to(bench.dtype))
+    runs = [(t, 1, address, min(k, n)) for t, address in enumerate(addresses.tolist())]
+    plan = make_tiles(runs)
+    room = len(plan.starts) if tokens == PROMPT_TOKENS else tokens
+    tiles = upload_tiles(plan, bench.device, room)
+    moved = distinct * k * n * arena.element_size() + x.numel() * x.element_size()
+    moved += (1 if shrinks else 2) * out.numel() * out.element_size()
     # A gathered copy of a prompt's matrices would not fit: there the baseline is dense or none.
     feasible = distinct == 1 or tokens * k * n <= 1 << 29
+
+    def call() -> None:
+        if shrinks:
+            assert not isinstance(config, ExpandConfig)
+            shrink(x, arena, tiles, out, modules=1, scale=0, alignment=16, config=config)
+        else:
+            assert not isinstance(config, ShrinkConfig)
+            expand(x, arena, tiles, out, widths=(n,), scale=0, alignment=16, config=config)
+
     return bench.record(
         "grouped_matmul",
         case,
         {"tokens": tokens, "k": k, "n": n, "adapters": distinct},
-        lambda: grouped_matmul(
-            x,
-            arena,
-            addresses,
-            out,
-            row_stride=k if transposed else n,
-            transposed=transposed,
-            tiles=tiles,
-            alignment=16,
-            config=config,
-        ),
+        call,
         bytes_moved=moved,
-        baseline=_baseline(x, arena, addresses, out, transposed, distinct == 1 < tokens)
+        baseline=_baseline(x, arena, addresses, out, shrinks, distinct == 1 < tokens)
         if config is None and feasible
         else None,
         config=config or "default",

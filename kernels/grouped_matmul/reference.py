@@ -1,76 +1,79 @@
-"""What ``grouped_matmul`` means, in plain torch; also how it runs on a CPU."""
+"""What ``shrink`` and ``expand`` mean, in plain torch; also how they run on a CPU."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from shoal.kernels.grouped_matmul.tiles import TILE_TOKENS
 
-def grouped_matmul_reference(
+
+def shrink_reference(
     x: Tensor,
     arena: Tensor,
-    addresses: Tensor,
+    tiles: tuple[Tensor, Tensor, Tensor, Tensor],
     out: Tensor,
     *,
-    row_stride: int,
-    transposed: bool,
-    ranks: Tensor | None,
-    tiles: tuple[Tensor, Tensor, int] | None,
+    modules: int,
+    scale: int,
 ) -> None:
-    """See ``shoal.kernels.grouped_matmul.kernel.grouped_matmul``; float32 sums, any device.
+    """See ``shoal.kernels.grouped_matmul.kernel.shrink``; float32 sums, any device.
 
     Vectorised over tiles; the only loops are over the distinct ranks and over "tiles of one
     token" and "longer tiles". An address outside the arena raises torch's own error.
     """
-    if tiles is None:
-        starts = torch.arange(x.shape[0], device=x.device)
-        lengths = torch.ones_like(starts)
-        tile_tokens = 1
-    else:
-        starts, lengths, tile_tokens = tiles[0].long(), tiles[1], tiles[2]
-    stored = out.shape[1] if transposed else x.shape[1]
-    used = (lengths > 0) & (addresses[starts] >= 0) if x.shape[0] else lengths > 0
-    tile_ranks = None if ranks is None else ranks[starts]
-    distinct = [stored] if tile_ranks is None else sorted(set(tile_ranks[used].tolist()))
-    for rank in distinct:
-        same = used if tile_ranks is None else used & (tile_ranks == rank)
-        single = same & (lengths == 1)
-        for chosen, size in ((single, 1), (same & ~single, tile_tokens)):
-            at = starts[chosen]
-            if at.numel():
-                offsets = torch.arange(size, device=x.device)
-                tokens = at[:, None] + offsets
-                live = offsets < lengths[chosen][:, None]
-                matrices = _gather(
-                    arena, addresses[at], rank, x.shape[1], out.shape[1], row_stride, transposed
-                )
-                _add_products(x, matrices, tokens, live, out)
+    for rank, addresses, tokens, live in _alike(tiles):
+        n = modules * rank
+        matrices = _gather(arena, addresses + rank * scale, n, x.shape[1])
+        products = torch.bmm(x[tokens].float(), matrices.transpose(1, 2))
+        out[:, :n][tokens[live]] = products[live].to(out.dtype)
 
 
-def _gather(
+def expand_reference(
+    x: Tensor,
     arena: Tensor,
-    addresses: Tensor,
-    rank: int,
-    k: int,
-    n: int,
-    row_stride: int,
-    transposed: bool,
-) -> Tensor:
-    """``(tiles, k', n')`` matrices, one per address, rank in place of the stored rows."""
-    width = k if transposed else n
-    span = (rank - 1) * row_stride + width
-    # Every address starts a matrix of this overlapping view: no index arithmetic.
-    view = arena.as_strided((arena.numel() - span + 1, rank, width), (1, row_stride, 1))
-    matrices = view.index_select(0, addresses)
-    return matrices.transpose(1, 2) if transposed else matrices
+    tiles: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: Tensor,
+    *,
+    widths: Sequence[int],
+    scale: int,
+) -> None:
+    """See ``shoal.kernels.grouped_matmul.kernel.expand``; otherwise as ``shrink_reference``."""
+    for rank, addresses, tokens, live in _alike(tiles):
+        matrices = _gather(arena, addresses + rank * scale, rank, sum(widths))
+        inputs = x[tokens].float()
+        at = tokens[live]
+        start = 0
+        for module, width in enumerate(widths):
+            own = inputs[..., module * rank : (module + 1) * rank]
+            columns = slice(start, start + width)
+            start += width
+            products = torch.bmm(own, matrices[..., columns])[live]
+            out[:, columns][at] = (out[:, columns][at].float() + products).to(out.dtype)
 
 
-def _add_products(x: Tensor, matrices: Tensor, tokens: Tensor, live: Tensor, out: Tensor) -> None:
-    """``out[tokens] += x[tokens] @ matrices`` where ``live``; both ``(tiles, tile tokens)``."""
-    k, n = matrices.shape[1:]
-    tokens = tokens.masked_fill(~live, 0)
-    rows = x[:, :k][tokens].float()
-    products = torch.bmm(rows, matrices.float())
-    at = tokens[live]
-    window = out[:, :n]
-    window[at] = (window[at].float() + products[live]).to(out.dtype)
+def _alike(
+    tiles: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Tiles of one rank and about one length: rank, addresses, tokens ``(tiles, size)``, live."""
+    starts, lengths, addresses, ranks = tiles
+    used = lengths > 0
+    for rank in sorted(set(ranks[used].tolist())):
+        same = used & (ranks == rank)
+        single = same & (lengths == 1)
+        for chosen, size in ((single, 1), (same & ~single, TILE_TOKENS)):
+            if bool(chosen.any()):
+                offsets = torch.arange(size, device=starts.device)
+                live = offsets < lengths[chosen][:, None]
+                tokens = starts[chosen].long()[:, None] + offsets
+                yield rank, addresses[chosen], tokens.masked_fill(~live, 0), live
+
+
+def _gather(arena: Tensor, addresses: Tensor, rows: int, width: int) -> Tensor:
+    """``(tiles, rows, width)`` float32, one dense matrix per address."""
+    # Every address starts a row of this overlapping view: no index arithmetic.
+    size = rows * width
+    view = arena.as_strided((arena.numel() - size + 1, size), (1, 1))
+    return view.index_select(0, addresses).view(-1, rows, width).float()

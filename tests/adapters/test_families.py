@@ -102,7 +102,6 @@ def make_weights(
 class Loaded:
     """A bank with adapters in it, placed with gaps."""
 
-    kernels: bool = False
     shape: BaseShape = SHAPE
     bank: AdapterBank = field(init=False)
     weights: dict[RowAdapter, AdapterWeights] = field(default_factory=dict)
@@ -114,7 +113,6 @@ class Loaded:
             capacity_bytes=4 << 20,
             device=torch.device("cpu"),
             dtype=torch.float32,
-            kernels=self.kernels,
         )
         self.bank._records.arena.fill_(float("nan"))
         for basis in BASES[self.shape.name].values():
@@ -182,11 +180,10 @@ def all_kinds(shape: BaseShape = SHAPE) -> list[AdapterWeights]:
     ]
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("shape", [SHAPE, EVEN], ids=lambda shape: shape.name)
-def test_a_mixed_step_equals_each_row_alone(seed: int, kernels: bool, shape: BaseShape) -> None:
-    loaded = Loaded(kernels, shape)
+def test_a_mixed_step_equals_each_row_alone(seed: int, shape: BaseShape) -> None:
+    loaded = Loaded(shape)
     adapters: list[RowAdapter | None] = [loaded.add(weights) for weights in all_kinds(shape)]
     generator = torch.Generator().manual_seed(seed)
 
