@@ -64,7 +64,7 @@ def _project(
     splits = (config or default_project_config(columns)).splits
     return bench.record(
         "core_project",
-        "all differ",
+        "core_project, all differ",
         {"tokens": tokens, "k": k, "rank": columns, "modules": MODULES},
         lambda: core_project(x, a, rows, modules=MODULES, matrix=0, config=config),
         bytes_moved=read * x.element_size() + splits * tokens * MODULES * columns * 4,
@@ -80,8 +80,8 @@ def _mix(bench: Bench, tokens: int, columns: int, config: MixConfig | None = Non
     rows = bench_rows(bench, shape, tokens, distinct, columns, MODULES)
     moved = (tokens * columns + distinct * columns**2) * y.element_size() + tokens * columns * 4
     return bench.record(
-        "core_mix",
-        "shared",
+        "core_project",
+        "core_mix, shared",
         {"tokens": tokens, "rank": columns, "modules": MODULES, "adapters": distinct},
         lambda: core_mix(y, shape.hidden, rows, modules=MODULES, matrix=0, config=config),
         bytes_moved=MODULES * moved,
