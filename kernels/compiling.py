@@ -101,9 +101,10 @@ MIX = {**PROJECT, "TILE": 4, "h_column": 6144, "num_warps": 1}
 # With scale and softcap; FIRM has neither.
 SAMPLE: dict[str, object] = {"vocab": 128256, "CHUNK": 2048, "CHUNKS": 64, "BLOCK": 4096}
 SAMPLE |= {"GROUP": 8192, "GROUPS": 16, "GREEDY_ONLY": False, "SOFTCAP": True, "SHIFT": 16}
-SAMPLE |= {"aligned": True, "num_warps": 16, "maxnreg": 64}
+SAMPLE |= {"aligned": True}
 FIRM = {**SAMPLE, "SOFTCAP": False, "scale_ptr": None, "wide": True}
 GREEDY = {**FIRM, "GREEDY_ONLY": True}
+PICK = {"num_warps": 16, "maxnreg": 64}
 # Kernel, element type of its arrays, compile-time constants: every branch at least once.
 VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (core_apply_kernel, "*bf16", {**CORE, "RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False}),
@@ -163,10 +164,10 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
         (sample_scan_kernel, element, {**constants, "num_warps": 4, "unspilled": True})
         for element, constants in (("*bf16", GREEDY), ("*bf16", FIRM), ("*fp32", SAMPLE))
     ),
-    (sample_pick_kernel, "*bf16", {**GREEDY, "num_warps": 1}),
-    (sample_pick_kernel, "*bf16", FIRM),
-    (sample_pick_kernel, "*fp16", {**SAMPLE, "SHIFT": 13}),
-    (sample_pick_kernel, "*fp32", {**SAMPLE, "SHIFT": 0}),
+    (sample_pick_kernel, "*bf16", {**GREEDY, **PICK, "num_warps": 1}),
+    (sample_pick_kernel, "*bf16", {**FIRM, **PICK}),
+    (sample_pick_kernel, "*fp16", {**SAMPLE, **PICK, "SHIFT": 13}),
+    (sample_pick_kernel, "*fp32", {**SAMPLE, **PICK, "SHIFT": 0}),
 )
 
 
