@@ -65,11 +65,12 @@ INDEX_TYPES = {
 }
 SCALAR_TYPES = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "limit": "fp32"}
 SCALAR_TYPES |= {"sums_width": "fp32", "sums_eps": "fp32"}
-EVEN = ("k", "width0", "width1", "width2")  # widths of a model's linears
+EVEN = ("k", "width", "width0", "width1", "width2")  # widths of a model's linears
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 SHARED_BYTES = 227 << 10  # what one program may take on an H100
 
 CORE = {"TILE": 16, "BLOCK_N": 128, "CHUNK": 16}
+FOLD = {"num_warps": 16, "aligned": True}
 TILES = {"TILE": 16, "TILE_N": 16, "ALIGN": 16, "STAGES": 3, "FLOAT32_DOT": False, "aligned": True}
 SHRINK = {**TILES, "SINGLE_N": 4, "TILE_K": 256, "SINGLE_K": 512, "num_warps": 4}
 EXPAND = {**TILES, "TILE_K": 16, "BLOCK_N": 512, "SINGLE": True, "num_warps": 2, "num_stages": 1}
@@ -110,8 +111,8 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (core_apply_kernel, "*bf16", {**CORE, "RANK": 16, "ALIGN": 8, "FLOAT32_DOT": False}),
     (core_apply_kernel, "*fp32", {**CORE, "RANK": 16, "ALIGN": 1, "FLOAT32_DOT": True}),
     (core_mix_kernel, "*bf16", {"RANK": 64, "TILE": 4, "CHUNK": 16, "ALIGN": 8}),
-    (fold_sum_kernel, "*bf16", {"RANK": 16, "FOLDS": 128, "HALVINGS": 4, "num_warps": 16}),
-    (fold_sum_kernel, "*bf16", {"RANK": 64, "FOLDS": 32, "HALVINGS": 6, "num_warps": 2}),
+    (fold_sum_kernel, "*bf16", {**FOLD, "RANK": 16, "FOLDS": 128, "HALVINGS": 4}),
+    (fold_sum_kernel, "*bf16", {**FOLD, "RANK": 64, "FOLDS": 32, "HALVINGS": 6, "num_warps": 2}),
     (shrink_kernel, "*bf16", SHRINK),
     (shrink_kernel, "*bf16", {**SHRINK, "SINGLE_N": 1, "SINGLE_K": 1024, "STAGES": 4}),
     (shrink_kernel, "*bf16", {**SHRINK, "TILE_N": 32, "SINGLE_N": 32, "SINGLE_K": 0}),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank, _Load
 from shoal.adapters.basis import Basis
 from shoal.adapters.packing import PackedAdapter, pack_adapter
 from shoal.adapters.spec import GROUPS, BaseShape, Dims, Family, Group, RowAdapter, Slot
@@ -197,3 +197,34 @@ def test_capacity_is_counted_in_units_and_must_hold_one() -> None:
     assert make_bank(3 * 4 * UNIT_ELEMENTS + 5).num_units == 3
     with pytest.raises(ValueError, match="capacity_bytes is 4095"):
         make_bank(4095)
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_a_step_waits_for_the_loads_of_its_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[FakeEvent] = []
+
+    class FakeStream:
+        wait_event = staticmethod(waited.append)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream)
+    bank = make_bank()
+    packed = [make_adapter("core", seed) for seed in range(3)]
+    adapters = [place(one, 10 * i) for i, one in enumerate(packed)]
+    events = [FakeEvent() for _ in packed]
+    for adapter, one, event in zip(adapters, packed, events, strict=True):
+        bank._loads.append(_Load(adapter.slot.unit, event, one.data))  # type: ignore[arg-type]
+    bank.wait_loads([(adapters[1], 1), (None, 3)])
+    assert waited == [events[1]]
+    bank.wait_loads()
+    assert waited == [events[1], *events]
+    events[0].done = events[1].done = True
+    bank.wait_loads([(adapters[2], 1)])
+    assert waited[-1] is events[2]
+    assert [load.done for load in bank._loads] == events[2:], "sources are kept while they are read"
