@@ -6,23 +6,25 @@ It owns the order of start-up and of shutdown; each part's behaviour is in its o
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 import torch
-from tqdm import tqdm
 
 from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
 from shoal.adapters.base import base_digest
 from shoal.adapters.basis import Basis, BasisStore, canonical_basis
+from shoal.adapters.families import core
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterLibrary, places
+from shoal.adapters.random_basis import random_basis
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import BaseShape
+from shoal.adapters.tables import ActiveFamilies
 from shoal.adapters.weights import WeightOf
 from shoal.server.config import (
     EnginePlan,
@@ -34,21 +36,37 @@ from shoal.server.config import (
 )
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.loop import Deliver, EngineLoop
+from shoal.server.engine.plan import Runner
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.http.services import Services
-from shoal.server.model.attention import choose_attention
+from shoal.server.model import gemms
+from shoal.server.model.attention import AttentionName, choose_attention, resolve_attention
+from shoal.server.model.attention_xformers import XformersAttention, check_model
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
+from shoal.server.model.device_runner import RunnerLimits
+from shoal.server.model.fused import defers_norms
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.pull import resolve_model
 from shoal.server.model.runner import ModelRunner
 from shoal.server.model.sampler import Sampler
+from shoal.server.model.starting import start_device_runner
 from shoal.server.model.tokenizer import Tokenizer
 from shoal.server.model.weights import exact_weight_of, load_model, read_config
+from shoal.server.progress import Bars
+from shoal.server.reserve import StepSizes, reserve_parts
 
 SHIPPED = Path(__file__).resolve().parent.parent / "adapters" / "shipped"
 
 log = logging.getLogger(__name__)
+
+# Sets of families whose steps are captured at start: LoRA-XS of ranks to 16 and to 32.
+CAPTURED = (
+    ActiveFamilies(core_columns=16, core_alignment=8),
+    ActiveFamilies(core_columns=32, core_alignment=8),
+)
+# Sets that are captured when they are first needed, and only compiled at start.
+COMPILED = (ActiveFamilies(fold_rank=16), ActiveFamilies(lora_rank=16))
 
 
 @contextmanager
@@ -64,40 +82,50 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
     """
     path = resolve_model(config.model)
     device = resolve_device(config.device)
-    begin_attention = choose_attention(config.attention, device)
+    attention = resolve_attention(config.attention, device)
     facts = read_config(path)
     dtype = torch_dtype(
         resolve_dtype(config.dtype, device=device.type, checkpoint_dtype=facts.dtype or "float32")
     )
+    if attention == "xformers":
+        check_model(facts, dtype)
     log.info("loading model=%s device=%s dtype=%s", path, device, dtype)
+    clock = _Clock(device)
+    fused = runs_fused(device, attention)
+    joint = fused and defers_norms(facts, dtype)
     decoder = load_model(
         path,
         device=device,
         dtype=dtype,
         load_format="dummy" if config.load_format == "dummy" else "auto",
+        spare_rows=gemms.SPARE_ROWS if joint else 0,
     )
-    decoder.begin_attention = begin_attention
+    decoder.begin_attention = choose_attention(attention, device)
+    clock.lap("model")
     tokenizer = Tokenizer.load(path)
-    weight_of: WeightOf = decoder.weight_of
-    if config.load_format == "dummy":
-        digest = _dummy_digest(facts, device, dtype)
-    else:
-        digest = base_digest(path)
-        weight_of = exact_weight_of(decoder, path)
-    shape = decoder.config.base_shape(config.base_name, digest)
-    basis = load_canonical_basis(weight_of, shape, config.basis_rank)
+    clock.lap("tokenizer")
+    shape, basis = _shape_and_basis(config, path, decoder)
+    clock.lap("basis")
     plan = plan_engine(
-        config, device=device.type, model=_model_facts(decoder.config), memory=_memory(device)
+        config,
+        device=device.type,
+        model=_model_facts(decoder.config, shape),
+        memory=_memory(config, decoder, shape),
     )
     log.info("engine %s", plan)
-    bank = AdapterBank(shape, capacity_bytes=plan.arena_bytes, device=device, dtype=dtype)
+    bank = AdapterBank(
+        shape, capacity_bytes=plan.arena_bytes, device=device, dtype=dtype, joint=joint
+    )
     host = HostTier(config.host_adapter_memory)
     library = _open_library(config, decoder, shape, basis, bank, host, dtype)
-    engine = EngineClient(_engine_loop(config, plan, decoder, bank, host))
     try:
+        clock.lap("adapters")
+        runner = _runner(config, plan, decoder, bank, host, attention)
+        clock.lap("runner")
+        log.info("ready to listen %s", clock.report())
         yield Services(
             config=config,
-            engine=engine,
+            engine=EngineClient(_engine_loop(config, plan, decoder, bank, host, runner)),
             library=library,
             tokenizer=tokenizer,
             model_name=config.base_name,
@@ -107,6 +135,27 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
         )
     finally:
         library.close()
+
+
+class _Clock:
+    """How long each part of start-up took; what was launched on the device counts where it was."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begin = self._last = time.perf_counter()
+        self._parts: list[str] = []
+
+    def lap(self, name: str) -> None:
+        """End a part."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self._parts.append(f"{name}_s={now - self._last:.1f}")
+        self._last = now
+
+    def report(self) -> str:
+        """All parts and their sum."""
+        return " ".join([*self._parts, f"total_s={self._last - self._begin:.1f}"])
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -136,19 +185,24 @@ def load_canonical_basis(weight_of: WeightOf, shape: BaseShape, rank: int) -> Ba
     """
     cache = platformdirs.user_cache_path("shoal") / "bases"
     cache.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as bars:
-        shown: list[Any] = []
-
-        def progress(done: int, total: int) -> None:
-            if not shown:  # only when there is something to compute
-                bar = tqdm(total=total, unit="target", desc="computing the basis", disable=None)
-                shown.append(bars.enter_context(bar))
-            shown[0].update(done - shown[0].n)
-
-        return canonical_basis(weight_of, shape, rank, cache, progress)
+    with Bars() as bars:
+        return canonical_basis(weight_of, shape, rank, cache, partial(bars, "computing the basis"))
 
 
-def _dummy_digest(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+def _shape_and_basis(config: ServeConfig, path: Path, decoder: Decoder) -> tuple[BaseShape, Basis]:
+    """What adapters must fit, and the basis that they share."""
+    if config.load_format == "dummy":
+        digest = dummy_digest(decoder.config, decoder.device, decoder.dtype)
+        shape = decoder.config.base_shape(config.base_name, digest)
+        with Bars() as bars:
+            progress = partial(bars, "drawing a basis")
+            return shape, random_basis(shape, config.basis_rank, decoder.device, progress=progress)
+    shape = decoder.config.base_shape(config.base_name, base_digest(path))
+    weight_of = exact_weight_of(decoder, path)
+    return shape, load_canonical_basis(weight_of, shape, config.basis_rank)
+
+
+def dummy_digest(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
     """Identity of random weights: neither their basis nor their adapters are the real base's."""
     return hashlib.sha256(f"dummy {device.type} {dtype} {config}".encode()).hexdigest()
 
@@ -166,9 +220,10 @@ def _open_library(
     if config.registry is None:
         platformdirs.user_data_path("shoal").mkdir(parents=True, exist_ok=True)
     bases = BasisStore(places(registry_url, config.store).bases)
-    # Kept beside the adapters that are written in it: should this machine's cache be lost and the
-    # basis come out a rounding error apart, they still find the very one they were stored with.
-    bases.add(basis)
+    if config.load_format != "dummy":
+        # Kept beside the adapters that are written in it: should this machine's cache be lost and
+        # the basis come out a rounding error apart, they still find the one they were stored with.
+        bases.add(basis)
     bank.add_basis(basis)
     return AdapterLibrary.open(
         registry_url=registry_url,
@@ -193,9 +248,20 @@ def shipped_folder(model: str) -> Path | None:
     return found[0] if found else None
 
 
-def _engine_loop(
-    config: ServeConfig, plan: EnginePlan, decoder: Decoder, bank: AdapterBank, host: HostTier
-) -> Callable[[Deliver], EngineLoop]:
+def runs_fused(device: torch.device, attention: AttentionName) -> bool:
+    """Whether ``DeviceRunner`` serves; ``--attention torch`` keeps the plain runner, its check."""
+    return device.type == "cuda" and attention != "torch"
+
+
+def _runner(
+    config: ServeConfig,
+    plan: EnginePlan,
+    decoder: Decoder,
+    bank: AdapterBank,
+    host: HostTier,
+    attention: AttentionName,
+) -> Runner:
+    """What executes steps, ready to do so at full speed."""
     kv = KVCache(
         decoder.config,
         num_blocks=plan.num_blocks,
@@ -203,6 +269,34 @@ def _engine_loop(
         device=decoder.device,
         dtype=decoder.dtype,
     )
+    if not runs_fused(decoder.device, attention):
+        return ModelRunner(decoder, kv, bank, host, Sampler())
+    with Bars() as bars:
+        return start_device_runner(
+            decoder,
+            kv,
+            bank,
+            host,
+            RunnerLimits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=plan.max_model_len,
+            ),
+            families=CAPTURED if bank.joint is not None else (),
+            compiled=COMPILED,
+            attention=XformersAttention if attention == "xformers" else None,
+            progress=bars,
+        )
+
+
+def _engine_loop(
+    config: ServeConfig,
+    plan: EnginePlan,
+    decoder: Decoder,
+    bank: AdapterBank,
+    host: HostTier,
+    runner: Runner,
+) -> Callable[[Deliver], EngineLoop]:
     scheduler = Scheduler(
         SchedulerLimits(
             block_tokens=plan.block_tokens,
@@ -216,20 +310,48 @@ def _engine_loop(
         SlotTable(bank.num_units, UNIT_ELEMENTS),
         decoder.config.eos_token_ids,
     )
-    runner = ModelRunner(decoder, kv, bank, host, Sampler())
     return partial(EngineLoop, scheduler, runner, staged=host)
 
 
-def _model_facts(config: ModelConfig) -> ModelFacts:
+def _model_facts(config: ModelConfig, shape: BaseShape) -> ModelFacts:
+    elements = core.packed_elements(shape, CAPTURED[0].core_columns)
     return ModelFacts(
         kv_elements_per_token=2 * config.num_layers * config.kv_size,
         max_model_len=config.max_model_len,
         checkpoint_dtype=config.dtype or "float32",
+        adapter_elements=-(-elements // UNIT_ELEMENTS) * UNIT_ELEMENTS,
+        unit_elements=UNIT_ELEMENTS,
     )
 
 
-def _memory(device: torch.device) -> MemoryFacts:
-    if device.type == "cpu":
+def _memory(config: ServeConfig, decoder: Decoder, shape: BaseShape) -> MemoryFacts:
+    if decoder.device.type == "cpu":
         return MemoryFacts(total_bytes=0, free_bytes=0)
-    free, total = torch.cuda.mem_get_info(device)
-    return MemoryFacts(total_bytes=total, free_bytes=free)
+    model = decoder.config
+    parts = reserve_parts(
+        StepSizes(
+            tokens=config.max_num_batched_tokens,
+            rows=config.max_num_seqs,
+            positions=config.max_model_len or model.max_model_len,
+            item=decoder.dtype.itemsize,
+            hidden=model.hidden_size,
+            intermediate=model.intermediate_size,
+            q_size=model.q_size,
+            head_dim=model.head_dim,
+            vocab=model.vocab_size,
+            layers=model.num_layers,
+            outputs=sum(dims.d_out for dims in shape.dims.values()),
+            basis_rank=config.basis_rank,
+            block_tokens=config.block_size,
+        )
+    )
+    # What making the weights took for a moment is counted as free.
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(decoder.device)
+    log.info(
+        "memory total=%d free=%d reserved: %s",
+        total,
+        free,
+        " ".join(f"{name}={size}" for name, size in parts.items()),
+    )
+    return MemoryFacts(total_bytes=total, free_bytes=free, reserve_bytes=sum(parts.values()))

@@ -23,6 +23,11 @@ _UNITS = {
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _MAX_PORT = 65535
+# The device bank has room for these many LoRA-XS adapters (rank 16, every module) where it can.
+ADAPTERS_WANTED = 100_000
+# xformers' paged kernel reads this many tokens at a time.
+_XFORMERS_BLOCK = 64
+_GIB = 1 << 30
 
 
 def parse_bytes(text: str) -> int:
@@ -100,8 +105,8 @@ class ServeConfig:
     )
     adapter_memory: int | None = option(
         None,
-        "bytes of the device adapter bank; default: a quarter of what is left on CUDA,"
-        " 512MiB on a CPU",
+        f"bytes of the device adapter bank; default: room for {ADAPTERS_WANTED:,} LoRA-XS adapters"
+        " of rank 16, at most a quarter of what is left, on CUDA, 512MiB on a CPU",
         parse=parse_bytes,
     )
     host_adapter_memory: int = option(
@@ -164,6 +169,11 @@ class ServeConfig:
             f"at least --max-num-seqs ({self.max_num_seqs}), so that every row advances",
         )
         self._require("block_size", self.block_size.bit_count() == 1, "a power of two")
+        self._require(
+            "block_size",
+            self.attention != "xformers" or self.block_size % _XFORMERS_BLOCK == 0,
+            f"a multiple of {_XFORMERS_BLOCK} with --attention xformers",
+        )
         self._require("shutdown_timeout", 0 <= self.shutdown_timeout < 86400, "0 to 86400 seconds")
         for name in ("tensor_parallel_size", "api_workers"):
             self._require(name, getattr(self, name) == 1, "1: this version runs in one process")
@@ -281,18 +291,22 @@ class ModelFacts:
         kv_elements_per_token: keys and values of one token over all layers, in elements.
         max_model_len: positions that the model can address.
         checkpoint_dtype: ``float32``, ``float16`` or ``bfloat16``.
+        adapter_elements: of a LoRA-XS adapter of rank 16 on every module, in the device bank.
+        unit_elements: what the bank hands out; it cannot have less.
     """
 
     kv_elements_per_token: int
     max_model_len: int
     checkpoint_dtype: str
+    adapter_elements: int = 0
+    unit_elements: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFacts:
     """The device's memory in bytes, looked at after the weights were loaded.
 
-    ``reserve_bytes`` is what a step itself needs at its largest (activations, graphs).
+    ``reserve_bytes`` is what serving takes beside weights, adapters and cache (``reserve.py``).
     """
 
     total_bytes: int
@@ -330,8 +344,8 @@ def plan_engine(
         device: ``cpu`` or ``cuda``; already resolved.
 
     Raises:
-        ValueError: the memory does not hold one request of the longest length, or
-            ``--max-model-len`` exceeds the model's.
+        ValueError: the memory does not hold what was asked, the adapters or one request of the
+            longest length, or ``--max-model-len`` exceeds the model's.
     """
     dtype = resolve_dtype(config.dtype, device=device, checkpoint_dtype=model.checkpoint_dtype)
     length = config.max_model_len or model.max_model_len
@@ -340,12 +354,20 @@ def plan_engine(
             f"--max-model-len is {length}: must be at most {model.max_model_len}, what the model"
             " was made for"
         )
-    used = memory.total_bytes - memory.free_bytes
-    budget = int(memory.total_bytes * config.gpu_memory_utilization) - used - memory.reserve_bytes
     on_cpu = device == "cpu"
-    arena_bytes = config.adapter_memory or (512 << 20 if on_cpu else max(budget, 0) // 4)
-    kv_bytes = config.kv_cache_memory or (1 << 30 if on_cpu else budget - arena_bytes)
-    block_bytes = model.kv_elements_per_token * _DTYPE_BYTES[dtype] * config.block_size
+    item = _DTYPE_BYTES[dtype]
+    unit_bytes = model.unit_elements * item
+    if config.adapter_memory is not None and config.adapter_memory < unit_bytes:
+        raise ValueError(
+            f"--adapter-memory is {config.adapter_memory}: must be at least {unit_bytes} bytes,"
+            " the least that an adapter takes"
+        )
+    if on_cpu:
+        arena_bytes = config.adapter_memory or 512 << 20
+        kv_bytes = config.kv_cache_memory or 1 << 30
+    else:
+        arena_bytes, kv_bytes = _divide(config, memory, model.adapter_elements * item, unit_bytes)
+    block_bytes = model.kv_elements_per_token * item * config.block_size
     num_blocks = kv_bytes // block_bytes
     if config.max_model_len is None and config.kv_cache_memory is None and on_cpu:
         # A CPU's default cache serves the length that fits, rather than refusing to start.
@@ -355,7 +377,8 @@ def plan_engine(
         raise ValueError(
             f"the KV cache would have {max(num_blocks, 0)} blocks of {config.block_size} tokens"
             f" ({max(kv_bytes, 0)} bytes): one request of {length} tokens needs {max(needed, 1)};"
-            " lower --max-model-len, or raise --kv-cache-memory or --gpu-memory-utilization"
+            " lower --max-model-len or --adapter-memory, or raise --kv-cache-memory or"
+            " --gpu-memory-utilization"
         )
     return EnginePlan(
         device=device,
@@ -365,3 +388,50 @@ def plan_engine(
         max_model_len=length,
         arena_bytes=arena_bytes,
     )
+
+
+def _divide(
+    config: ServeConfig, memory: MemoryFacts, adapter_bytes: int, unit_bytes: int
+) -> tuple[int, int]:
+    """Bytes of the adapter bank and of the KV cache on a GPU.
+
+    Sizes that were given are kept as long as the card has them; the others share what
+    ``--gpu-memory-utilization`` leaves.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    used = memory.total_bytes - memory.free_bytes
+    free = memory.free_bytes - memory.reserve_bytes
+    allowed = int(memory.total_bytes * config.gpu_memory_utilization)
+    left = min(allowed - used - memory.reserve_bytes, free)
+    if left < unit_bytes and None in (config.adapter_memory, config.kv_cache_memory):
+        raise ValueError(
+            f"--gpu-memory-utilization is {config.gpu_memory_utilization}: that leaves 0 blocks of"
+            f" KV cache, {_gib(allowed)} of the card's {_gib(memory.total_bytes)}, of which"
+            f" {_gib(used)} are taken and a step needs {_gib(memory.reserve_bytes)}; raise it, or"
+            " lower --max-num-batched-tokens or --max-num-seqs"
+        )
+    arena, kv = config.adapter_memory, config.kv_cache_memory
+    if arena is None:
+        most = left // 4 if kv is None else min(left // 4, left - kv)
+        arena = max(min(adapter_bytes * ADAPTERS_WANTED, most), unit_bytes)
+    if kv is None:
+        kv = left - arena
+        if kv <= 0:
+            raise ValueError(
+                f"--adapter-memory is {_gib(arena)}: must be less than {_gib(left)}, what"
+                f" --gpu-memory-utilization {config.gpu_memory_utilization} leaves for adapters and"
+                " KV cache"
+            )
+    if arena + kv > max(free, 0):
+        raise ValueError(
+            f"--adapter-memory ({_gib(arena)}) and --kv-cache-memory ({_gib(kv)}) together must be"
+            f" at most {_gib(max(free, 0))}: {_gib(memory.free_bytes)} are free, and a step needs"
+            f" {_gib(memory.reserve_bytes)}"
+        )
+    return arena, kv
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.1f} GiB"

@@ -7,7 +7,7 @@ the triton backend runs the kernels of ``shoal.kernels.paged_attention``.
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from torch.nn import functional as F
 from shoal.kernels.errors import TritonMissing
 from shoal.kernels.launching import kernel_runs_on, require_triton
 from shoal.kernels.paged_attention.kernel import launch_paged_decode, launch_paged_prefill
+from shoal.server.model.attention_xformers import (
+    XformersMissing,
+    load_xformers,
+    xformers_attention,
+)
 from shoal.server.model.batch import Batch
 from shoal.server.model.kv_cache import KVCache
 
@@ -59,27 +64,46 @@ class StepAttention(Protocol):
         ...
 
 
+AttentionName = Literal["triton", "xformers", "torch"]
 # Prepares a step. The cache is written by the calls that follow, not here.
 BeginAttention = Callable[[Batch, KVCache], StepAttention]
 
 
-def choose_attention(name: str, device: torch.device) -> BeginAttention:
-    """The backend of that name; ``auto`` is torch until triton has been measured on a card.
+def resolve_attention(name: str, device: torch.device) -> AttentionName:
+    """The backend that a name means on a device: ``auto`` is torch on a CPU, else triton.
 
     Raises:
-        ValueError: the backend is not there, or does not run on the device.
+        ValueError: the backend is not installed, or does not run on the device.
     """
-    if name in ("auto", "torch"):
-        return torch_attention
-    if name == "triton":
-        if not kernel_runs_on(device):
-            raise ValueError("--attention is 'triton': must be torch or auto on a CPU")
+    if name == "torch" or (name == "auto" and device.type == "cpu"):
+        return "torch"
+    if not (kernel_runs_on(device) if name == "triton" else device.type != "cpu"):
+        raise ValueError(f"--attention is {name!r}: must be torch or auto on a CPU")
+    if name == "xformers":
         try:
-            require_triton()
-        except TritonMissing as problem:
-            raise ValueError(f"--attention is 'triton': {problem}") from problem
-        return triton_attention
-    raise ValueError(f"--attention is {name!r}: not built yet; must be triton, torch or auto")
+            load_xformers()
+        except XformersMissing as problem:
+            raise ValueError(f"--attention is 'xformers': {problem}") from problem
+        return "xformers"
+    try:
+        require_triton()
+    except TritonMissing as problem:
+        raise ValueError(
+            f"--attention is {name!r}: {problem}; --attention torch does without, slowly"
+        ) from problem
+    return "triton"
+
+
+def choose_attention(name: str, device: torch.device) -> BeginAttention:
+    """The backend of that name.
+
+    Raises:
+        ValueError: as ``resolve_attention``.
+    """
+    resolved = resolve_attention(name, device)
+    if resolved == "xformers":
+        return xformers_attention
+    return triton_attention if resolved == "triton" else torch_attention
 
 
 def torch_attention(batch: Batch, kv: KVCache) -> StepAttention:

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,22 @@ def row_buckets(most: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
+class StepBackend(Protocol):
+    """Makes one step's attention over the cache, such as ``XformersAttention``."""
+
+    def __call__(
+        self,
+        kv: KVCache,
+        *,
+        block_tables: Tensor,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        num_decode_rows: int,
+    ) -> Callable[[int, Tensor, float, int | None, float | None], Tensor]:
+        """Rows in order, decode rows first; tables are ``(rows, widest)`` on the device."""
+        ...
+
+
 class _Captured(NamedTuple):
     graph: "torch.cuda.CUDAGraph"
     logits: Tensor  # (rows, vocab)
@@ -85,6 +101,8 @@ class DeviceRunner:
         host: where adapters are staged before the plan asks for them.
         limits: what the scheduler plans within.
         graphs: whether decode steps are captured; by default on CUDA.
+        attention: another backend, made anew for each step from lengths on the host; then nothing
+            is captured, and decode steps run as prompts do.
     """
 
     lookahead = True
@@ -99,6 +117,7 @@ class DeviceRunner:
         limits: RunnerLimits,
         graphs: bool | None = None,
         entropy: random.Random | None = None,
+        attention: StepBackend | None = None,
     ) -> None:
         self.forward = forward
         self._decoder: Decoder = forward.decoder
@@ -110,6 +129,7 @@ class DeviceRunner:
         device = self._decoder.device
         self._cuda = device.type == "cuda"
         self._use_graphs = self._cuda if graphs is None else graphs
+        self._attention = attention
         self._stream = (
             torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         )
@@ -159,7 +179,8 @@ class DeviceRunner:
                 assert self._host is not None
                 self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))
             rows = plan.rows
-            if all(row.sample and len(row.token_ids) == 1 for row in rows):
+            decodes = all(row.sample and len(row.token_ids) == 1 for row in rows)
+            if decodes and self._attention is None:
                 return self._submit_decode(rows)
             return self._submit_prompts(rows)
 
@@ -194,7 +215,7 @@ class DeviceRunner:
             self._inputs(
                 self._prompt,
                 loaded.tokens,
-                self._attend_mixed(loaded, len(rows), self._widest(rows)),
+                self._attend_rows(loaded, rows),
                 self._prompt_tables,
                 active,
             )
@@ -343,6 +364,20 @@ class DeviceRunner:
 
         return attend
 
+    def _attend_rows(
+        self, loaded: Loaded, rows: Sequence[Row]
+    ) -> Callable[[int, Tensor, float, int | None, float | None], Tensor]:
+        widest = self._widest(rows)
+        if self._attention is None:
+            return self._attend_mixed(loaded, len(rows), widest)
+        return self._attention(
+            self._kv,
+            block_tables=self._prompt.tables(len(rows), widest),
+            query_lens=[len(row.token_ids) for row in rows],
+            context_lens=[row.start + len(row.token_ids) for row in rows],
+            num_decode_rows=loaded.decode_rows,
+        )
+
     def _attend_mixed(
         self, loaded: Loaded, rows: int, table_blocks: int
     ) -> Callable[[int, Tensor, float, int | None, float | None], Tensor]:
@@ -392,8 +427,9 @@ class DeviceRunner:
         self,
         families: Sequence[ActiveFamilies] = (NO_FAMILIES,),
         progress: Callable[[int, int], None] | None = None,
+        buckets: Sequence[int] | None = None,
     ) -> None:
-        """Capture the graphs of every bucket for these sets of families.
+        """Capture the graphs of these buckets (by default all) for these sets of families.
 
         Others are captured when a step first needs them, which delays that step.
         """
@@ -403,7 +439,9 @@ class DeviceRunner:
             for active in families
             for greedy in (True, False)
             for short in shorts
-            for rows in reversed(self.buckets)  # the largest first: the others fit in its memory
+            for rows in reversed(
+                buckets or self.buckets
+            )  # the largest first: the others fit in its memory
         ]
         with self._on_stream():
             self._load_padding()

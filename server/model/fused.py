@@ -27,6 +27,7 @@ from shoal.kernels.core_project.kernel import core_mix, core_project
 from shoal.kernels.rope_kv.kernel import rope_kv
 from shoal.kernels.rope_kv.reference import rotation_table
 from shoal.kernels.silu_mul.kernel import silu_mul
+from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import KV_LIMIT, Decoder, Layer, Linear
 from shoal.server.model.gemms import NO_PLAN, GemmPlan, multiply
 from shoal.server.model.kv_cache import KVCache
@@ -110,7 +111,7 @@ class FusedForward:
         config = decoder.config
         self._layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
         self._norms_after_mlp = [*(layer.attn_norm for layer in self._layers[1:]), decoder.norm]
-        self.deferred = not config.sandwich_norms and decoder.dtype != torch.float16
+        self.deferred = defers_norms(config, decoder.dtype)
         positions = torch.arange(max_positions, device=decoder.device)
         self._rotations = {
             rope: rotation_table(frequencies, positions, factor)
@@ -271,6 +272,11 @@ class FusedForward:
     def _join(self) -> None:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
+
+
+def defers_norms(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether such a model runs with deferred norms; only then it may have a joint basis."""
+    return not config.sandwich_norms and dtype != torch.float16
 
 
 def row_factors(scale: RowScale) -> Tensor:

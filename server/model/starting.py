@@ -15,7 +15,13 @@ from shoal.adapters.spec import GROUPS
 from shoal.adapters.tables import ActiveFamilies
 from shoal.server.model import gemms
 from shoal.server.model.decoder import Decoder, Linear
-from shoal.server.model.device_runner import NO_FAMILIES, DeviceRunner, RunnerLimits, row_buckets
+from shoal.server.model.device_runner import (
+    NO_FAMILIES,
+    DeviceRunner,
+    RunnerLimits,
+    StepBackend,
+    row_buckets,
+)
 from shoal.server.model.fused import FusedForward
 from shoal.server.model.kv_cache import KVCache
 
@@ -40,6 +46,8 @@ def start_device_runner(
     limits: RunnerLimits,
     *,
     families: Sequence[ActiveFamilies] = (),
+    compiled: Sequence[ActiveFamilies] = (),
+    attention: StepBackend | None = None,
     progress: Progress | None = None,
 ) -> DeviceRunner:
     """A runner with its GEMMs measured, its kernels compiled and its graphs captured.
@@ -48,6 +56,9 @@ def start_device_runner(
         decoder: with ``gemms.SPARE_ROWS`` spare rows when there is a bank.
         bank: None for the base alone.
         families: sets of active families whose graphs are captured now, besides the base's.
+        compiled: further sets whose kernels are compiled now, and whose graphs are captured when a
+            step first needs them.
+        attention: see ``DeviceRunner``.
         progress: told of each part of the work.
     """
 
@@ -59,12 +70,15 @@ def start_device_runner(
     begin = time.perf_counter()
     plan = measure_gemms(decoder, limits, sets, part("measuring GEMMs"))
     measured = time.perf_counter()
-    runner = make_device_runner(decoder, kv, bank, host, limits, plan)
+    runner = make_device_runner(decoder, kv, bank, host, limits, plan, attention)
     if on_cuda:
         tokens = [count for count in WARM_TOKENS if count <= limits.max_num_batched_tokens]
-        runner.warm_prompts(sets, tokens=tokens)
+        runner.warm_prompts((*sets, *compiled), tokens=tokens)
         warmed = time.perf_counter()
-        runner.capture(sets, part("capturing graphs"))
+        if attention is None:
+            runner.capture(sets, part("capturing graphs"))
+            # Between them these two launch what a decode step can launch.
+            runner.capture(compiled, buckets=sorted({runner.buckets[0], runner.buckets[-1]}))
         log.info(
             "device runner ready gemms_s=%.1f kernels_s=%.1f graphs_s=%.1f",
             measured - begin,
@@ -101,6 +115,7 @@ def make_device_runner(
     host: HostTier | None,
     limits: RunnerLimits,
     plan: gemms.GemmPlan,
+    attention: StepBackend | None = None,
 ) -> DeviceRunner:
     """A runner that compiles and captures what it needs when it first needs it."""
     joint = None if bank is None else bank.joint
@@ -113,7 +128,7 @@ def make_device_runner(
         gemms=plan,
         max_positions=limits.max_model_len,
     )
-    return DeviceRunner(forward, kv, bank, host, limits=limits)
+    return DeviceRunner(forward, kv, bank, host, limits=limits, attention=attention)
 
 
 def _widen(decoder: Decoder, joint: JointBasis, columns: Columns) -> None:

@@ -59,6 +59,7 @@ def load_model(
     device: torch.device | str,
     dtype: torch.dtype,
     load_format: LoadFormat = "auto",
+    spare_rows: int = 0,
 ) -> Decoder:
     """Load a base model, tensor by tensor, straight to its device and dtype.
 
@@ -68,19 +69,20 @@ def load_model(
         device: where the model runs.
         dtype: what it runs in.
         load_format: ``dummy`` fills the shapes with seeded random numbers and reads no weights.
+        spare_rows: see ``Decoder``.
 
     Raises:
         ModelError: the model is not supported, or a tensor is missing, unknown or mis-shaped.
     """
     if load_format == "dummy":
-        return random_decoder(read_config(path), device, dtype)
+        return random_decoder(read_config(path), device, dtype, spare_rows=spare_rows)
     if path.suffix == ".gguf":
         file = GGUFFile(path)
         config, tensors = file.config(), file.tensors()
     else:
         config = read_config(path)
         tensors = _safetensors(path, torch.device(device))
-    decoder = Decoder(config, device=device, dtype=dtype)
+    decoder = Decoder(config, device=device, dtype=dtype, spare_rows=spare_rows)
     _fill(decoder, tensors, path)
     logger.info("loaded %s from %s on %s in %s", config.architecture, path, device, dtype)
     return decoder

@@ -5,6 +5,7 @@ On a CPU the kernels run in Triton's interpreter; with SHOAL_TEST_GPU=1 on a GPU
 
 import os
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from shoal.kernels import launching
 from shoal.server.engine.plan import Row
 from shoal.server.engine.request import SamplingParams
-from shoal.server.model import attention
+from shoal.server.model import attention, attention_xformers
 from shoal.server.model.attention import (
     PagedAttention,
     choose_attention,
@@ -178,13 +179,17 @@ def test_rows_a_graph_pads_with_change_nothing() -> None:
 
 def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu() -> None:
     assert choose_attention("auto", torch.device("cpu")) is torch_attention
-    assert choose_attention("auto", torch.device("cuda")) is torch_attention
+    assert choose_attention("auto", torch.device("cuda")) is triton_attention
     assert choose_attention("triton", torch.device("cuda")) is triton_attention
     assert choose_attention("torch", torch.device("cuda")) is torch_attention
 
 
 def test_a_backend_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="'xformers': not built yet; must be triton, torch or au"):
+    with pytest.raises(ValueError, match="'xformers': must be torch or auto on a CPU"):
+        choose_attention("xformers", torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "xformers", None)  # an import of it fails
+    attention_xformers.load_xformers.cache_clear()
+    with pytest.raises(ValueError, match=r"'xformers': .*pip install 'shoal\[xformers\]'"):
         choose_attention("xformers", torch.device("cuda"))
     monkeypatch.setattr(launching, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="'triton': must be torch or auto on a CPU"):

@@ -18,7 +18,13 @@ from shoal.server.config import (
 )
 
 GIB = 1 << 30
-MODEL = ModelFacts(kv_elements_per_token=1024, max_model_len=4096, checkpoint_dtype="bfloat16")
+MODEL = ModelFacts(
+    kv_elements_per_token=1024,
+    max_model_len=4096,
+    checkpoint_dtype="bfloat16",
+    adapter_elements=57_344,  # 11 GB in 16 bits for 100,000 of them: an 8B model's
+    unit_elements=1024,
+)
 NOTHING = MemoryFacts(total_bytes=0, free_bytes=0)
 
 
@@ -91,6 +97,7 @@ def test_keys_are_not_printed() -> None:
         ({"max_num_batched_tokens": 255}, "--max-num-batched-tokens"),
         ({"block_size": 0}, "--block-size"),
         ({"block_size": 24}, "--block-size"),
+        ({"block_size": 32, "attention": "xformers"}, "--block-size"),
         ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization"),
         ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization"),
         ({"gpu_memory_utilization": float("nan")}, "--gpu-memory-utilization"),
@@ -105,7 +112,7 @@ def test_keys_are_not_printed() -> None:
 def test_a_broken_field_is_named_with_its_value_and_rule(broken: dict[str, Any], flag: str) -> None:
     with pytest.raises(ValueError, match=f"^{flag} is .*: must be ") as caught:
         ServeConfig(**broken)
-    (value,) = broken.values()
+    value = next(iter(broken.values()))
     assert repr(value) in str(caught.value) or flag == "--api-key"
 
 
@@ -162,6 +169,52 @@ def test_cuda_divides_what_is_left_below_the_limit() -> None:
     assert plan.num_blocks == (budget - budget // 4) // (1024 * 2 * 16)
 
 
+def test_the_bank_has_room_for_100_000_adapters_and_no_more() -> None:
+    memory = MemoryFacts(total_bytes=80 * GIB, free_bytes=64 * GIB, reserve_bytes=3 * GIB)
+    plan = plan_engine(ServeConfig(), device="cuda", model=MODEL, memory=memory)
+    left = 72 * GIB - 16 * GIB - 3 * GIB
+    assert plan.arena_bytes == 100_000 * 57_344 * 2 < left // 4
+    assert plan.num_blocks == (left - plan.arena_bytes) // (1024 * 2 * 16)
+
+
+@pytest.mark.parametrize("name", ["adapter_memory", "kv_cache_memory"])
+def test_a_size_given_on_cuda_leaves_the_rest_to_the_other(name: str) -> None:
+    memory = MemoryFacts(total_bytes=80 * GIB, free_bytes=80 * GIB)
+    change: dict[str, Any] = {name: 8 * GIB}
+    plan = plan_engine(ServeConfig(**change), device="cuda", model=MODEL, memory=memory)
+    kv_bytes = plan.num_blocks * 1024 * 2 * 16
+    arena, kv = (8 * GIB, 64 * GIB) if name == "adapter_memory" else (100_000 * 57_344 * 2, 8 * GIB)
+    assert (plan.arena_bytes, kv_bytes) == (arena, kv)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"adapter_memory": 70 * GIB, "kv_cache_memory": 10 * GIB}, r"at most 78\.0 GiB"),
+        ({"adapter_memory": 71 * GIB}, r"--adapter-memory is 71\.0 GiB: must be less than 70\.0"),
+        ({"kv_cache_memory": 79 * GIB}, r"--kv-cache-memory \(79\.0 GiB\)"),
+    ],
+)
+def test_sizes_that_the_card_has_not_are_refused(change: dict[str, Any], words: str) -> None:
+    memory = MemoryFacts(total_bytes=80 * GIB, free_bytes=80 * GIB, reserve_bytes=2 * GIB)
+    with pytest.raises(ValueError, match=words):
+        plan_engine(ServeConfig(**change), device="cuda", model=MODEL, memory=memory)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_bank_without_room_for_anything_is_refused(device: str) -> None:
+    memory = MemoryFacts(total_bytes=8 * GIB, free_bytes=8 * GIB)
+    config = ServeConfig(adapter_memory=1000)
+    with pytest.raises(ValueError, match="--adapter-memory is 1000: must be at least "):
+        plan_engine(config, device=device, model=MODEL, memory=memory)
+
+
+def test_xformers_takes_blocks_of_whole_reads() -> None:
+    assert ServeConfig(attention="xformers", block_size=128).block_size == 128
+    with pytest.raises(ValueError, match="a multiple of 64 with --attention xformers"):
+        ServeConfig(attention="xformers")
+
+
 def test_given_sizes_are_kept() -> None:
     config = ServeConfig(kv_cache_memory=1 << 26, adapter_memory=1 << 20, max_model_len=512)
     plan = plan_engine(config, device="cpu", model=MODEL, memory=NOTHING)
@@ -191,5 +244,5 @@ def test_what_cannot_be_is_refused_with_the_flags_to_change(
 
 def test_a_full_device_is_refused() -> None:
     full = MemoryFacts(total_bytes=8 * GIB, free_bytes=0)
-    with pytest.raises(ValueError, match="0 blocks"):
+    with pytest.raises(ValueError, match=r"--gpu-memory-utilization is 0\.9: .* 0 blocks"):
         plan_engine(ServeConfig(), device="cuda", model=MODEL, memory=full)

@@ -1,0 +1,37 @@
+"""What is set aside for serving itself: figures of a known shape, and what they grow with."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from shoal.server.reserve import StepSizes, reserve_parts
+
+GIB = 1 << 30
+LLAMA_8B = StepSizes(
+    tokens=8192,
+    rows=256,
+    positions=8192,
+    item=2,
+    hidden=4096,
+    intermediate=14336,
+    q_size=4096,
+    head_dim=128,
+    vocab=128_256,
+    layers=32,
+    outputs=43_008,
+    basis_rank=64,
+    block_tokens=16,
+)
+
+
+def test_an_8b_model_leaves_most_of_a_card() -> None:
+    parts = reserve_parts(LLAMA_8B)
+    assert parts["basis"] == 2 * 64 * 32 * 43_008 * 2
+    assert parts["logits"] == 256 * 128_256 * 6
+    assert 2 * GIB < sum(parts.values()) < 5 * GIB
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(StepSizes) if f.name != "block_tokens"])
+def test_more_of_anything_reserves_more(name: str) -> None:
+    more = replace(LLAMA_8B, **{name: 2 * getattr(LLAMA_8B, name)})
+    assert sum(reserve_parts(more).values()) > sum(reserve_parts(LLAMA_8B).values())
