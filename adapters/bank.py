@@ -136,7 +136,8 @@ class AdapterBank:
                     self.shape,
                     self.device,
                     self.dtype,
-                    rank_major=self.joint is None,
+                    # What plain torch is faster with; the tables' kernels take the other order.
+                    rank_major=self.joint is None and self.device.type == "cpu",
                 )
                 if self.joint is not None:
                     self.joint.add(basis)
