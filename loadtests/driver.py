@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shoal.loadtests.stats import percentile
 from shoal.server.engine.plan import AdapterLoad, Pending, Runner, StepPlan
 from shoal.server.engine.request import Request, SamplingParams
 from shoal.server.engine.scheduler import FLIGHTS_MAX, Scheduler
@@ -90,6 +91,11 @@ class Outcome:
         most = max((step.rows for step in decodes), default=0)
         return [step for step in decodes if step.rows == most]
 
+    def step_ms(self, q: float) -> float | None:
+        """Milliseconds that so much of the decode steps of all rows do not exceed."""
+        times = sorted(step.total_s * 1e3 for step in self.full_decodes())
+        return round(percentile(times, q), 3) if times else None
+
     def figures(self) -> dict[str, Any]:
         """Throughput and step times, milliseconds; a decode step's figures are medians."""
         decodes = self.full_decodes()
@@ -101,6 +107,7 @@ class Outcome:
         return {
             "output_tok_s": round(self.output_tokens / self.wall_s, 1),
             "step_ms": median_ms([step.total_s for step in decodes]),
+            "step_p99_ms": self.step_ms(0.99),
             "output_tokens": self.output_tokens,
             "wall_s": round(self.wall_s, 3),
             "decode_rows": decodes[0].rows if decodes else 0,
