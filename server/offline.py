@@ -28,6 +28,7 @@ from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.device_runner import NO_FAMILIES, RunnerLimits
 from shoal.server.model.dummy import random_decoder
+from shoal.server.model.fused import defers_norms
 from shoal.server.model.gemms import SPARE_ROWS
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.runner import ModelRunner
@@ -250,7 +251,8 @@ class OfflineEngine:
 
     @property
     def _joint(self) -> bool:
-        return self._fused and self.config.family == "core"
+        fused = self._fused and defers_norms(self.model, self.dtype)
+        return fused and self.config.family == "core"
 
     @property
     def _spare_rows(self) -> int:
