@@ -2,6 +2,12 @@
 
 Thread-safe and counted in bytes. Pinned entries (those of running or staged requests) are never
 evicted. It does not know where adapters come from; the library puts them here.
+
+Beside a CUDA device the data is page-locked, on the thread that puts it, never on the engine's.
+Torch rounds such blocks up to a power of two (an 84 MB LoRA takes 128 MB) and keeps those of
+evicted entries for later ones of that size. So a tier that is full of one kind of adapter asks the
+driver for nothing, while one that still fills does for each entry; that takes milliseconds, in
+which launches may have to wait.
 """
 
 import threading

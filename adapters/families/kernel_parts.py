@@ -125,7 +125,6 @@ class TablesCore:
             addresses: int64, where a token's record starts, -1 where it has none.
             squares: int64, elements of one matrix, 0 where it has none.
             ranks: int32, at most ``max_rank``.
-            basis: rows of ``(d_out, rank)``, contiguous along the rank.
         """
         self._addresses = addresses
         self._squares = squares
@@ -147,6 +146,9 @@ class TablesCore:
             if rows is None:
                 continue
             matrix = layer * len(MODULES) + MODULES.index(module)
+            basis = rows.T
+            if basis.stride(1) != 1:  # on a CPU, whose bases lie the other way
+                basis = basis.contiguous()
             core_apply(
                 outputs,
                 outputs.to(rows.dtype) @ rows.T,
@@ -154,7 +156,7 @@ class TablesCore:
                 # Stays -1 where it is -1.
                 torch.add(self._addresses, self._squares, alpha=matrix),
                 self._ranks,
-                rows.T,
+                basis,
                 max_rank=self._max_rank,
                 alignment=self._alignment,
             )

@@ -56,6 +56,7 @@ CASES = (
         bare_every=7, strided=True,
     ),
     Case("aligned", tokens=33, n=96, columns=64, ranks=(8, 16, 64, 32), adapters=9, alignment=8),
+    Case("large ranks", tokens=5, n=40, columns=130, ranks=(130, 65, 8), adapters=3, bare_every=4),
     Case("shared adapter", tokens=70, n=64, columns=16, ranks=(16,), adapters=1, alignment=16),
     Case(
         "largest", tokens=4096, n=28672, columns=64, ranks=(16, 64, 7), adapters=300, bare_every=9,

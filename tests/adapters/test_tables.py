@@ -322,7 +322,7 @@ def test_without_a_joint_basis_everything_is_wide() -> None:
     loaded = Loaded(joint=False)
     adapter = loaded.add(make_weights("core", 8, 1, basis_id="canonical"))
     assert loaded.bank.place("canonical") is None
-    assert loaded.tables.fill([(adapter, 1)], 1) == ActiveFamilies(0, 8, ("canonical",), 16)
+    assert check_step(loaded, [(adapter, 1)], 1) == ActiveFamilies(0, 8, ("canonical",), 16)
 
 
 def test_equal_rows_are_written_once(
