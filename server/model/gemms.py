@@ -142,14 +142,16 @@ def measure(
     return GemmPlan(choices, tuple(rows))
 
 
+# Never destroyed: a process that destroyed a captured graph and went on using cuBLAS has failed.
+_kept: list[torch.cuda.CUDAGraph] = []
+
+
 class _Timer:
     def __init__(self, decoder: Decoder) -> None:
         layers = list(decoder.layers)
         self._layers = layers[:: max(1, len(layers) // LAYERS_TIMED)][:LAYERS_TIMED]
         self._decoder = decoder
         self._pool = torch.cuda.graph_pool_handle()
-        # Kept: a process that destroyed a captured graph and went on using cuBLAS has failed.
-        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def microseconds(self, group: Group, rows: int, choice: Choice) -> float:
         """Median time of one GEMM."""
@@ -164,7 +166,7 @@ class _Timer:
         with torch.cuda.graph(graph, pool=self._pool):
             for linear in runs:
                 multiply(x, linear, choice)
-        self._graphs.append(graph)
+        _kept.append(graph)
         graph.replay()
         events = []
         for _ in range(REPEATS):
