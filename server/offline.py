@@ -143,11 +143,12 @@ class OfflineEngine:
             if config.family == "core":
                 with self._timed("basis"):
                     bank.add_basis(_random_basis(self.shape, config.basis_rank, self.device))
-        self.base_runner, self.runner = self._runners(kv, bank)
         if self.device.type == "cuda":
-            # It lives as long as the process: collections need not walk 100,000 adapters.
+            # It lives as long as the process: collections (also when a graph is captured) need not
+            # walk 100,000 adapters.
             gc.collect()
             gc.freeze()
+        self.base_runner, self.runner = self._runners(kv, bank)
 
     def scheduler(self, *, adapters: bool) -> Scheduler:
         """A fresh one: no requests, an empty prefix cache. With ``adapters``, all are resident."""
