@@ -4,6 +4,7 @@ Model -> basis -> device bank and adapter library -> scheduler, runner and loop 
 It owns the order of start-up and of shutdown; each part's behaviour is in its own module.
 """
 
+import gc
 import hashlib
 import logging
 import time
@@ -271,6 +272,10 @@ def _runner(
     )
     if not runs_fused(decoder.device, attention):
         return ModelRunner(decoder, kv, bank, host, Sampler())
+    # What is here now lives as long as the process: collections, of which each graph that is
+    # captured may start one, need not walk it.
+    gc.collect()
+    gc.freeze()
     with Bars() as bars:
         return start_device_runner(
             decoder,

@@ -165,6 +165,10 @@ class DeviceRunner:
             for _ in range(OUTPUT_RING)
         ]
         self._turn = 0
+        # One for all graphs: each would keep its own, 4 GB together for 256 rows of a vocabulary of
+        # 128,000. A step's are read before the next one is submitted.
+        head = self._decoder.head
+        self._logits = head.new_empty(limits.max_num_seqs, len(head))
         self._graphs: dict[GraphKey, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
 
@@ -298,7 +302,8 @@ class DeviceRunner:
                 key.active,
             )
         )
-        logits = F.linear(hidden, self._decoder.head)
+        logits = self._logits[:rows]
+        torch.mm(hidden, self._decoder.head.t(), out=logits)
         tokens = self._sample(tensors, logits, scale, key.greedy)
         return _Captured(None, logits, scale, tokens)  # type: ignore[arg-type]
 
