@@ -72,8 +72,10 @@ SHARED_BYTES = 227 << 10  # what one program may take on an H100
 CORE = {"TILE": 16, "BLOCK_N": 128, "CHUNK": 16}
 FOLD = {"num_warps": 16, "aligned": True}
 TILES = {"TILE": 16, "TILE_N": 16, "ALIGN": 16, "STAGES": 3, "FLOAT32_DOT": False, "aligned": True}
-SHRINK = {**TILES, "SINGLE_N": 4, "TILE_K": 256, "SINGLE_K": 512, "num_warps": 4}
+SHRINK = {**TILES, "SINGLE_N": 4, "TILE_K": 128, "num_stages": 3, "SINGLE_K": 512, "num_warps": 4}
+SHRINK |= {"unspilled": True, "wide": True}
 EXPAND = {**TILES, "TILE_K": 16, "BLOCK_N": 512, "SINGLE": True, "num_warps": 2, "num_stages": 1}
+EXPAND |= {"unspilled": True}
 PAGED = {"GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_TOKENS": 16, "TILE": 64, "WINDOW": False}
 PAGED |= {"SOFTCAP": False, "FLOAT32_DOT": False, "STAGES": 3, "num_stages": 3, "aligned": True}
 DECODE = {**PAGED, "ROWS_M": 16, "num_warps": 4}
@@ -96,9 +98,11 @@ START = {**RESIDUAL, "delta_ptr": None, "TILE": 4, "PDL": True}
 NORM = {"n": 4096, "BLOCK": 4096, "PLUS_ONE": False, "PDL": True, "num_warps": 8, "aligned": True}
 SILU = {"width": 14336, "ACTIVATION": "silu", "BLOCK_N": 256}
 ROPE = {"HEAD_DIM": 128, "HALF": 64, "HEADS": 2}
-PROJECT = {"RANK": 16, "ALIGN": 8, "MODULES": 2, "TILE": 16, "BLOCK_K": 128, "STEPS": 4}
+PROJECT = {"RANK": 16, "ALIGN": 8, "MODULES": 2, "WIDTH": 32, "TILE": 16, "BLOCK_K": 256}
+PROJECT |= {"STEPS": 16, "num_warps": 8}
 PROJECT |= {"FLOAT32_DOT": False, "PDL": True, "k": 4096, "aligned": True, "unspilled": True}
-MIX = {**PROJECT, "TILE": 4, "h_column": 6144, "num_warps": 1}
+MIX = {key: value for key, value in PROJECT.items() if key != "WIDTH"}
+MIX |= {"TILE": 4, "h_column": 6144, "num_warps": 1}
 # With scale and softcap; FIRM has neither.
 SAMPLE: dict[str, object] = {"vocab": 128256, "CHUNK": 2048, "CHUNKS": 64, "BLOCK": 4096}
 SAMPLE |= {"GROUP": 8192, "GROUPS": 16, "GREEDY_ONLY": False, "SOFTCAP": True, "SHIFT": 16}
@@ -118,7 +122,7 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (shrink_kernel, "*bf16", {**SHRINK, "TILE_N": 32, "SINGLE_N": 32, "SINGLE_K": 0}),
     (shrink_kernel, "*fp32", {**SHRINK, "FLOAT32_DOT": True, "ALIGN": 1}),
     (expand_kernel, "*bf16", EXPAND),
-    (expand_kernel, "*bf16", {**EXPAND, "width1": 0, "width2": 0, "SINGLE": False}),
+    (expand_kernel, "*bf16", {**EXPAND, "SINGLE": False, "unspilled": False}),
     (expand_kernel, "*fp32", {**EXPAND, "FLOAT32_DOT": True, "BLOCK_N": 128, "num_warps": 4}),
     (attention_decode_kernel, "*bf16", DECODE),
     (attention_decode_kernel, "*bf16", {**DECODE, "BLOCK_TOKENS": 64, "WINDOW": True}),
@@ -157,7 +161,7 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (rope_kv_kernel, "*bf16", {**MADE, **ROPE}),
     (rope_kv_kernel, "*bf16", {**BARE, **ROPE, "TILE": 4, "HEAD_DIM": 96}),
     (core_project_kernel, "*bf16", {**PROJECT, "wide": True}),
-    (core_project_kernel, "*bf16", {**PROJECT, "RANK": 64, "num_warps": 8}),
+    (core_project_kernel, "*bf16", {**PROJECT, "RANK": 64, "WIDTH": 128}),
     (core_project_kernel, "*fp32", {**PROJECT, "FLOAT32_DOT": True, "ALIGN": 1}),
     (core_mix_rows_kernel, "*bf16", MIX),
     (core_mix_rows_kernel, "*bf16", {**MIX, "RANK": 64, "num_warps": 4}),

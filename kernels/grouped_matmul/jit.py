@@ -153,9 +153,12 @@ def _expand_one(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """As ``_shrink_one``, of a matrix whose stored rows are the inputs; added to out."""
+    """Matrix-vector product of a matrix whose stored rows are the inputs; added to out.
+
+    With few warps a thread holds all rows of its columns, so summing in every step moves nothing.
+    """
     base = tl.load(out_row + column, mask=inside, other=0.0).to(tl.float32)
-    acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for first in range(0, rank, BLOCK_K):
         i = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_row + i, mask=i < rank, other=0.0).to(tl.float32)
@@ -164,8 +167,8 @@ def _expand_one(
             mask=(i < rank)[:, None] & inside[None, :],
             other=0.0,
         )
-        acc += m.to(tl.float32) * x[:, None]
-    sums = base + tl.sum(acc, axis=0)
+        acc += tl.sum(m.to(tl.float32) * x[:, None], axis=0)
+    sums = base + acc
     tl.store(out_row + column, sums.to(out_row.dtype.element_ty), mask=inside)
 
 
@@ -251,13 +254,13 @@ def expand_kernel(
         before = tl.where(in2, blocks0 + blocks1, tl.where(in1, blocks0, 0))
         begin = tl.where(in2, width0 + width1, tl.where(in1, width0, 0))
         width = tl.where(in2, width2, tl.where(in1, width1, width0))
-        within = (block - before) * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = within < width
-        column = begin + within
+        column = (block - before) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = column < width
         row_stride = width0 + width1 + width2
-        matrix = arena_ptr + tl.multiple_of(record + rank.to(tl.int64) * rank_scale, ALIGN)
+        stored = tl.multiple_of(record + rank.to(tl.int64) * rank_scale, ALIGN)
+        matrix = arena_ptr + stored + begin
         x_row = x_ptr + start * x_stride + module * rank
-        out_row = out_ptr + start * out_stride
+        out_row = out_ptr + start * out_stride + begin
         together = length > 0
         if SINGLE:
             together = length > 1

@@ -225,9 +225,11 @@ def default_shrink_config(tokens: int, tiles: int, n: int) -> ShrinkConfig:
     # Each token may be on its own: few tokens fill the GPU only with a program per output (1 token,
     # k = 4096: 6.2 µs, with 16 outputs per program 9.3; 16 tokens, k = 14336: 11.1 and 18.7).
     # From some hundred programs on, x read once for 4 outputs wins (256 tokens: 23.3, 25.0).
+    # Steps of 128 where tiles are shared: of 256 they would take so much shared memory that half as
+    # many programs run at a time, whichever path they take.
     if tiles * n <= 512:
-        return ShrinkConfig(16, 256, 1, 1024, num_stages=4)
-    return ShrinkConfig(16, 256, 4, 512)
+        return ShrinkConfig(16, 128, 1, 1024, num_stages=4)
+    return ShrinkConfig(16, 128, 4, 512)
 
 
 def default_expand_config(*, float32: bool = False) -> ExpandConfig:
