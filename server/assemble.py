@@ -61,6 +61,8 @@ SHIPPED = Path(__file__).resolve().parent.parent / "adapters" / "shipped"
 
 log = logging.getLogger(__name__)
 
+# Of the LoRA-XS adapters that the device bank is sized for.
+ADAPTER_RANK = 16
 # Sets of families whose steps are captured at start: LoRA-XS of ranks to 16 and to 32.
 CAPTURED = (
     ActiveFamilies(core_columns=16, core_alignment=8),
@@ -94,13 +96,15 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
     clock = _Clock(device)
     fused = runs_fused(device, attention)
     joint = fused and defers_norms(facts, dtype)
-    decoder = load_model(
-        path,
-        device=device,
-        dtype=dtype,
-        load_format="dummy" if config.load_format == "dummy" else "auto",
-        spare_rows=gemms.SPARE_ROWS if joint else 0,
-    )
+    with Bars() as bars:
+        decoder = load_model(
+            path,
+            device=device,
+            dtype=dtype,
+            load_format="dummy" if config.load_format == "dummy" else "auto",
+            spare_rows=gemms.SPARE_ROWS if joint else 0,
+            progress=partial(bars, "loading weights"),
+        )
     decoder.begin_attention = choose_attention(attention, device)
     clock.lap("model")
     tokenizer = Tokenizer.load(path)
@@ -121,7 +125,7 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
     library = _open_library(config, decoder, shape, basis, bank, host, dtype)
     try:
         clock.lap("adapters")
-        runner = _runner(config, plan, decoder, bank, host, attention)
+        runner = _runner(config, plan, decoder, bank, host, basis, attention)
         clock.lap("runner")
         log.info("ready to listen %s", clock.report())
         yield Services(
@@ -135,6 +139,7 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
             vocab_size=decoder.config.vocab_size,
         )
     finally:
+        gc.unfreeze()  # as `_runner` may have left it
         library.close()
 
 
@@ -260,6 +265,7 @@ def _runner(
     decoder: Decoder,
     bank: AdapterBank,
     host: HostTier,
+    basis: Basis,
     attention: AttentionName,
 ) -> Runner:
     """What executes steps, ready to do so at full speed."""
@@ -276,6 +282,9 @@ def _runner(
     # captured may start one, need not walk it.
     gc.collect()
     gc.freeze()
+    # LoRA-XS as it is served where there is no joint basis, and beyond its ranks where there is.
+    wide = ActiveFamilies(core_alignment=8, wide_bases=(basis.id,), wide_rank=ADAPTER_RANK)
+    joint = bank.joint is not None
     with Bars() as bars:
         return start_device_runner(
             decoder,
@@ -287,8 +296,8 @@ def _runner(
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_model_len=plan.max_model_len,
             ),
-            families=CAPTURED if bank.joint is not None else (),
-            compiled=COMPILED,
+            families=CAPTURED if joint else (wide,),
+            compiled=(*COMPILED, wide) if joint else COMPILED,
             attention=XformersAttention if attention == "xformers" else None,
             progress=bars,
         )
@@ -319,7 +328,7 @@ def _engine_loop(
 
 
 def _model_facts(config: ModelConfig, shape: BaseShape) -> ModelFacts:
-    elements = core.packed_elements(shape, CAPTURED[0].core_columns)
+    elements = core.packed_elements(shape, ADAPTER_RANK)
     return ModelFacts(
         kv_elements_per_token=2 * config.num_layers * config.kv_size,
         max_model_len=config.max_model_len,

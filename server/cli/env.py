@@ -11,6 +11,7 @@ import shoal
 PACKAGES = (
     "torch",
     "triton",
+    "xformers",
     "transformers",
     "tokenizers",
     "safetensors",

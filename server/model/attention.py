@@ -17,7 +17,7 @@ from shoal.kernels.errors import TritonMissing
 from shoal.kernels.launching import kernel_runs_on, require_triton
 from shoal.kernels.paged_attention.kernel import launch_paged_decode, launch_paged_prefill
 from shoal.server.model.attention_xformers import (
-    XformersMissing,
+    XformersUnusable,
     load_xformers,
     xformers_attention,
 )
@@ -82,7 +82,7 @@ def resolve_attention(name: str, device: torch.device) -> AttentionName:
     if name == "xformers":
         try:
             load_xformers()
-        except XformersMissing as problem:
+        except XformersUnusable as problem:
             raise ValueError(f"--attention is 'xformers': {problem}") from problem
         return "xformers"
     try:

@@ -10,7 +10,9 @@ import ctypes
 import functools
 import importlib.util
 import logging
+import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,10 +28,11 @@ log = logging.getLogger(__name__)
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 CUDART = "libcudart.so.12"
+TRITON_WITHOUT_BLOCK_POINTERS = (3, 9)
 
 
-class XformersMissing(RuntimeError):
-    """xformers was asked for, and cannot be imported."""
+class XformersUnusable(RuntimeError):
+    """xformers was asked for, and is not there or does not go with what is."""
 
 
 @functools.cache
@@ -37,17 +40,28 @@ def load_xformers() -> ModuleType:
     """``xformers.ops.fmha``, with the CUDA library that its wheel was linked against.
 
     Raises:
-        XformersMissing: it is not installed, or does not go with this torch.
+        XformersUnusable: it is not installed, or does not go with this torch or Triton.
     """
+    _check_triton()
     _load_cudart()
     try:
         from xformers.ops import fmha
     except ImportError as problem:
-        raise XformersMissing(
+        raise XformersUnusable(
             f"xformers cannot be imported ({problem}): pip install 'shoal[xformers]'"
         ) from problem
     module: ModuleType = fmha
     return module
+
+
+def _check_triton() -> None:
+    found = version("triton") if importlib.util.find_spec("triton") else "none"
+    number = re.match(r"(\d+)\.(\d+)", found)
+    if number is None or (int(number[1]), int(number[2])) >= TRITON_WITHOUT_BLOCK_POINTERS:
+        raise XformersUnusable(
+            f"xformers' paged kernel needs Triton's block pointers, which went with 3.9, and the"
+            f" version here is {found}; --attention triton has kernels of its own"
+        )
 
 
 def _load_cudart() -> None:

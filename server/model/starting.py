@@ -73,7 +73,11 @@ def start_device_runner(
     runner = make_device_runner(decoder, kv, bank, host, limits, plan, attention)
     if on_cuda:
         tokens = [count for count in WARM_TOKENS if count <= limits.max_num_batched_tokens]
-        runner.warm_prompts((*sets, *compiled), tokens=tokens)
+        compiling = part("compiling kernels")
+        for done, count in enumerate(tokens):
+            compiling(done, len(tokens))
+            runner.warm_prompts((*sets, *compiled), tokens=(count,))
+        compiling(len(tokens), len(tokens))
         warmed = time.perf_counter()
         if attention is None:
             runner.capture(sets, part("capturing graphs"))

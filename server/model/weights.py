@@ -6,7 +6,7 @@ Every tensor the config asks for is found exactly once, or the load fails and sa
 import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,7 @@ def load_model(
     dtype: torch.dtype,
     load_format: LoadFormat = "auto",
     spare_rows: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """Load a base model, tensor by tensor, straight to its device and dtype.
 
@@ -70,6 +71,7 @@ def load_model(
         dtype: what it runs in.
         load_format: ``dummy`` fills the shapes with seeded random numbers and reads no weights.
         spare_rows: see ``Decoder``.
+        progress: called with (tensors loaded, tensors in all); not for random ones.
 
     Raises:
         ModelError: the model is not supported, or a tensor is missing, unknown or mis-shaped.
@@ -83,7 +85,7 @@ def load_model(
         config = read_config(path)
         tensors = _safetensors(path, torch.device(device))
     decoder = Decoder(config, device=device, dtype=dtype, spare_rows=spare_rows)
-    _fill(decoder, tensors, path)
+    _fill(decoder, tensors, path, progress)
     logger.info("loaded %s from %s on %s in %s", config.architecture, path, device, dtype)
     return decoder
 
@@ -124,8 +126,14 @@ def _is_stored_in(path: Path, dtype: torch.dtype) -> bool:
     return True
 
 
-def _fill(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], path: Path) -> None:
+def _fill(
+    decoder: Decoder,
+    tensors: Iterator[tuple[str, Tensor]],
+    path: Path,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     missing = set(decoder.weight_shapes())
+    total = len(missing)
     unknown: list[str] = []
     tied = decoder.config.tie_word_embeddings
     for name, tensor in tensors:
@@ -133,6 +141,8 @@ def _fill(decoder: Decoder, tensors: Iterator[tuple[str, Tensor]], path: Path) -
         if name in missing:
             decoder.load_weight(name, tensor)
             missing.remove(name)
+            if progress is not None:
+                progress(total - len(missing), total)
         elif not (tied and name == "lm_head.weight") and not any(p in name for p in IGNORED_PARTS):
             unknown.append(name)
     if missing:

@@ -104,6 +104,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture(params=["plain", "fused"])
+def any_runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either the runner of a CPU, or that of a GPU with its kernels' references."""
+    monkeypatch.setattr("shoal.server.assemble.runs_fused", lambda *_: request.param == "fused")
+
+
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyBase]:
     """``make_base(architecture)``: one of ``ARCHITECTURES``."""

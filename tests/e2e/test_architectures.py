@@ -96,6 +96,7 @@ def check_mixed(base: Any, adapters: list[Any], folder: Path, **change: Any) -> 
     return infos
 
 
+@pytest.mark.usefixtures("any_runner")
 @pytest.mark.parametrize(
     "architecture", ["tied_llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
 )
@@ -109,6 +110,7 @@ def test_adapters_on_other_architectures(
     assert [info.family for info in infos] == ["core", "core", "fold", "lora"]
 
 
+@pytest.mark.usefixtures("any_runner")
 def test_every_form_of_lora_xs(tiny: Any, make_adapter: Make, tmp_path: Path) -> None:
     def some(module: str) -> bool:
         return "layers.1" in module and module.endswith(("k_proj", "down_proj", "up_proj"))
@@ -137,6 +139,7 @@ def test_every_form_of_lora_xs(tiny: Any, make_adapter: Make, tmp_path: Path) ->
     assert [i for i in range(10) if infos[i].basis_id == canonical] == [0, 1, 2, 7, 8, 9]
 
 
+@pytest.mark.usefixtures("any_runner")
 def test_every_form_of_lora_and_miss(tiny: Any, make_adapter: Make, tmp_path: Path) -> None:
     def attention(module: str) -> bool:
         return "self_attn" in module
@@ -185,6 +188,7 @@ def test_random_weights_are_another_base(tiny: Any, make_adapter: Make, tmp_path
         assert services.library.upload("a", adapter.files).version == 1
 
 
+@pytest.mark.usefixtures("any_runner")
 def test_modules_smaller_than_the_rank(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base("llama")  # k and v have 24 outputs
     adapters = [

@@ -73,6 +73,7 @@ async def generate(
     return got
 
 
+@pytest.mark.usefixtures("any_runner")
 @pytest.mark.parametrize("kv_blocks", [400, 40], ids=["roomy", "preempting"])
 def test_a_mixed_batch_equals_naive_generation(
     tiny: object, make_adapter: Make, tmp_path: Path, kv_blocks: int

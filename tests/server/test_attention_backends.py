@@ -189,7 +189,11 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -
         choose_attention("xformers", torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "xformers", None)  # an import of it fails
     attention_xformers.load_xformers.cache_clear()
+    monkeypatch.setattr(attention_xformers, "version", lambda _: "3.6.0")
     with pytest.raises(ValueError, match=r"'xformers': .*pip install 'shoal\[xformers\]'"):
+        choose_attention("xformers", torch.device("cuda"))
+    monkeypatch.setattr(attention_xformers, "version", lambda _: "3.9.0")
+    with pytest.raises(ValueError, match=r"block pointers, .* the version here is 3\.9\.0"):
         choose_attention("xformers", torch.device("cuda"))
     monkeypatch.setattr(launching, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="'triton': must be torch or auto on a CPU"):
