@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from shoal.kernels.paged_attention.kernel import paged_prefill
+from shoal.server.model.attention import torch_attention
+from shoal.server.model.kv_cache import KVCache
 
 HIDDEN, FFN, LAYERS, EOS = 48, 80, 2, 1
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -104,10 +109,48 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.fixture(params=["plain", "fused"])
+@pytest.fixture(params=["plain", "fused", "fused, attention by lengths"])
 def any_runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either the runner of a CPU, or that of a GPU with its kernels' references."""
-    monkeypatch.setattr("shoal.server.assemble.runs_fused", lambda *_: request.param == "fused")
+    """The runner of a CPU, or that of a GPU with its kernels' references, with either attention."""
+    monkeypatch.setattr("shoal.server.assemble.runs_fused", lambda *_: request.param != "plain")
+    if request.param == "fused, attention by lengths":
+        monkeypatch.setattr("shoal.server.assemble.resolve_attention", lambda *_: "xformers")
+        monkeypatch.setattr("shoal.server.assemble.choose_attention", lambda *_: torch_attention)
+        monkeypatch.setattr("shoal.server.assemble.check_model", lambda *_: None)
+        monkeypatch.setattr("shoal.server.assemble.XformersAttention", AttentionByLengths)
+
+
+class AttentionByLengths:
+    """A backend that, like xformers', is given a step's lengths on the host."""
+
+    def __init__(
+        self,
+        kv: KVCache,
+        *,
+        block_tables: Tensor,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        num_decode_rows: int,
+    ) -> None:
+        assert all(length == 1 for length in query_lens[:num_decode_rows])
+        self._kv, self._tables = kv, block_tables
+        self._contexts = torch.tensor(context_lens, dtype=torch.int32)
+        self._starts = torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32)
+
+    def __call__(
+        self, layer: int, q: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        return paged_prefill(
+            q,
+            self._kv.keys[layer],
+            self._kv.values[layer],
+            self._tables,
+            self._contexts,
+            self._starts,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        ).flatten(1)
 
 
 @pytest.fixture(scope="session")
