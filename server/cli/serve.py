@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(asked: ServeConfig) -> int:
     # Imported here, so that `--help` and a bad flag do not wait for torch.
+    import torch
+
     from shoal.adapters.library import RegistryError
     from shoal.server.assemble import assemble
     from shoal.server.http.app import create_app
@@ -35,4 +37,12 @@ def _serve(asked: ServeConfig) -> int:
             return serve(create_app(services), services, asked)
     except (ModelError, RegistryError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as problem:
+        print(
+            f"error: the GPU ran out of memory: {str(problem).splitlines()[0]}\n"
+            "hint: lower --gpu-memory-utilization, --adapter-memory, --max-num-batched-tokens or"
+            " --max-num-seqs",
+            file=sys.stderr,
+        )
         return 1
