@@ -98,9 +98,10 @@ START = {**RESIDUAL, "delta_ptr": None, "TILE": 4, "PDL": True}
 NORM = {"n": 4096, "BLOCK": 4096, "PLUS_ONE": False, "PDL": True, "num_warps": 8, "aligned": True}
 SILU = {"width": 14336, "ACTIVATION": "silu", "BLOCK_N": 256}
 ROPE = {"HEAD_DIM": 128, "HALF": 64, "HEADS": 2}
-PROJECT = {"RANK": 16, "ALIGN": 8, "MODULES": 2, "WIDTH": 32, "TILE": 16, "BLOCK_K": 256}
-PROJECT |= {"STEPS": 16, "num_warps": 8}
+PROJECT = {"RANK": 16, "ALIGN": 8, "MODULES": 2, "WIDTH": 32, "TILE": 64, "BLOCK_K": 128}
+PROJECT |= {"STEPS": 32, "num_warps": 8, "num_stages": 4}
 PROJECT |= {"FLOAT32_DOT": False, "PDL": True, "k": 4096, "aligned": True, "unspilled": True}
+PROJECT_64 = {"RANK": 64, "WIDTH": 128, "TILE": 16, "num_stages": 3}
 MIX = {key: value for key, value in PROJECT.items() if key != "WIDTH"}
 MIX |= {"TILE": 4, "h_column": 6144, "num_warps": 1}
 # With scale and softcap; FIRM has neither.
@@ -161,8 +162,8 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (rope_kv_kernel, "*bf16", {**MADE, **ROPE}),
     (rope_kv_kernel, "*bf16", {**BARE, **ROPE, "TILE": 4, "HEAD_DIM": 96}),
     (core_project_kernel, "*bf16", {**PROJECT, "wide": True}),
-    (core_project_kernel, "*bf16", {**PROJECT, "RANK": 64, "WIDTH": 128}),
-    (core_project_kernel, "*fp32", {**PROJECT, "FLOAT32_DOT": True, "ALIGN": 1}),
+    (core_project_kernel, "*bf16", {**PROJECT, **PROJECT_64}),
+    (core_project_kernel, "*fp32", {**PROJECT, "FLOAT32_DOT": True, "ALIGN": 1, "TILE": 16}),
     (core_mix_rows_kernel, "*bf16", MIX),
     (core_mix_rows_kernel, "*bf16", {**MIX, "RANK": 64, "num_warps": 4}),
     *(

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from shoal.kernels.add_residual.cases import CASES, make_inputs
-from shoal.kernels.add_residual.kernel import add_residual, launch_add_residual, part_columns
+from shoal.kernels.add_residual.kernel import add_residual, default_config, launch_add_residual
 from shoal.kernels.add_residual.reference import add_residual_reference
 from shoal.kernels.benching import Bench, OpBench, Record, run
 from shoal.kernels.core_apply.epilogue_bench import (
@@ -42,7 +42,9 @@ def check(device: torch.device) -> dict[torch.dtype, float]:
             inputs = make_inputs(case, dtype, device, seed=7)
             before = inputs.residual.clone()
             x, sums = op(*inputs[:3], bias=inputs.bias, core=inputs.core)
-            expected = add_residual_reference(before, *inputs[1:], part_columns(case.n))
+            expected = add_residual_reference(
+                before, *inputs[1:], default_config(case.tokens, case.n, inputs.core).block_n
+            )
             for actual, wanted in zip((inputs.residual, x, sums), (before, *expected), strict=True):
                 errors[dtype] = max(errors[dtype], max_error(actual, wanted) / case.slack)
     return errors

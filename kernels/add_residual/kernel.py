@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shoal.kernels.add_residual.reference import add_residual_reference
 from shoal.kernels.core_apply.epilogue import (
+    PROMPT_TOKENS,
     Epilogue,
     check_epilogue,
     default_tile,
@@ -34,13 +35,8 @@ PARTS = 16  # at most, from 256 columns a part on
 
 
 def part_columns(n: int) -> int:
-    """How many columns of a residual of ``n`` one part of ``sums`` covers."""
+    """How many columns of a residual of ``n`` one part of ``sums`` covers, or half as many."""
     return max(256, power_of_two(-(-n // PARTS)))
-
-
-def parts_of(n: int) -> int:
-    """How many parts ``sums`` has for a residual of ``n`` columns."""
-    return -(-n // part_columns(n))
 
 
 def add_residual(
@@ -68,7 +64,7 @@ def add_residual(
         bias: ``(n,)``, added after the deltas.
         core: the adapters of the GEMM, or None when no token of the step has one.
         out: ``(tokens, n)``, contiguous; where x goes. Default: made, in residual's dtype.
-        sums: ``(parts_of(n), tokens)`` float32, contiguous; default: made.
+        sums: ``(parts, tokens)`` float32, contiguous, of ``default_config``'s parts; default: made.
         early: see ``launching.overlap_options``; False where the call before writes the tables.
         config: launch parameters, for measurements; its ``block_n`` is a part's columns.
 
@@ -87,15 +83,15 @@ def add_residual(
     Σ_distinct r²`` for every part, and ``n·columns`` for every tile of tokens, mostly from the L2
     cache. Memory bound.
     """
-    part = config.block_n if config else part_columns(residual.shape[1])
     _check(residual, delta, weight, bias, core)
-    out, sums = _outputs(residual, out, sums, part)
+    config = config or default_config(residual.shape[0], residual.shape[1], core)
+    out, sums = _outputs(residual, out, sums, config.block_n)
     if residual.device.type == "cpu":
-        x, squares = add_residual_reference(residual, delta, weight, bias, core, part)
+        x, squares = add_residual_reference(residual, delta, weight, bias, core, config.block_n)
         out.copy_(x)
         sums.copy_(squares)
     else:
-        _launch(residual, delta, weight, bias, core, out, sums, part, early, config)
+        _launch(residual, delta, weight, bias, core, out, sums, early, config)
     return out, sums
 
 
@@ -112,19 +108,21 @@ def launch_add_residual(
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``add_residual`` through Triton on any device; CPU tensors need ``TRITON_INTERPRET=1``."""
-    part = config.block_n if config else part_columns(residual.shape[1])
     _check(residual, delta, weight, bias, core)
-    out, sums = _outputs(residual, out, sums, part)
-    _launch(residual, delta, weight, bias, core, out, sums, part, early, config)
+    config = config or default_config(residual.shape[0], residual.shape[1], core)
+    out, sums = _outputs(residual, out, sums, config.block_n)
+    _launch(residual, delta, weight, bias, core, out, sums, early, config)
     return out, sums
 
 
 def default_config(tokens: int, n: int, core: Epilogue | None) -> TileConfig:
-    """The launch parameters; ``block_n`` is always ``part_columns(n)``."""
-    # Not swept yet.
+    """The launch parameters; ``block_n`` is the columns of a part of the sums."""
     part = part_columns(n)
     if core is None:
         return TileConfig(4 if tokens <= 512 else 16, part, 4)
+    if tokens <= PROMPT_TOKENS:
+        # Swept inside a captured decode step of Llama-3.1-8B (H100, rank 16).
+        return TileConfig(16, part // 2 if tokens <= 64 else part, 8)
     chosen = default_tile(core, tokens)
     tile = max(16, chosen.tile * chosen.block_n // part)
     return TileConfig(tile, part, chosen.num_warps)
@@ -191,9 +189,8 @@ def _launch(
     core: Epilogue | None,
     out: Tensor,
     sums: Tensor,
-    part: int,
     early: bool,
-    config: TileConfig | None,
+    config: TileConfig,
 ) -> None:
     require_triton()
     from shoal.kernels.add_residual.jit import add_residual_kernel
@@ -201,8 +198,7 @@ def _launch(
     tokens, n = residual.shape
     if tokens == 0:
         return
-    chosen = config or default_config(tokens, n, core)
-    add_residual_kernel[(-(-tokens // chosen.tile), sums.shape[0])](
+    add_residual_kernel[(-(-tokens // config.tile), sums.shape[0])](
         residual_ptr=residual,
         delta_ptr=delta,
         bias_ptr=bias,
@@ -214,8 +210,8 @@ def _launch(
         residual_stride=residual.stride(0),
         delta_stride=0 if delta is None else delta.stride(0),
         **epilogue_arguments(core),
-        TILE=chosen.tile,
-        BLOCK_N=part,
+        TILE=config.tile,
+        BLOCK_N=config.block_n,
         **overlap_options(residual.device, early),
-        num_warps=chosen.num_warps,
+        num_warps=config.num_warps,
     )

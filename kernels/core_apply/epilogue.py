@@ -323,12 +323,9 @@ def scale_arguments(scale: RowScale | None) -> dict[str, object]:
 
 
 def default_tile(core: Epilogue, tokens: int) -> TileConfig:
-    """The launch parameters of a fused kernel with adapters."""
-    # 16 tokens x 256 outputs x 4 warps was the fastest behind decode's GEMMs at rank 16 (chains
-    # in graphs on an H100); the others keep what a thread holds of R and of the basis the same.
+    """The launch parameters of a fused kernel with adapters, where it has none of its own."""
     if isinstance(core, CoreEpilogue):
         return TileConfig(16, 256, 4 if core.rows.columns == 16 else 8)
-    columns = core.mixed.shape[3]
-    if tokens > PROMPT_TOKENS:
-        return TileConfig(64, 128, 4 if columns == 16 else 8)
-    return TileConfig(16, 256, 4 if columns == 16 else 8)
+    warps = 4 if core.mixed.shape[3] == 16 else 8
+    # Swept in prompt steps of 8192 tokens (H100, Llama-3.1-8B, rank 16).
+    return TileConfig(32, 128, warps) if tokens > PROMPT_TOKENS else TileConfig(16, 256, warps)

@@ -165,7 +165,10 @@ def load_h(
 ):  # fmt: skip
     """h of a module ``(TILE, RANK)`` from its blocks of 16 columns in a widened GEMM's output."""
     j = tl.arange(0, RANK)
-    at = h_column + j // 16 * (MODULES * 16) + module * 16 + j % 16
+    if RANK == 16:  # without divisions, which make the compiler move it through shared memory
+        at = h_column + module * 16 + j
+    else:
+        at = h_column + j // 16 * (MODULES * 16) + module * 16 + j % 16
     return tl.load(
         source_ptr + token[:, None] * source_stride + at[None, :], mask=live[:, None], other=0.0
     )
@@ -220,8 +223,8 @@ def row_factor(sums_ptr, token, live, sums_stride, parts, width, eps, PARTS: tl.
     """What the deferred RMS norm multiplies each row by: ``(TILE,)``."""
     part = tl.arange(0, PARTS)
     sums = tl.load(
-        sums_ptr + part[:, None].to(tl.int64) * sums_stride + token[None, :],
-        mask=(part < parts)[:, None] & live[None, :],
+        sums_ptr + part[None, :].to(tl.int64) * sums_stride + token[:, None],
+        mask=live[:, None] & (part < parts)[None, :],
         other=0.0,
     )
-    return tl.rsqrt(tl.sum(sums, axis=0) / width + eps)
+    return tl.rsqrt(tl.sum(sums, axis=1) / width + eps)

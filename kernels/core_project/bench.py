@@ -61,7 +61,7 @@ def _project(
     a = torch.randn((MODULES * columns, k), dtype=bench.dtype, device=bench.device) * 0.02
     rows = bench_rows(bench, shape, tokens, tokens, columns, MODULES)
     read = tokens * k + a.numel() + tokens * MODULES * columns**2
-    splits = (config or default_project_config(columns)).splits
+    splits = (config or default_project_config(columns, tokens, bench.dtype)).splits
     return bench.record(
         "core_project",
         "core_project, all differ",

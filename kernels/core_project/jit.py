@@ -23,6 +23,7 @@ def core_project_kernel(
     projection_stride,
     matrix,
     MODULES: tl.constexpr,
+    WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr,
@@ -31,22 +32,21 @@ def core_project_kernel(
     FLOAT32_DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program ``(t, s, m)`` projects split s of ``TILE`` tokens for module m, and mixes that.
+    """Program ``(t, s)`` projects split s of ``TILE`` tokens for every module, and mixes that.
 
-    R of up to 32 columns is requested before the wait and held; a larger one would not fit the
-    registers, so it comes 16 rows at a time at the end.
+    It runs beside a GEMM that wants the whole device, so what counts is how few programs there are
+    and how soon they are gone, not how long one takes.
     """
-    module = tl.program_id(2)
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     live = token < tokens
     address, rank, first = load_owner(addresses_ptr, ranks_ptr, firsts_ptr, token, live, ALIGN)
-    j = tl.arange(0, RANK)
-    if RANK <= 32:
-        r = load_matrices(arena_ptr, address, rank, first, matrix + module, j, RANK, ALIGN)
+    c = tl.arange(0, WIDTH)  # modules side by side, RANK columns each
+    module = c // RANK
+    j = c % RANK
     row = (j // 16 * (MODULES * 16) + module * 16 + j % 16).to(tl.int64)
     if PDL:
         gdc_wait()
-    h = tl.zeros((TILE, RANK), tl.float32)
+    h = tl.zeros((TILE, WIDTH), tl.float32)
     for step in range(STEPS):
         col = (tl.program_id(1) * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(
@@ -56,23 +56,25 @@ def core_project_kernel(
         )
         a = tl.load(
             projection_ptr + row[None, :] * projection_stride + col[:, None],
-            mask=(col < k)[:, None],
+            mask=(module < MODULES)[None, :] & (col < k)[:, None],
             other=0.0,
         )
         if FLOAT32_DOT:
             x = x.to(tl.float32)
             a = a.to(tl.float32)
         h = tl.dot(x.to(a.dtype), a, h, input_precision="ieee")
-    at = (tl.program_id(1).to(tl.int64) * tokens + token) * (MODULES * RANK) + module * RANK
-    if RANK <= 32:
-        mixed = mix(r, h, address, rank, first, RANK)
-        tl.store(mixed_ptr + at[:, None] + j[None, :], mixed, mask=live[:, None])
-    else:
+    modules = tl.reshape(h, (TILE, WIDTH // RANK, RANK))
+    at = (tl.program_id(1).to(tl.int64) * tokens + token) * (MODULES * RANK)
+    for m in tl.static_range(MODULES):
+        own = tl.arange(0, WIDTH // RANK)[None, :, None] == m
+        mine = tl.sum(tl.where(own, modules, 0.0), axis=1)
+        # 16 rows of R at a time: more would not fit the registers at 64 columns.
         for begin in tl.static_range(0, RANK, 16):
             i = begin + tl.arange(0, 16)
-            rows = load_matrices(arena_ptr, address, rank, first, matrix + module, i, RANK, ALIGN)
-            mixed = mix(rows, h, address, rank, first, RANK)
-            tl.store(mixed_ptr + at[:, None] + i[None, :], mixed, mask=live[:, None])
+            r = load_matrices(arena_ptr, address, rank, first, matrix + m, i, RANK, ALIGN)
+            mixed = mix(r, mine, address, rank, first, RANK)
+            ptrs = mixed_ptr + at[:, None] + (m * RANK + i)[None, :]
+            tl.store(ptrs, mixed, mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["matrix", "tokens"])

@@ -24,17 +24,23 @@ from shoal.kernels.launching import (
     FLOATS,
     dot_in_float32,
     overlap_options,
+    power_of_two,
     require_triton,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectConfig:
-    """How to launch ``core_project``: x is cut into at most ``splits`` runs of ``block_k``s."""
+    """How to launch ``core_project``.
 
-    splits: int = 8
+    A program takes ``tile`` tokens, and one of at most ``splits`` runs of ``block_k``s of x.
+    """
+
+    splits: int = 1
     block_k: int = 128
-    num_warps: int = 4
+    num_warps: int = 8
+    num_stages: int = 4
+    tile: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +165,18 @@ def launch_core_mix(
     return _launch_mix(y, h_column, rows, modules, matrix, early, config)
 
 
-def default_project_config(columns: int) -> ProjectConfig:
+def default_project_config(columns: int, tokens: int, dtype: torch.dtype) -> ProjectConfig:
     """The launch parameters of ``core_project``."""
-    # 8 splits were timed at k 4096 and 16 columns beside decode's GEMMs; the others are not swept.
-    # Every program of the consumer reads all splits, so wider ones are fewer.
-    return ProjectConfig(splits=128 // columns, num_warps=4 if columns == 16 else 8)
+    if dtype == torch.float32:  # plain arithmetic: for checks against the CPU, not for speed
+        return ProjectConfig(tile=16)
+    # Beside decode's gate_up GEMM (H100, k 4096, 16 columns). One split: every program of the
+    # consumer reads all splits, and has to wait for the GEMM in any case. Up to 64 tokens few
+    # programs, which take few processors from the GEMM; beyond, soon gone is better than few.
+    if columns > 32:
+        return ProjectConfig(num_stages=3, tile=16)
+    if tokens <= 64:
+        return ProjectConfig()
+    return ProjectConfig(block_k=256, tile=16)
 
 
 def default_mix_config(columns: int) -> MixConfig:
@@ -219,15 +232,16 @@ def _launch_project(
     from shoal.kernels.core_project.jit import core_project_kernel
 
     tokens, k = x.shape
-    chosen = config or default_project_config(rows.columns)
+    chosen = config or default_project_config(rows.columns, tokens, x.dtype)
     blocks = -(-k // chosen.block_k)
     steps = -(-blocks // chosen.splits)
     splits = -(-blocks // steps)
     shape = (splits, tokens, modules, rows.columns)
     mixed = torch.empty(shape, dtype=torch.float32, device=x.device)
+    tile = min(chosen.tile, power_of_two(tokens, least=16))
     if tokens == 0:
         return mixed
-    core_project_kernel[(-(-tokens // CHUNK), splits, modules)](
+    core_project_kernel[(-(-tokens // tile), splits)](
         x_ptr=x,
         projection_ptr=projection,
         mixed_ptr=mixed,
@@ -238,12 +252,14 @@ def _launch_project(
         matrix=matrix,
         **rows_arguments(rows),
         MODULES=modules,
-        TILE=CHUNK,
+        WIDTH=power_of_two(modules) * rows.columns,
+        TILE=tile,
         BLOCK_K=chosen.block_k,
         STEPS=steps,
         FLOAT32_DOT=dot_in_float32(x.dtype, projection.dtype),
         **overlap_options(x.device, early),
         num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
     )
     return mixed
 
