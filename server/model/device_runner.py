@@ -22,31 +22,43 @@ from torch.nn import functional as F
 
 from shoal.adapters.bank import AdapterBank
 from shoal.adapters.host_tier import HostTier
+from shoal.adapters.spec import RowAdapter
 from shoal.adapters.tables import ActiveFamilies, StepTables
 from shoal.kernels.core_apply.epilogue import RowScale
 from shoal.kernels.paged_attention.kernel import paged_decode, paged_prefill
 from shoal.kernels.sample_tokens.kernel import sample_tokens
 from shoal.server.engine.plan import Done, Pending, Row, StepPlan, StepResult
 from shoal.server.model.decoder import Decoder
-from shoal.server.model.fused import FusedForward, StepInputs, row_factors
+from shoal.server.model.fused import Attend, FusedForward, StepInputs, row_factors
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.sampler import Sampler, needs_host
-from shoal.server.model.step_tensors import Loaded, StepTensors
+from shoal.server.model.step_tensors import Layout, StepTensors, layout_of
 
 log = logging.getLogger(__name__)
 
 # Contexts up to this many positions have graphs of their own: their block tables are narrow, and
 # a row's keys need not be shared by several programs.
 SHORT_CONTEXT = 1024
+# Steps whose prompt chunks are few and short have graphs too: what is left of the time such a step
+# takes is otherwise the CPU's, for its 300 launches. (Longer ones keep the device busy meanwhile.)
+CHUNKS = 16
+CHUNK_TOKENS = (16, 64, 128, 256, 512, 1024)
 # Steps under way at once, and one whose result is being read.
 OUTPUT_RING = 4
 NO_FAMILIES = ActiveFamilies()
 
 
 class GraphKey(NamedTuple):
-    """What a captured step depends on; everything else is in static tensors."""
+    """What a captured step depends on; everything else is in static tensors.
 
-    rows: int
+    Attributes:
+        layout: places for rows and tokens.
+        short: whether no row sees more than ``SHORT_CONTEXT`` positions.
+        greedy: whether every row takes the most probable token.
+        active: families that some row's adapter is of.
+    """
+
+    layout: Layout
     short: bool
     greedy: bool
     active: ActiveFamilies
@@ -79,9 +91,16 @@ class StepBackend(Protocol):
         query_lens: Sequence[int],
         context_lens: Sequence[int],
         num_decode_rows: int,
-    ) -> Callable[[int, Tensor, float, int | None, float | None], Tensor]:
+    ) -> Attend:
         """Rows in order, decode rows first; tables are ``(rows, widest)`` on the device."""
         ...
+
+
+class _Arrays(NamedTuple):
+    """Static tensors of steps: their rows, and which token has which adapter."""
+
+    tensors: StepTensors
+    tables: StepTables | None
 
 
 class _Captured(NamedTuple):
@@ -137,27 +156,25 @@ class DeviceRunner:
         self._blocks_max = -(-limits.max_model_len // block_tokens)
         self._blocks_short = min(self._blocks_max, -(-SHORT_CONTEXT // block_tokens))
 
-        def tensors(tokens: int) -> StepTensors:
-            return StepTensors(
+        def arrays(rows: int, tokens: int) -> _Arrays:
+            tensors = StepTensors(
                 max_tokens=tokens,
-                max_rows=limits.max_num_seqs,
+                max_rows=rows,
+                num_lanes=limits.max_num_seqs,
                 max_blocks=self._blocks_max,
                 block_tokens=block_tokens,
                 device=device,
             )
+            return _Arrays(tensors, None if bank is None else StepTables(bank, tokens))
 
-        def tables(tokens: int) -> StepTables | None:
-            return None if bank is None else StepTables(bank, tokens)
-
-        self._decode, self._decode_tables = (
-            tensors(limits.max_num_seqs),
-            tables(limits.max_num_seqs),
-        )
-        self._prompt, self._prompt_tables = (
-            tensors(limits.max_num_batched_tokens),
-            tables(limits.max_num_batched_tokens),
-        )
+        # What graphs read, and what steps read that have none.
+        most = limits.max_num_seqs
+        self._largest = Layout(0, most + CHUNKS, most + CHUNK_TOKENS[-1])
+        self._static = arrays(self._largest.rows, self._largest.tokens)
+        self._exact = arrays(most, limits.max_num_batched_tokens)
         self.buckets = row_buckets(limits.max_num_seqs)
+        # Beside prompt chunks fewer sizes do: what an unused row costs is little there.
+        self.chunk_buckets = (0, *(b for b in self.buckets if b % 32 == 0 or b == most))
         # The token that each lane sampled last; one more for padding rows.
         self._last = torch.zeros(limits.max_num_seqs + 1, dtype=torch.int64, device=device)
         self._outputs = [
@@ -168,7 +185,7 @@ class DeviceRunner:
         # One for all graphs: each would keep its own, 4 GB together for 256 rows of a vocabulary of
         # 128,000. A step's are read before the next one is submitted.
         head = self._decoder.head
-        self._logits = head.new_empty(limits.max_num_seqs, len(head))
+        self._logits = head.new_empty(limits.max_num_seqs + CHUNKS, len(head))
         self._graphs: dict[GraphKey, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
 
@@ -182,64 +199,84 @@ class DeviceRunner:
                 assert self._bank is not None
                 assert self._host is not None
                 self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))
-            rows = plan.rows
-            decodes = all(row.sample and len(row.token_ids) == 1 for row in rows)
-            if decodes and self._attention is None:
-                return self._submit_decode(rows)
-            return self._submit_prompts(rows)
+            layout = self._layout(plan.rows)
+            if layout is None:
+                return self._submit_exact(plan.rows)
+            return self._submit_static(plan.rows, layout)
 
-    def _submit_decode(self, rows: Sequence[Row]) -> Pending:
-        bucket = next(size for size in self.buckets if size >= len(rows))
-        longest = max(row.start for row in rows) + 1
-        short = longest <= self._blocks_short * self._kv.block_tokens
-        loaded = self._decode.load(
-            rows,
-            entropy=self._entropy,
-            table_blocks=self._table_blocks(short),
-            padded_rows=bucket,
+    def _layout(self, rows: Sequence[Row]) -> Layout | None:
+        """The layout of the graph that takes these rows; None when there is none."""
+        if self._attention is not None:
+            return None
+        used = layout_of(rows)
+        if not used.chunks and all(row.sample for row in rows):
+            return Layout(next(size for size in self.buckets if size >= len(rows)))
+        if used.chunks > CHUNKS or used.chunk_tokens > CHUNK_TOKENS[-1]:
+            return None
+        return Layout(
+            next(size for size in self.chunk_buckets if size >= used.decode_rows),
+            CHUNKS,
+            next(size for size in CHUNK_TOKENS if size >= used.chunk_tokens),
         )
-        active = self._active(self._decode_tables, rows, bucket)
-        key = GraphKey(bucket, short, loaded.greedy, active)
-        captured = self._replay(key)
-        return self._finish(rows, captured.logits, captured.scale, captured.tokens, self._decode)
+
+    def _submit_static(self, rows: Sequence[Row], layout: Layout) -> Pending:
+        longest = max(row.start + len(row.token_ids) for row in rows)
+        short = longest <= self._blocks_short * self._kv.block_tokens
+        loaded = self._static.tensors.load(
+            rows, layout, entropy=self._entropy, table_blocks=self._table_blocks(short)
+        )
+        active = self._active(self._static, rows, layout)
+        greedy = loaded.greedy and not layout.chunks  # rare enough not to have graphs of its own
+        captured = self._replay(GraphKey(layout, short, greedy, active))
+        sampling = [row for row in rows if row.sample]
+        return self._finish(
+            sampling, captured.logits, captured.scale, captured.tokens, self._static.tensors
+        )
 
     def _replay(self, key: GraphKey) -> _Captured:
         if not self._use_graphs:
-            return self._run_decode(key)
+            return self._run(key)
         captured = self._graphs.get(key)
         if captured is None:
             captured = self._capture(key)
         captured.graph.replay()
         return captured
 
-    def _submit_prompts(self, rows: Sequence[Row]) -> Pending:
-        loaded = self._prompt.load(rows, entropy=self._entropy, table_blocks=self._widest(rows))
-        active = self._active(self._prompt_tables, rows, loaded.tokens)
-        hidden, scale = self.forward(
-            self._inputs(
-                self._prompt,
-                loaded.tokens,
-                self._attend_rows(loaded, rows),
-                self._prompt_tables,
-                active,
+    def _submit_exact(self, rows: Sequence[Row]) -> Pending:
+        layout, widest = layout_of(rows), max(len(row.block_ids) for row in rows)
+        tensors = self._exact.tensors
+        loaded = tensors.load(rows, layout, entropy=self._entropy, table_blocks=widest)
+        active = self._active(self._exact, rows, layout)
+        if self._attention is None:
+            attend = self._attend(tensors, layout, widest, loaded.longest)
+        else:
+            attend = self._attention(
+                self._kv,
+                block_tables=tensors.tables(layout.rows, widest),
+                query_lens=[len(row.token_ids) for row in rows],
+                context_lens=[row.start + len(row.token_ids) for row in rows],
+                num_decode_rows=layout.decode_rows,
             )
-        )
+        hidden, scale = self.forward(self._inputs(self._exact, layout, attend, active))
         sampling = [row for row in rows if row.sample]
         if not sampling:
             return self._pending({}, None)
-        at = self._prompt.device["sampled_at"][: loaded.sampled]
-        if scale is not None:
-            scale = replace(scale, sums=scale.sums.index_select(1, at))
-        logits = F.linear(hidden.index_select(0, at), self._decoder.head)
-        tokens = self._sample(self._prompt, logits, scale, loaded.greedy)
-        return self._finish(sampling, logits, scale, tokens, self._prompt)
+        hidden, scale = self._sampled(tensors, hidden, scale, loaded.sampled)
+        logits = F.linear(hidden, self._decoder.head)
+        tokens = self._sample(tensors, logits, scale, loaded.greedy)
+        return self._finish(sampling, logits, scale, tokens, tensors)
 
-    def _active(
-        self, tables: StepTables | None, rows: Sequence[Row], tokens: int
-    ) -> ActiveFamilies:
-        if tables is None:
+    def _active(self, arrays: _Arrays, rows: Sequence[Row], layout: Layout) -> ActiveFamilies:
+        """Say on the device which token has which adapter."""
+        if arrays.tables is None:
             return NO_FAMILIES
-        return tables.fill([(row.adapter, len(row.token_ids)) for row in rows], tokens)
+        decode = layout_of(rows).decode_rows
+        owners: list[tuple[RowAdapter | None, int]] = [
+            (row.adapter, len(row.token_ids)) for row in rows
+        ]
+        if layout.chunks and layout.decode_rows > decode:
+            owners.insert(decode, (None, layout.decode_rows - decode))
+        return arrays.tables.fill(owners, layout.tokens)
 
     def _finish(
         self,
@@ -290,41 +327,43 @@ class DeviceRunner:
 
     # -- the device's side ----------------------------------------------------------------------
 
-    def _run_decode(self, key: GraphKey) -> _Captured:
-        """The decode step of ``key`` over its static tensors; captured, or run as it is."""
-        tensors, rows = self._decode, key.rows
-        hidden, scale = self.forward(
-            self._inputs(
-                tensors,
-                rows,
-                self._attend_decode(tensors, rows, self._table_blocks(key.short)),
-                self._decode_tables,
-                key.active,
-            )
-        )
-        logits = self._logits[:rows]
+    def _run(self, key: GraphKey) -> _Captured:
+        """The step of ``key`` over the static tensors; captured, or run as it is."""
+        tensors, layout = self._static.tensors, key.layout
+        attend = self._attend(tensors, layout, self._table_blocks(key.short))
+        hidden, scale = self.forward(self._inputs(self._static, layout, attend, key.active))
+        if layout.chunks:
+            hidden, scale = self._sampled(tensors, hidden, scale, layout.rows)
+        logits = self._logits[: layout.rows]
         torch.mm(hidden, self._decoder.head.t(), out=logits)
         tokens = self._sample(tensors, logits, scale, key.greedy)
         return _Captured(None, logits, scale, tokens)  # type: ignore[arg-type]
 
     def _inputs(
-        self,
-        tensors: StepTensors,
-        tokens: int,
-        attend: Callable[[int, Tensor, float, int | None, float | None], Tensor],
-        tables: StepTables | None,
-        active: ActiveFamilies,
+        self, arrays: _Arrays, layout: Layout, attend: Attend, active: ActiveFamilies
     ) -> StepInputs:
-        device = tensors.device
+        device, tokens = arrays.tensors.device, layout.tokens
         ids = device["ids"][:tokens]
         sampled = self._last.index_select(0, device["token_lanes"][:tokens])
+        parts = None
+        if arrays.tables is not None and active:
+            parts = arrays.tables.parts(active, tokens, max_rows=layout.rows + 1)
         return StepInputs(
             input_ids=torch.where(ids < 0, sampled, ids),
             positions=device["positions"][:tokens],
             slot_mapping=device["slots"][:tokens],
             attend=attend,
-            parts=tables.parts(active, tokens) if tables is not None and active else None,
+            parts=parts,
         )
+
+    def _sampled(
+        self, tensors: StepTensors, hidden: Tensor, scale: RowScale | None, count: int
+    ) -> tuple[Tensor, RowScale | None]:
+        """The tokens whose logits are wanted."""
+        at = tensors.device["sampled_at"][:count]
+        if scale is not None:
+            scale = replace(scale, sums=scale.sums.index_select(1, at))
+        return hidden.index_select(0, at), scale
 
     def _sample(
         self, tensors: StepTensors, logits: Tensor, scale: RowScale | None, greedy: bool
@@ -347,48 +386,18 @@ class DeviceRunner:
         self._last.index_copy_(0, device["lanes"][:rows], tokens.clamp_min(0))
         return tokens
 
-    def _attend_decode(
-        self, tensors: StepTensors, rows: int, table_blocks: int
-    ) -> Callable[[int, Tensor, float, int | None, float | None], Tensor]:
-        kv = self._kv
-        tables, contexts = tensors.tables(rows, table_blocks), tensors.device["contexts"][:rows]
-
-        def attend(
-            layer: int, q: Tensor, scale: float, window: int | None, softcap: float | None
-        ) -> Tensor:
-            return paged_decode(
-                q,
-                kv.keys[layer],
-                kv.values[layer],
-                tables,
-                contexts,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-            ).flatten(1)
-
-        return attend
-
-    def _attend_rows(
-        self, loaded: Loaded, rows: Sequence[Row]
-    ) -> Callable[[int, Tensor, float, int | None, float | None], Tensor]:
-        widest = self._widest(rows)
-        if self._attention is None:
-            return self._attend_mixed(loaded, len(rows), widest)
-        return self._attention(
-            self._kv,
-            block_tables=self._prompt.tables(len(rows), widest),
-            query_lens=[len(row.token_ids) for row in rows],
-            context_lens=[row.start + len(row.token_ids) for row in rows],
-            num_decode_rows=loaded.decode_rows,
-        )
-
-    def _attend_mixed(
-        self, loaded: Loaded, rows: int, table_blocks: int
-    ) -> Callable[[int, Tensor, float, int | None, float | None], Tensor]:
-        kv, device, n = self._kv, self._prompt.device, loaded.decode_rows
-        tables, contexts = self._prompt.tables(rows, table_blocks), device["contexts"][:rows]
-        starts = device["starts"][: rows - n + 1]
+    def _attend(
+        self,
+        tensors: StepTensors,
+        layout: Layout,
+        table_blocks: int,
+        max_context: int | None = None,
+    ) -> Attend:
+        """Attention of a step in this layout; no row is longer than ``max_context``."""
+        kv, n = self._kv, layout.decode_rows
+        tables = tensors.tables(layout.rows, table_blocks)
+        contexts = tensors.device["contexts"][: layout.rows]
+        starts = tensors.device["starts"][: layout.chunks + 1]
 
         def attend(
             layer: int, q: Tensor, scale: float, window: int | None, softcap: float | None
@@ -405,10 +414,10 @@ class DeviceRunner:
                     scale=scale,
                     window=window,
                     softcap=softcap,
-                    max_context=loaded.longest,
+                    max_context=max_context,
                     out=out[:n],
                 )
-            if n < rows:
+            if layout.chunks:
                 paged_prefill(
                     q[n:],
                     keys,
@@ -433,23 +442,29 @@ class DeviceRunner:
         families: Sequence[ActiveFamilies] = (NO_FAMILIES,),
         progress: Callable[[int, int], None] | None = None,
         buckets: Sequence[int] | None = None,
+        chunks: int = 0,
     ) -> None:
         """Capture the graphs of these buckets (by default all) for these sets of families.
 
+        Those of decode steps or, with ``chunks``, of steps with that many tokens of prompts.
+
         Others are captured when a step first needs them, which delays that step.
         """
+        layouts = [Layout(rows) for rows in buckets or self.buckets]
+        greedy: tuple[bool, ...] = (True, False)
+        if chunks:
+            layouts = [Layout(rows, CHUNKS, chunks) for rows in buckets or self.chunk_buckets]
+            greedy = (False,)
         shorts = (True,) if self._blocks_short == self._blocks_max else (True, False)
         keys = [
-            GraphKey(rows, short, greedy, active)
+            GraphKey(layout, short, of_greedy, active)
             for active in families
-            for greedy in (True, False)
+            for of_greedy in greedy
             for short in shorts
-            for rows in reversed(
-                buckets or self.buckets
-            )  # the largest first: the others fit in its memory
+            for layout in reversed(layouts)  # the largest first: the others fit in its memory
         ]
         with self._on_stream():
-            self._load_padding()
+            self._load_nothing(self._static, self._largest)
             for done, key in enumerate(keys):
                 if progress:
                     progress(done, len(keys))
@@ -466,32 +481,29 @@ class DeviceRunner:
 
         The first launch of each variant of a kernel compiles it, which takes seconds.
         """
+        tensors = self._exact.tensors
         with self._on_stream():
             for count in tokens:
-                self._prompt.load_padding(count, 1, self._blocks_short)
-                loaded = Loaded(count, 0, 1, 0, greedy=False)
+                layout = Layout(0, 1, count)
+                self._load_nothing(self._exact, layout)
                 for active in families:
-                    attend = self._attend_mixed(loaded, 1, self._blocks_short)
-                    inputs = self._inputs(self._prompt, count, attend, self._prompt_tables, active)
-                    hidden, scale = self.forward(inputs)
-                    at = self._prompt.device["sampled_at"][:1]
-                    logits = F.linear(hidden.index_select(0, at), self._decoder.head)
-                    if scale is not None:
-                        scale = replace(scale, sums=scale.sums.index_select(1, at))
+                    attend = self._attend(tensors, layout, self._blocks_short)
+                    hidden, scale = self.forward(self._inputs(self._exact, layout, attend, active))
+                    hidden, scale = self._sampled(tensors, hidden, scale, 1)
+                    logits = F.linear(hidden, self._decoder.head)
                     for greedy in (True, False):
-                        self._sample(self._prompt, logits, scale, greedy)
+                        self._sample(tensors, logits, scale, greedy)
 
-    def _load_padding(self) -> None:
-        """Rows that read and write nothing: what graphs are captured with."""
-        most = self.buckets[-1]
-        self._decode.load_padding(most, most, self._blocks_max)
-        self._active(self._decode_tables, (), most)
+    def _load_nothing(self, arrays: _Arrays, layout: Layout) -> None:
+        """Places that read and write nothing: what graphs are captured with."""
+        arrays.tensors.load((), layout, entropy=self._entropy, table_blocks=self._blocks_max)
+        self._active(arrays, (), layout)
 
     def _capture(self, key: GraphKey) -> _Captured:
         # Once as it is: the first launch of a kernel compiles it, which cannot be captured. The
         # step at hand is then run twice, so the second time must find the tokens of the first.
         last = self._last.clone()
-        self._run_decode(key)
+        self._run(key)
         self._last.copy_(last)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -499,7 +511,7 @@ class DeviceRunner:
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
-            captured = self._run_decode(key)
+            captured = self._run(key)
         captured = captured._replace(graph=graph)
         self._graphs[key] = captured
         return captured
@@ -509,9 +521,6 @@ class DeviceRunner:
 
     def _table_blocks(self, short: bool) -> int:
         return self._blocks_short if short else self._blocks_max
-
-    def _widest(self, rows: Sequence[Row]) -> int:
-        return max(len(row.block_ids) for row in rows)
 
 
 NOT_FINITE = "the model returned non-finite logits"

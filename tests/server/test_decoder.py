@@ -21,7 +21,7 @@ from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
 from shoal.server.model.fused import FusedForward, StepInputs
 from shoal.server.model.kv_cache import KVCache
-from shoal.server.model.step_tensors import StepTensors
+from shoal.server.model.step_tensors import StepTensors, layout_of
 
 BLOCK = 4
 VOCAB = 97
@@ -305,6 +305,7 @@ class FusedStepper:
         self.tensors = StepTensors(
             max_tokens=128,
             max_rows=8,
+            num_lanes=8,
             max_blocks=32,
             block_tokens=BLOCK,
             device=torch.device("cpu"),
@@ -312,7 +313,9 @@ class FusedStepper:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> Tensor:
-        loaded = self.tensors.load(rows, entropy=random.Random(0), table_blocks=32)
+        # Every row as a chunk: also those of one token.
+        layout = layout_of(rows)
+        self.tensors.load(rows, layout, entropy=random.Random(0), table_blocks=32)
         device = self.tensors.device
         starts = torch.tensor([0, *(len(r.token_ids) for r in rows)]).cumsum(0).int()
 
@@ -333,9 +336,9 @@ class FusedStepper:
 
         hidden, scale = self.forward(
             StepInputs(
-                input_ids=device["ids"][: loaded.tokens],
-                positions=device["positions"][: loaded.tokens],
-                slot_mapping=device["slots"][: loaded.tokens],
+                input_ids=device["ids"][: layout.tokens],
+                positions=device["positions"][: layout.tokens],
+                slot_mapping=device["slots"][: layout.tokens],
                 attend=attend,
             )
         )

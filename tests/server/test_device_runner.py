@@ -21,10 +21,12 @@ from shoal.adapters.spec import AdapterSpec, BaseShape
 from shoal.server.engine.plan import Pending, Runner, StepPlan
 from shoal.server.engine.request import Request, SamplingParams
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
+from shoal.server.model import device_runner
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
 from shoal.server.model.device_runner import RunnerLimits
 from shoal.server.model.dummy import random_decoder
+from shoal.server.model.fused import defers_norms
 from shoal.server.model.gemms import SPARE_ROWS
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.runner import ModelRunner
@@ -110,7 +112,7 @@ class World:
         return ModelRunner(self.decoder, self.cache(), bank, self.host, Sampler()), bank
 
     def fused(self) -> tuple[Runner, AdapterBank]:
-        bank = self.bank(joint=True)
+        bank = self.bank(joint=defers_norms(self.config, self.dtype))
         runner = start_device_runner(self.decoder, self.cache(), bank, self.host, LIMITS)
         return runner, bank
 
@@ -206,8 +208,14 @@ def expected() -> dict[str, list[int]]:
     return run(runner, bank, workload([packed.spec for packed in world.packed]))
 
 
+@pytest.mark.parametrize("captured", [1024, 16])
 @pytest.mark.parametrize("device", DEVICES)
-def test_mixed_batches_equal_the_plain_runner(device: str, expected: dict[str, list[int]]) -> None:
+def test_mixed_batches_equal_the_plain_runner(
+    device: str, captured: int, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every step has a graph, and where those with more than 16 prompt tokens have none."""
+    sizes = tuple(size for size in device_runner.CHUNK_TOKENS if size <= captured)
+    monkeypatch.setattr(device_runner, "CHUNK_TOKENS", sizes)
     world = World(device)
     runner, bank = world.fused()
     got = run(runner, bank, workload([packed.spec for packed in world.packed]))
