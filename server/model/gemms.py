@@ -21,6 +21,8 @@ from shoal.server.model.decoder import Decoder, Linear
 Library = Literal["cublas", "cublaslt"]
 
 LIBRARIES: tuple[Library, ...] = ("cublas", "cublaslt")
+# Of GEMMs larger than any that was measured.
+LARGE: Library = "cublaslt"
 # Columns tried beyond those that are needed: up to the next multiples of these.
 PADDINGS = (16, 64, 128, 256)
 # Modules times columns of the widest step, rounded up to the widest padding.
@@ -55,7 +57,8 @@ class Shape(NamedTuple):
 class GemmPlan:
     """Choices by shape; a row count that was not measured takes those of the next larger one.
 
-    An empty plan multiplies by what is needed and leaves the library alone.
+    Beyond the largest, and in an empty plan, a GEMM is as wide as it needs to be: there arithmetic
+    is the bound, and every column costs.
     """
 
     choices: Mapping[Shape, Choice]
@@ -63,9 +66,9 @@ class GemmPlan:
 
     def choose(self, group: Group, rows: int, core_columns: int) -> Choice:
         """How to run ``group``'s GEMM in a step of ``rows`` tokens."""
-        bucket = next((r for r in self.rows if r >= rows), self.rows[-1] if self.rows else 0)
+        bucket = next((r for r in self.rows if r >= rows), 0)
         found = self.choices.get(Shape(group, bucket, core_columns))
-        return found or Choice(len(GROUPS[group]) * core_columns)
+        return found or Choice(len(GROUPS[group]) * core_columns, LARGE if self.rows else None)
 
 
 NO_PLAN = GemmPlan({})
