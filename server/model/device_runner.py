@@ -300,7 +300,8 @@ class DeviceRunner:
             logprobs = samples.logprobs[i]
             if logprobs is not None:
                 result.logprobs[row.request_id] = logprobs
-        chosen = torch.tensor(samples.token_ids, device=logits.device)
+        # As in `_sample`: where a row has failed, -1 is no token to look up.
+        chosen = torch.tensor(samples.token_ids, device=logits.device).clamp_min(0)
         self._last.index_copy_(0, tensors.device["lanes"][: len(rows)], chosen)
         return Done(result)
 

@@ -290,6 +290,40 @@ def test_non_finite_logits_fail_their_row_only(device: str) -> None:
     assert tokens == alone["good"]
 
 
+@pytest.mark.parametrize("sampling", [{}, {"logprobs": 1}], ids=["kernel", "host"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_that_fails_while_the_next_step_is_planned_harms_nobody(
+    device: str, sampling: dict[str, Any]
+) -> None:
+    """The younger plan still holds the failed row, whose token nobody knows: it must be a token."""
+    world = World(device)
+    runner, bank = world.fused()
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, **sampling)
+    good = Request(id="good", prompt_ids=(8, 9), sampling=params)
+    alone = run(runner, bank, [good])
+    with torch.no_grad():
+        world.decoder.embed[7] = float("nan")
+    scheduler = new_scheduler(bank, 4)
+    for request in (Request(id="bad", prompt_ids=(5, 6, 7), sampling=params), good):
+        assert scheduler.add(request) is None
+    tokens: list[int] = []
+    failed: list[str] = []
+    flight: list[tuple[StepPlan, Pending]] = []
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        if plan is not None:
+            flight.append((plan, runner.submit(plan)))
+        if plan is None or len(flight) > 1:
+            landed, pending = flight.pop(0)
+            for event in scheduler.commit(landed, pending.wait()):
+                if event.error is not None:
+                    failed.append(event.request_id)
+                else:
+                    tokens += event.token_ids
+    assert failed == ["bad"]
+    assert tokens == alone["good"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
