@@ -45,6 +45,9 @@ CHUNKS = 16
 CHUNK_TOKENS = (16, 64, 128, 256, 512, 1024)
 # Steps under way at once, and one whose result is being read.
 OUTPUT_RING = 4
+# Which mixes of families and ranks are asked for is up to the clients; each takes memory for good.
+# Mixes that come later run their kernels one by one.
+GRAPHS_MAX = 1024
 NO_FAMILIES = ActiveFamilies()
 
 
@@ -234,11 +237,16 @@ class DeviceRunner:
         )
 
     def _replay(self, key: GraphKey) -> _Captured:
-        if not self._use_graphs:
-            return self._run(key)
         captured = self._graphs.get(key)
+        if captured is None and self._use_graphs and len(self._graphs) < GRAPHS_MAX:
+            try:
+                captured = self._capture(key)
+            except RuntimeError:  # such as no memory
+                # Nor any other from now on: each attempt would take its time and fail.
+                self._use_graphs = False
+                log.exception("graph_not_captured key=%s graphs=%d", key, len(self._graphs))
         if captured is None:
-            captured = self._capture(key)
+            return self._run(key)
         captured.graph.replay()
         return captured
 

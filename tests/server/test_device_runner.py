@@ -24,7 +24,7 @@ from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.model import device_runner
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
-from shoal.server.model.device_runner import RunnerLimits
+from shoal.server.model.device_runner import DeviceRunner, GraphKey, RunnerLimits, _Captured
 from shoal.server.model.dummy import random_decoder
 from shoal.server.model.fused import defers_norms
 from shoal.server.model.gemms import SPARE_ROWS
@@ -111,7 +111,7 @@ class World:
         bank = self.bank(joint=False)
         return ModelRunner(self.decoder, self.cache(), bank, self.host, Sampler()), bank
 
-    def fused(self) -> tuple[Runner, AdapterBank]:
+    def fused(self) -> tuple[DeviceRunner, AdapterBank]:
         bank = self.bank(joint=defers_norms(self.config, self.dtype))
         runner = start_device_runner(self.decoder, self.cache(), bank, self.host, LIMITS)
         return runner, bank
@@ -322,6 +322,61 @@ def test_a_row_that_fails_while_the_next_step_is_planned_harms_nobody(
                     tokens += event.token_ids
     assert failed == ["bad"]
     assert tokens == alone["good"]
+
+
+class Replayed:
+    """Stands in for CUDA's graphs: what a step makes lies where its first run put it."""
+
+    def __init__(self, runner: DeviceRunner) -> None:
+        self.runner = runner
+        self.tried: list[GraphKey] = []
+        runner._use_graphs = True
+        runner._capture = self.capture  # type: ignore[method-assign]
+
+    def capture(self, key: GraphKey) -> _Captured:
+        self.tried.append(key)
+        last = self.runner._last.clone()
+        captured = self.runner._run(key)
+        self.runner._last.copy_(last)
+
+        class Graph:
+            def replay(_) -> None:
+                again = self.runner._run(key)
+                captured.tokens.copy_(again.tokens)
+                if captured.scale is not None and again.scale is not None:
+                    captured.scale.sums.copy_(again.scale.sums)
+
+        captured = captured._replace(graph=Graph())  # type: ignore[arg-type]
+        self.runner._graphs[key] = captured
+        return captured
+
+
+def test_clients_cannot_have_graphs_without_end(
+    expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_runner, "GRAPHS_MAX", 5)
+    world = World("cpu")
+    runner, bank = world.fused()
+    graphs = Replayed(runner)
+    assert run(runner, bank, workload([packed.spec for packed in world.packed])) == expected
+    assert len(runner._graphs) == len(graphs.tried) == 5
+
+
+def test_a_capture_that_fails_costs_the_graph_and_not_the_step(
+    expected: dict[str, list[int]],
+) -> None:
+    world = World("cpu")
+    runner, bank = world.fused()
+    graphs = Replayed(runner)
+
+    def capture(key: GraphKey) -> _Captured:
+        if len(graphs.tried) == 3:
+            raise torch.OutOfMemoryError("planted")
+        return graphs.capture(key)
+
+    runner._capture = capture  # type: ignore[method-assign]
+    assert run(runner, bank, workload([packed.spec for packed in world.packed])) == expected
+    assert len(runner._graphs) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
