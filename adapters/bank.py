@@ -127,6 +127,8 @@ class AdapterBank:
         When this returns, everything it writes has been written: a step that is planned after that
         may use the basis.
         """
+        if basis.id in self._bases:
+            return  # without the lock: every request asks, also while another basis is written
         with self._bases_lock:
             if basis.id not in self._bases:
                 # Also of a basis with columns of the joint one: adapters of higher rank need it.

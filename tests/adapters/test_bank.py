@@ -1,13 +1,16 @@
 """The bank: what is loaded where is what rows get, and nothing else."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from shoal.adapters import bank as bank_module
 from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank, _Load
 from shoal.adapters.basis import Basis
+from shoal.adapters.families.core import CoreBasis
 from shoal.adapters.packing import PackedAdapter, pack_adapter
 from shoal.adapters.spec import GROUPS, BaseShape, Dims, Family, Group, RowAdapter, Slot
 from shoal.adapters.weights import AdapterWeights
@@ -169,6 +172,34 @@ def test_a_basis_is_added_once_and_from_any_thread() -> None:
     kept = bank._bases["other"]
     bank.add_basis(basis)
     assert bank._bases["other"] is kept
+
+
+def test_a_known_basis_does_not_wait_for_one_that_is_being_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bank = make_bank()
+    known, late = (Basis(id=name, rank=2, factors={}, kind="uploaded") for name in ("a", "b"))
+    bank.add_basis(known)
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Slow(CoreBasis):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            entered.set()
+            assert go_on.wait(20)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(bank_module, "CoreBasis", Slow)
+    writing = threading.Thread(target=bank.add_basis, args=(late,))
+    writing.start()
+    assert entered.wait(20)
+    asking = threading.Thread(target=bank.add_basis, args=(known,), daemon=True)
+    asking.start()
+    asking.join(5)
+    waited = asking.is_alive()
+    go_on.set()
+    writing.join()
+    assert not waited
+    assert bank.has_basis("b")
 
 
 def test_a_basis_may_cover_some_targets_only() -> None:
