@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from shoal.server.engine.plan import Pending, Runner, StepPlan
+from shoal.server.engine.plan import DeviceLost, Pending, Runner, StepPlan
 from shoal.server.engine.request import FinishReason, Request, TokenEvent
 from shoal.server.engine.scheduler import FLIGHTS_MAX, Scheduler
 from shoal.server.engine.stats import EngineStats
@@ -91,7 +91,8 @@ class EngineLoop:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs; false before ``start``, after ``stop`` or a bug of ours."""
+        """Whether the thread runs; false before ``start``, after ``stop``, and once the device is
+        lost or a bug of ours has ended it."""
         return self._thread.is_alive() and not self._dead
 
     def start(self) -> None:
@@ -174,7 +175,8 @@ class EngineLoop:
             self._hand_over(events)
             self._end_all(_aborted)
         except BaseException:
-            # A bug of ours, or an exit raised by the runner. The requests must not hang on it.
+            # A bug of ours, a device that is gone, or an exit raised by the runner. The requests
+            # must not hang on it, and ``alive`` must not say that others would be served.
             _log.critical("the engine thread failed; no further request is served", exc_info=True)
             self._end_all(_orphaned)
 
@@ -214,6 +216,8 @@ class EngineLoop:
             return False
         try:
             pending = self._runner.submit(plan)
+        except DeviceLost:
+            raise
         except Exception:  # as in ``_land``
             while self._under_way:  # plans are given back in their order
                 self._land(events)
@@ -227,6 +231,8 @@ class EngineLoop:
         step = self._under_way.popleft()
         try:
             result = step.pending.wait()
+        except DeviceLost:
+            raise
         except Exception:  # whatever a device can throw; this boundary is where it becomes typed
             events += self._failed(step.plan)
         else:

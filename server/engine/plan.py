@@ -90,6 +90,10 @@ class StepResult:
     failed: dict[str, str] = field(default_factory=dict)
 
 
+class DeviceLost(Exception):
+    """The device takes no more work, in this process: every later step would fail too."""
+
+
 class Pending(Protocol):
     """A step under way."""
 
@@ -119,5 +123,6 @@ class Runner(Protocol):
     lookahead: bool
 
     def submit(self, plan: StepPlan) -> Pending:
-        """Begin a step. An exception, here or in ``wait``, fails the plan's requests only."""
+        """Begin a step. An exception, here or in ``wait``, fails the plan's requests only, but
+        ``DeviceLost`` ends the engine."""
         ...

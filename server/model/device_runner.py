@@ -11,8 +11,8 @@ On CPU tensors the same code runs without graphs, through the kernels' reference
 
 import logging
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -27,7 +27,7 @@ from shoal.adapters.tables import ActiveFamilies, StepTables
 from shoal.kernels.core_apply.epilogue import RowScale
 from shoal.kernels.paged_attention.kernel import paged_decode, paged_prefill
 from shoal.kernels.sample_tokens.kernel import sample_tokens
-from shoal.server.engine.plan import Done, Pending, Row, StepPlan, StepResult
+from shoal.server.engine.plan import DeviceLost, Done, Pending, Row, StepPlan, StepResult
 from shoal.server.model.decoder import Decoder
 from shoal.server.model.fused import Attend, FusedForward, StepInputs, row_factors
 from shoal.server.model.kv_cache import KVCache
@@ -197,7 +197,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> Pending:
         """Begin a step. See ``Runner``."""
-        with self._on_stream():
+        with _noticing_loss(), self._on_stream():
             for load in plan.adapter_loads:
                 assert self._bank is not None
                 assert self._host is not None
@@ -535,6 +535,20 @@ class DeviceRunner:
 NOT_FINITE = "the model returned non-finite logits"
 
 
+@contextmanager
+def _noticing_loss() -> Iterator[None]:
+    """Raise ``DeviceLost`` for an error that has left the CUDA context unusable."""
+    try:
+        yield
+    except RuntimeError as error:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:  # after such an error every call fails, also this one
+                raise DeviceLost("the CUDA context is lost") from error
+        raise
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """A step under way: where each request's token will lie, and when."""
@@ -546,7 +560,8 @@ class _Step:
     def wait(self) -> StepResult:
         """See ``Pending``."""
         if self.done is not None:
-            self.done.synchronize()
+            with _noticing_loss():
+                self.done.synchronize()
         result = StepResult(token_ids={})
         for (request_id, _), token in zip(
             self.places.items(), self.tokens[: len(self.places)].tolist(), strict=True

@@ -18,7 +18,7 @@ from shoal.adapters.host_tier import HostTier
 from shoal.adapters.packing import PackedAdapter
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import AdapterSpec, BaseShape
-from shoal.server.engine.plan import Pending, Runner, StepPlan
+from shoal.server.engine.plan import DeviceLost, Pending, Runner, StepPlan
 from shoal.server.engine.request import Request, SamplingParams
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.model import device_runner
@@ -322,6 +322,22 @@ def test_a_row_that_fails_while_the_next_step_is_planned_harms_nobody(
                     tokens += event.token_ids
     assert failed == ["bad"]
     assert tokens == alone["good"]
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_only_an_error_that_leaves_nothing_usable_loses_the_device(
+    lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def synchronize(self) -> None:
+            raise RuntimeError("planted")
+
+    synchronize = Failing().synchronize if lost else lambda: None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    step = device_runner._Step({}, torch.zeros(1), Failing())  # type: ignore[arg-type]
+    with pytest.raises(DeviceLost if lost else RuntimeError):
+        step.wait()
 
 
 class Replayed:

@@ -17,7 +17,7 @@ import pytest
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import AdapterSpec
 from shoal.server.engine.loop import EngineLoop
-from shoal.server.engine.plan import Pending, StepPlan
+from shoal.server.engine.plan import DeviceLost, Pending, StepPlan
 from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.errors import Draining, EngineFailure, Overloaded, PromptTooLong
@@ -243,6 +243,31 @@ def test_a_thread_that_dies_leaves_no_request_hanging(
         assert not bench.loop.alive
         with pytest.raises(Draining):
             bench.loop.submit(request("b"))
+    assert "no further request is served" in caplog.text
+
+
+@pytest.mark.parametrize("submitting", [False, True])
+def test_a_lost_device_ends_the_engine_and_every_request_once(
+    lookahead: bool, submitting: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(lookahead=lookahead, held=True) as bench:
+        bench.loop.submit(request("a", max_tokens=50))
+        bench.wait_for_step()
+        bench.loop.submit(request("b"))
+        if submitting:
+            bench.submit_faults = [None, DeviceLost("planted")]
+        else:
+            bench.fault = DeviceLost("planted")
+        bench.held = False
+        bench.go_on.release()
+        assert bench.loop.drain(WAIT_S)
+        assert not bench.loop.alive
+        with pytest.raises(Draining):
+            bench.loop.submit(request("c"))
+    events = [event for batch in list(bench.batches.queue) for event in batch]
+    last = [e.request_id for e in events if e.error is not None or e.finish_reason is not None]
+    assert sorted(last) == ["a", "b"]
+    assert all(isinstance(e.error, EngineFailure) for e in events if e.error is not None)
     assert "no further request is served" in caplog.text
 
 
