@@ -23,6 +23,9 @@ from shoal.adapters.families.tiles import (
 from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group, Target
 from shoal.adapters.weights import AdapterWeights
 
+# What the kernels of ``core_apply`` take.
+RANK_MAX = 1024
+
 
 def packed_elements(shape: BaseShape, rank: int) -> int:
     """Elements of one record."""

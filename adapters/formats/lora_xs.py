@@ -23,6 +23,7 @@ from torch import Tensor
 from shoal.adapters.basis import PROBE_COLUMNS, Basis, make_basis, orthonormality_error
 from shoal.adapters.basis import probes as basis_probes
 from shoal.adapters.errors import AdapterRejected
+from shoal.adapters.families import core
 from shoal.adapters.formats.base import (
     Format,
     RawAdapter,
@@ -127,7 +128,7 @@ def _read_official(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
     kept = {target: (each.r,) for target, each in factors.items()}
     weights = AdapterWeights("lora_xs", "core", kept, scales, own.id)
     check_scaled(weights)  # the last refusal, before the one side effect
-    if not context.bases.add(own, limit=context.max_bases):
+    if own.rank > core.RANK_MAX or not context.bases.add(own, limit=context.max_bases):
         return _explicit(factors, scales)
     return weights
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from shoal.adapters.basis import Basis, BasisStore, compute_basis, make_basis, probe
 from shoal.adapters.errors import AdapterRejected
+from shoal.adapters.families import core
 from shoal.adapters.formats.writing import write_compact_lora_xs, write_official_lora_xs
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.spec import Target
+from shoal.kernels.core_apply import kernel as core_apply_kernel
 
 Q0 = Target(0, "q_proj")
 Q0_NAME = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -166,6 +168,24 @@ def test_no_more_than_max_bases_are_added(golden: Any) -> None:
         families.append(weights.family)
     assert families == ["core", "core", "lora", "lora"]
     assert len(golden.bases.all()) == len(files_in(golden.folder / "bases")) == 2
+
+
+def test_a_rank_that_no_kernel_takes_is_kept_explicitly(
+    golden: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the adapter would be accepted, and fail every step that it is in."""
+    monkeypatch.setattr(core, "RANK_MAX", 4)
+    families = []
+    for rank in (4, 5):
+        factors = {Q0: rotation(16)[:, :rank].float()}
+        path = write_official(golden, factors, {Q0: torch.randn(rank, rank)})
+        families.append(golden.read(path).family)
+    assert families == ["core", "lora"]
+    assert len(golden.bases.all()) == 1
+
+
+def test_the_largest_rank_is_one_that_the_kernels_take() -> None:
+    assert core.RANK_MAX == core_apply_kernel.MAX_RANK
 
 
 @pytest.mark.parametrize(("dtype", "family"), [(torch.float16, "core"), (torch.bfloat16, "lora")])
