@@ -42,7 +42,7 @@ bench: $(DEV)
 	$(BIN)/python -m shoal.loadtests.compare $(ARGS)
 
 gpu: $(DEV)
-	SHOAL_TEST_GPU=1 $(BIN)/pytest tests/gpu tests/kernels $(ARGS)
+	SHOAL_TEST_GPU=1 $(BIN)/pytest tests/gpu tests/kernels tests/server/test_device_runner.py $(ARGS)
 
 format: $(DEV)
 	$(BIN)/ruff format .
