@@ -20,6 +20,7 @@ from shoal.kernels.paged_attention.launches import (
     default_decode_config,
     default_prefill_config,
     processors,
+    row_class,
 )
 from shoal.kernels.paged_attention.reference import paged_attention_reference
 
@@ -365,7 +366,7 @@ def _launch_prefill(
         keys.stride(1),
         keys.stride(2),
         GROUP=group,
-        ROWS=power_of_two(rows),
+        ROWS=row_class(rows),
         ROWS_M=chosen.rows_m,
         HEAD_DIM=head_dim,
         DIM=dim,

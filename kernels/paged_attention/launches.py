@@ -97,3 +97,11 @@ def processors(device: torch.device) -> int:
     if device.type == "cpu":  # interpreted, one program after the other
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def row_class(rows: int) -> int:
+    """The size that a prefill of so many rows is compiled for: each is another compilation.
+
+    A warp loads 32 starts as fast as one.
+    """
+    return power_of_two(rows, 32)

@@ -484,16 +484,20 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def warm_prompts(
-        self, families: Sequence[ActiveFamilies] = (NO_FAMILIES,), *, tokens: Sequence[int]
+        self,
+        families: Sequence[ActiveFamilies] = (NO_FAMILIES,),
+        *,
+        tokens: Sequence[int],
+        chunks: int = 1,
     ) -> None:
-        """Run steps with prompts of these many tokens that read and write nothing.
+        """Run steps with ``chunks`` prompts of these many tokens that read and write nothing.
 
         The first launch of each variant of a kernel compiles it, which takes seconds.
         """
         tensors = self._exact.tensors
         with self._on_stream():
             for count in tokens:
-                layout = Layout(0, 1, count)
+                layout = Layout(0, chunks, count)
                 self._load_nothing(self._exact, layout)
                 for active in families:
                     attend = self._attend(tensors, layout, self._blocks_short)

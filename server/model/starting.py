@@ -13,6 +13,7 @@ from shoal.adapters.families.joint_basis import Columns, JointBasis
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.spec import GROUPS
 from shoal.adapters.tables import ActiveFamilies
+from shoal.kernels.paged_attention.launches import row_class
 from shoal.server.model import gemms
 from shoal.server.model.decoder import Decoder, Linear
 from shoal.server.model.device_runner import (
@@ -33,6 +34,8 @@ PROMPT_ROWS = (512, 1024, 2048)
 # Token counts of prompt steps that together launch every variant of the kernels: a kernel is
 # compiled anew for sizes of 1, and for sizes that 16 divides.
 WARM_TOKENS = (1, 17, 32, 513, 1024)
+# Chunks of at most this many tokens on average may be taken in smaller tiles of queries.
+SHORT_CHUNK = 64
 
 # (what is being done, how much of it is done, how much there is)
 Progress = Callable[[str, int, int], None]
@@ -77,6 +80,8 @@ def start_device_runner(
         for done, count in enumerate(tokens):
             compiling(done, len(tokens))
             runner.warm_prompts((*sets, *compiled), tokens=(count,))
+        for chunks, count in prompt_steps(limits):
+            runner.warm_prompts(tokens=(count,), chunks=chunks)
         compiling(len(tokens), len(tokens))
         warmed = time.perf_counter()
         if attention is None:
@@ -90,6 +95,14 @@ def start_device_runner(
             time.perf_counter() - warmed,
         )
     return runner
+
+
+def prompt_steps(limits: RunnerLimits) -> list[tuple[int, int]]:
+    """Numbers of prompts and of their tokens that together launch every variant of prefill."""
+    most = limits.max_num_seqs
+    fewest = {row_class(rows): rows for rows in range(most, 0, -1)}.values()
+    steps = [(rows, rows * each) for rows in fewest for each in (1, SHORT_CHUNK + 1)]
+    return [(rows, min(tokens, limits.max_num_batched_tokens)) for rows, tokens in steps]
 
 
 def measure_gemms(

@@ -31,7 +31,7 @@ from shoal.server.model.gemms import SPARE_ROWS
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.runner import ModelRunner
 from shoal.server.model.sampler import Sampler
-from shoal.server.model.starting import start_device_runner
+from shoal.server.model.starting import prompt_steps, start_device_runner
 
 VOCAB = 211
 CONFIG = {
@@ -338,6 +338,14 @@ def test_only_an_error_that_leaves_nothing_usable_loses_the_device(
     step = device_runner._Step({}, torch.zeros(1), Failing())  # type: ignore[arg-type]
     with pytest.raises(DeviceLost if lost else RuntimeError):
         step.wait()
+
+
+def test_steps_that_only_compile_read_and_write_nothing() -> None:
+    world = World("cpu")
+    runner, _ = world.fused()
+    for chunks, tokens in prompt_steps(LIMITS):
+        runner.warm_prompts(tokens=(tokens,), chunks=chunks)
+    assert not runner._kv._data.any()
 
 
 class Replayed:
