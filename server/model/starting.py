@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 BESIDE_ROWS = 160
 PROMPT_ROWS = (512, 1024, 2048)
 # Token counts of prompt steps that together launch every variant of the kernels: a kernel is
-# compiled anew for sizes of 1, and for sizes that 16 divides.
-WARM_TOKENS = (1, 17, 32, 513, 1024)
+# compiled anew for sizes of 1, for sizes that 16 divides, and for each size of its tiles.
+WARM_TOKENS = (1, 17, 32, 96, 192, 513, 1024)
 # Chunks of at most this many tokens on average may be taken in smaller tiles of queries.
 SHORT_CHUNK = 64
 
