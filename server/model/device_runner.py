@@ -239,6 +239,7 @@ class DeviceRunner:
     def _replay(self, key: GraphKey) -> _Captured:
         captured = self._graphs.get(key)
         if captured is None and self._use_graphs and len(self._graphs) < GRAPHS_MAX:
+            self._rehearse(key)
             try:
                 captured = self._capture(key)
             except RuntimeError:  # such as no memory
@@ -478,6 +479,7 @@ class DeviceRunner:
                 if progress:
                     progress(done, len(keys))
                 if key not in self._graphs:
+                    self._rehearse(key)
                     self._capture(key)
             if progress:
                 progress(len(keys), len(keys))
@@ -512,12 +514,16 @@ class DeviceRunner:
         arrays.tensors.load((), layout, entropy=self._entropy, table_blocks=self._blocks_max)
         self._active(arrays, (), layout)
 
-    def _capture(self, key: GraphKey) -> _Captured:
-        # Once as it is: the first launch of a kernel compiles it, which cannot be captured. The
-        # step at hand is then run twice, so the second time must find the tokens of the first.
+    def _rehearse(self, key: GraphKey) -> None:
+        """Run a step as it is: the first launch of a kernel compiles it, which cannot be captured.
+
+        The step at hand is then run twice, so the second time must find the tokens of the first.
+        """
         last = self._last.clone()
         self._run(key)
         self._last.copy_(last)
+
+    def _capture(self, key: GraphKey) -> _Captured:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on allocating pinned memory meanwhile.

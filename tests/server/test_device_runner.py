@@ -403,6 +403,29 @@ def test_a_capture_that_fails_costs_the_graph_and_not_the_step(
     assert len(runner._graphs) == 3
 
 
+def test_a_step_that_fails_before_its_capture_costs_no_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World("cpu")
+    runner, bank = world.fused()
+    Replayed(runner)
+
+    def fail(key: GraphKey) -> _Captured:
+        raise RuntimeError("planted")
+
+    good, bad = workload([], count=2, seed=5)
+    scheduler = new_scheduler(bank, 1)
+    assert scheduler.add(bad) is None
+    plan = scheduler.plan()
+    assert plan is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_run", fail)
+        with pytest.raises(RuntimeError, match="planted"):
+            runner.submit(plan)
+    run(runner, bank, [good])
+    assert runner._graphs
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
