@@ -79,7 +79,7 @@ EXPAND |= {"unspilled": True}
 PAGED = {"GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_TOKENS": 16, "TILE": 64, "WINDOW": False}
 PAGED |= {"SOFTCAP": False, "FLOAT32_DOT": False, "STAGES": 3, "num_stages": 3, "aligned": True}
 DECODE = {**PAGED, "ROWS_M": 16, "num_warps": 4}
-PREFILL = {**PAGED, "ROWS": 32, "ROWS_M": 128, "num_warps": 8}
+PREFILL = {**PAGED, "ROWS": 256, "ROWS_M": 128, "num_warps": 8}
 FLOAT32 = {"FLOAT32_DOT": True, "STAGES": 2, "num_stages": 2}
 # Kernels that apply adapters themselves: with all options; with the usual ones, inline at 16 and
 # 32 columns, and with u already made; and bare.
