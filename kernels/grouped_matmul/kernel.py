@@ -236,7 +236,8 @@ def default_expand_config(*, float32: bool = False) -> ExpandConfig:
     """The launch parameters; ``float32``: the arena is float32."""
     # Sweep on an H100, 2026-11: few warps with much work each win. All expands of a decode step of
     # 256 fold adapters of rank 16: 4.93 ms with 512 outputs by two warps, 6.90 by four (a copy of
-    # the same bytes: 4.65; one warp takes 4.64, but then tiles of several tokens spill). No pipeline: of a single step it costs twice the time.
+    # the same bytes: 4.65; one warp takes 4.64, but then tiles of several tokens spill). No
+    # pipeline: of a single step it costs twice the time.
     # A float32 arena takes less: the product runs on the plain units, and at 512 outputs the
     # compiler unrolls it into 0.5 MB of code, 5 s for each variant.
     return ExpandConfig(block_n=128, num_warps=4) if float32 else ExpandConfig()
