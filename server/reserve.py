@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 # CUDA graphs, the libraries' workspaces, and what the allocator cannot give back.
 GRAPH_BYTES = 3 << 29
+# Bases that uploads may bring, and their largest rank (``adapters/library.py`` and
+# ``adapters/families/core.py`` see to that).
+UPLOADED_BASES = 4
+UPLOADED_RANK = 128
 # Columns of the joint basis, and bytes of tables for one token of a step (``adapters/tables.py``).
 JOINT_COLUMNS = 64
 TABLE_BYTES = 256
@@ -46,7 +50,7 @@ def reserve_parts(sizes: StepSizes) -> dict[str, int]:
     return {
         "activations": sizes.tokens * widths * sizes.item,
         "logits": sizes.rows * sizes.vocab * (sizes.item + 4),
-        "basis": per_column * (JOINT_COLUMNS + sizes.basis_rank),
+        "bases": per_column * (JOINT_COLUMNS + sizes.basis_rank + UPLOADED_BASES * UPLOADED_RANK),
         # Two sets of tables (decode steps, prompt steps), and a rotation in float32 per position.
         "tables": 2 * (sizes.rows * blocks * 4 + sizes.tokens * TABLE_BYTES)
         + sizes.positions * sizes.head_dim * 4,

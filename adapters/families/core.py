@@ -23,8 +23,9 @@ from shoal.adapters.families.tiles import (
 from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group, Target
 from shoal.adapters.weights import AdapterWeights
 
-# What the kernels of ``core_apply`` take.
-RANK_MAX = 1024
+# Of a basis that an upload brings; adapters on larger ones are served as ``lora``. A basis takes
+# device memory at its rank for every layer and module, and that has to be set aside at start.
+RANK_MAX = 128
 
 
 def packed_elements(shape: BaseShape, rank: int) -> int:

@@ -184,7 +184,7 @@ def test_a_rank_that_no_kernel_takes_is_kept_explicitly(
 
 
 def test_the_largest_rank_is_one_that_the_kernels_take() -> None:
-    assert core.RANK_MAX == core_apply_kernel.MAX_RANK
+    assert core.RANK_MAX <= core_apply_kernel.MAX_RANK
 
 
 @pytest.mark.parametrize(("dtype", "family"), [(torch.float16, "core"), (torch.bfloat16, "lora")])

@@ -4,7 +4,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from shoal.server.reserve import StepSizes, reserve_parts
+from shoal.adapters.families.core import RANK_MAX
+from shoal.adapters.library import UPLOADED_BASES_MAX
+from shoal.server.reserve import UPLOADED_BASES, UPLOADED_RANK, StepSizes, reserve_parts
 
 GIB = 1 << 30
 LLAMA_8B = StepSizes(
@@ -26,12 +28,16 @@ LLAMA_8B = StepSizes(
 
 def test_an_8b_model_leaves_most_of_a_card() -> None:
     parts = reserve_parts(LLAMA_8B)
-    assert parts["basis"] == 2 * 64 * 32 * 43_008 * 2
+    assert parts["bases"] == (64 + 64 + 4 * 128) * 32 * 43_008 * 2
     assert parts["logits"] == 256 * 128_256 * 6
-    assert 2 * GIB < sum(parts.values()) < 5 * GIB
+    assert 2 * GIB < sum(parts.values()) < 6 * GIB
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(StepSizes) if f.name != "block_tokens"])
 def test_more_of_anything_reserves_more(name: str) -> None:
     more = replace(LLAMA_8B, **{name: 2 * getattr(LLAMA_8B, name)})
     assert sum(reserve_parts(more).values()) > sum(reserve_parts(LLAMA_8B).values())
+
+
+def test_what_is_set_aside_for_uploaded_bases_is_what_uploads_may_bring() -> None:
+    assert (UPLOADED_BASES, UPLOADED_RANK) == (UPLOADED_BASES_MAX, RANK_MAX)
