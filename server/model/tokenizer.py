@@ -137,6 +137,10 @@ class Tokenizer:
         """``id_to_bytes`` as text, for logprobs; a part of a character becomes U+FFFD."""
         return self.id_to_bytes(token_id).decode("utf-8", "replace")
 
+    def has_token(self, token_id: int) -> bool:
+        """Whether the vocabulary has a token of this id."""
+        return self._backend.id_to_token(token_id) is not None
+
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is one raw byte of a character that others complete."""
         return _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "") is not None
@@ -190,7 +194,9 @@ class _TextStream:
         self._pending: list[int] = []
 
     def push(self, ids: Sequence[int]) -> str:
-        self._pending.extend(i for i in ids if i not in self._skipped)
+        # A decoder leaves out ids that no token has: the bytes on both sides are then one run.
+        known = self._tokenizer.has_token
+        self._pending.extend(i for i in ids if i not in self._skipped and known(i))
         final = len(self._pending)
         while final and self._tokenizer.is_byte(self._pending[final - 1]):
             final -= 1

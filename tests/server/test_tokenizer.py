@@ -118,6 +118,18 @@ def test_any_tokens_in_any_chunks_stream_to_their_decoded_text(
     assert "".join(streamed(tokenizer, ([i] for i in ids), skip)) == "".join(parts)
 
 
+def test_bytes_on_both_sides_of_an_unknown_id_are_one_run() -> None:
+    """The decoder leaves the id out, so that an invalid byte behind it spoils those before it."""
+    tokenizer = sentence_piece()
+    brace, broken = (
+        next(i for i in range(tokenizer.vocab_size) if tokenizer.id_to_bytes(i) == byte)
+        for byte in (b"}", b"\xe4")
+    )
+    assert tokenizer.is_byte(brace)
+    ids = [brace, tokenizer.vocab_size + 2, broken]
+    assert "".join(streamed(tokenizer, ([i] for i in ids))) == tokenizer.decode(ids)
+
+
 @by_kind
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=30))
