@@ -19,9 +19,9 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank, StepPart
+from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
 from shoal.adapters.families.joint_basis import Columns
-from shoal.adapters.families.kernel_parts import TablesCore, TablesFold, TablesLora
+from shoal.adapters.families.kernel_parts import TablePart, TablesCore, TablesFold, TablesLora
 from shoal.adapters.spec import Group, RowAdapter
 from shoal.kernels.core_apply.epilogue import CoreRows
 from shoal.kernels.grouped_matmul.kernel import TileTable
@@ -35,6 +35,8 @@ STAGING = 3
 # Start of every table in bytes: what the widest load wants.
 TABLE_ALIGNMENT = 16
 
+# What each part made of a GEMM's input.
+Made = tuple[Tensor | None, ...]
 Rows = Sequence[tuple[RowAdapter | None, int]]
 
 
@@ -71,26 +73,33 @@ class StepParts:
     Attributes:
         core: adapters on the joint basis, for the kernels behind the GEMMs; None when there are
             none.
-        has_others: whether ``apply`` does anything.
+        has_others: whether ``before`` and ``apply`` do anything.
     """
 
-    def __init__(self, core: CoreRows | None, others: Sequence[StepPart], tokens: int) -> None:
+    def __init__(self, core: CoreRows | None, others: Sequence[TablePart], tokens: int) -> None:
         self.core = core
         self.has_others = bool(others)
         self._others = tuple(others)
         self._tokens = tokens
 
-    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
+    def before(self, layer: int, group: Group, x: Tensor) -> Made:
+        """What the adapters need of ``x (tokens, d_in)``, the input of the group's fused GEMM."""
+        assert x.shape[0] == self._tokens
+        return tuple(part.before(layer, group, x) for part in self._others)
+
+    def apply(self, layer: int, group: Group, made: Made, y: Tensor, *, early: bool) -> None:
         """Add to ``y`` in place the delta of every adapter that is not in ``core``.
 
         Args:
-            x: ``(tokens, d_in)``, the input of the group's fused GEMM.
-            y: ``(tokens, n_group)``, its bias-free output ``y0``; rows may be strided. Rows without
-                such an adapter keep their bits.
+            made: what ``before`` returned.
+            y: ``(tokens, n_group)``, the GEMM's bias-free output ``y0``; rows may be strided. Rows
+                without such an adapter keep their bits.
+            early: whether the first launch may begin before the GEMM has ended: it is the call
+                before, and not on two streams (``launching.overlap_options``).
         """
-        assert x.shape[0] == y.shape[0] == self._tokens
-        for part in self._others:
-            part.apply(layer, group, x, y)
+        assert y.shape[0] == self._tokens
+        for part, ready in zip(self._others, made, strict=True):
+            part.apply(layer, group, ready, y, early=early)
 
 
 class StepTables:
@@ -157,7 +166,7 @@ class StepTables:
         shape, arena = self._bank.shape, self._bank.arena
         table = partial(layout.tensor, self._tables)
         core = None
-        others: list[StepPart] = []
+        others: list[TablePart] = []
         if active.core_columns:
             core = CoreRows(
                 arena,

@@ -72,9 +72,26 @@ SHARED_BYTES = 227 << 10  # what one program may take on an H100
 CORE = {"TILE": 16, "BLOCK_N": 128, "CHUNK": 16}
 FOLD = {"num_warps": 16, "aligned": True}
 TILES = {"TILE": 16, "TILE_N": 16, "ALIGN": 16, "STAGES": 3, "FLOAT32_DOT": False, "aligned": True}
-SHRINK = {**TILES, "SINGLE_N": 4, "TILE_K": 128, "num_stages": 3, "SINGLE_K": 512, "num_warps": 4}
+SHRINK = {
+    **TILES,
+    "SINGLE_N": 4,
+    "TILE_K": 128,
+    "num_stages": 3,
+    "SINGLE_K": 512,
+    "num_warps": 4,
+    "TILES_FIRST": False,
+}
 SHRINK |= {"unspilled": True, "wide": True}
-EXPAND = {**TILES, "TILE_K": 16, "BLOCK_N": 512, "SINGLE": True, "num_warps": 2, "num_stages": 1}
+EXPAND = {
+    **TILES,
+    "TILE_K": 16,
+    "BLOCK_N": 512,
+    "SINGLE": True,
+    "num_warps": 2,
+    "num_stages": 1,
+    "TILES_FIRST": False,
+    "PDL": True,
+}
 EXPAND |= {"unspilled": True}
 PAGED = {"GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_TOKENS": 16, "TILE": 64, "WINDOW": False}
 PAGED |= {"SOFTCAP": False, "FLOAT32_DOT": False, "STAGES": 3, "num_stages": 3, "aligned": True}

@@ -7,6 +7,7 @@ tensors the kernels run their torch references.
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,24 @@ from shoal.kernels.grouped_matmul.kernel import TileTable, expand, shrink
 
 # Divides every record's start (a unit's); no load is wider than 16 elements.
 ALIGNMENT = 16
+
+
+class TablePart(Protocol):
+    """The tokens of a step that one family treats alike: something before the GEMM, the rest after.
+
+    What needs the GEMM's input alone comes before it, so that what comes behind it can begin to
+    read the adapters while the GEMM still runs (``early``, see ``launching.overlap_options``).
+    """
+
+    def before(self, layer: int, group: Group, x: Tensor) -> Tensor | None:
+        """What ``apply`` needs of ``x (tokens, d_in)``, the GEMM's input."""
+        ...
+
+    def apply(
+        self, layer: int, group: Group, made: Tensor | None, y: Tensor, *, early: bool
+    ) -> None:
+        """Add the deltas to ``y (tokens, n_group)``; ``made``: what ``before`` returned."""
+        ...
 
 
 class TablesFold:
@@ -42,16 +61,24 @@ class TablesFold:
         }
         self._alignment = math.gcd(ALIGNMENT, *self._scales.values())
 
-    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
+    def before(self, layer: int, group: Group, x: Tensor) -> Tensor:
+        """``S_r(x)`` of every token, in its first columns."""
+        return fold_sum(x, self._ranks, self._columns)
+
+    def apply(
+        self, layer: int, group: Group, made: Tensor | None, y: Tensor, *, early: bool
+    ) -> None:
         """Add the deltas to ``y``."""
+        assert made is not None
         expand(
-            fold_sum(x, self._ranks, self._columns),
+            made,
             self._arena,
             self._tiles,
             y,
             widths=(self._shape.group_dims(group).d_out,),
             scale=self._scales[layer, group],
             alignment=self._alignment,
+            early=early,
         )
 
 
@@ -77,28 +104,36 @@ class TablesLora:
         scales = (*self._a_scales.values(), *self._b_scales.values())
         self._alignment = math.gcd(ALIGNMENT, *scales)
 
-    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
-        """Add the deltas to ``y``: one shrink and one expand for all modules of the group."""
-        widths = self._widths[group]
-        columns = len(widths) * self._columns
+    def before(self, layer: int, group: Group, x: Tensor) -> Tensor:
+        """``x Aᵀ`` of every token, for all modules of the group in one launch."""
+        modules = len(self._widths[group])
+        columns = modules * self._columns
         shrunk = torch.empty((x.shape[0], columns), dtype=torch.float32, device=x.device)
         shrink(
             x,
             self._arena,
             self._tiles,
             shrunk,
-            modules=len(widths),
+            modules=modules,
             scale=self._a_scales[layer, group],
             alignment=self._alignment,
         )
+        return shrunk
+
+    def apply(
+        self, layer: int, group: Group, made: Tensor | None, y: Tensor, *, early: bool
+    ) -> None:
+        """Add the deltas to ``y``, for all modules of the group in one launch."""
+        assert made is not None
         expand(
-            shrunk,
+            made,
             self._arena,
             self._tiles,
             y,
-            widths=widths,
+            widths=self._widths[group],
             scale=self._b_scales[layer, group],
             alignment=self._alignment,
+            early=early,
         )
 
 
@@ -135,7 +170,12 @@ class TablesCore:
         self._shape = shape
         self._arena = arena
 
-    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
+    def before(self, layer: int, group: Group, x: Tensor) -> None:
+        """Nothing: ``h`` is made of the GEMM's output."""
+
+    def apply(
+        self, layer: int, group: Group, made: Tensor | None, y: Tensor, *, early: bool
+    ) -> None:
         """Add the deltas to ``y``, which holds ``y0`` in these tokens' rows."""
         start = 0
         for module in GROUPS[group]:

@@ -167,7 +167,6 @@ def _launch(
         delta_weight_ptr=delta_weight,
         weight_ptr=weight,
         out_ptr=out,
-        tokens=tokens,
         n=n,
         residual_stride=residual.stride(0),
         delta_stride=0 if delta is None else delta.stride(0),

@@ -3,6 +3,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -94,6 +95,7 @@ def shrink_kernel(
     SINGLE_K: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
+    TILES_FIRST: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
 ):
     """Program ``(tile, c)`` writes outputs ``c·SINGLE_N …`` of one tile.
@@ -103,14 +105,18 @@ def shrink_kernel(
     few outputs per program; where tokens share a tile, every ``TILE_N / SINGLE_N``-th program
     takes the outputs of all until the next one.
     """
-    tile = tl.program_id(0)
+    if TILES_FIRST:
+        tile = tl.program_id(0)
+        block = tl.program_id(1)
+    else:
+        tile = tl.program_id(1)
+        block = tl.program_id(0)
     length = tl.load(lengths_ptr + tile)
     start = tl.load(starts_ptr + tile).to(tl.int64)
     record = tl.load(addresses_ptr + tile)
     rank = tl.load(ranks_ptr + tile)
     if length > 0:
         n = rank * modules
-        block = tl.program_id(1)
         if block * SINGLE_N < n:
             matrix = arena_ptr + tl.multiple_of(record + rank.to(tl.int64) * rank_scale, ALIGN)
             x_row = x_ptr + start * x_stride
@@ -152,14 +158,25 @@ def _expand_one(
     inside,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Matrix-vector product of a matrix whose stored rows are the inputs; added to out.
 
     With few warps a thread holds all rows of its columns, so summing in every step moves nothing.
+    The first rows are requested before the wait: mostly they are all.
     """
+    i = tl.arange(0, BLOCK_K)
+    m = tl.load(
+        matrix + i.to(tl.int64)[:, None] * row_stride + column[None, :],
+        mask=(i < rank)[:, None] & inside[None, :],
+        other=0.0,
+    )
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_row + i, mask=i < rank, other=0.0).to(tl.float32)
     base = tl.load(out_row + column, mask=inside, other=0.0).to(tl.float32)
-    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for first in range(0, rank, BLOCK_K):
+    acc = tl.sum(m.to(tl.float32) * x[:, None], axis=0)
+    for first in range(BLOCK_K, rank, BLOCK_K):
         i = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_row + i, mask=i < rank, other=0.0).to(tl.float32)
         m = tl.load(
@@ -187,8 +204,11 @@ def _expand_many(
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """As ``_shrink_many``, of a matrix whose stored rows are the inputs; added to out."""
+    if PDL:
+        gdc_wait()
     offset = tl.arange(0, TILE).to(tl.int64)
     live = offset < length
     out_ptrs = out_row + offset[:, None] * out_stride + column[None, :]
@@ -232,20 +252,26 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     SINGLE: tl.constexpr,
     ALIGN: tl.constexpr,
+    TILES_FIRST: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program ``(tile, c)`` adds to ``BLOCK_N`` outputs of one module for one tile.
 
     The second axis counts the blocks of module 0, then those of module 1, then those of module 2;
     absent modules have width 0. SINGLE: tiles of one token take the plain arithmetic units.
     """
-    tile = tl.program_id(0)
+    if TILES_FIRST:
+        tile = tl.program_id(0)
+        block = tl.program_id(1)
+    else:
+        tile = tl.program_id(1)
+        block = tl.program_id(0)
     length = tl.load(lengths_ptr + tile)
     start = tl.load(starts_ptr + tile).to(tl.int64)
     record = tl.load(addresses_ptr + tile)
     rank = tl.load(ranks_ptr + tile)
     if length > 0:
-        block = tl.program_id(1)
         blocks0 = tl.cdiv(width0, BLOCK_N)
         blocks1 = tl.cdiv(width1, BLOCK_N)
         in1 = block >= blocks0
@@ -266,7 +292,7 @@ def expand_kernel(
             together = length > 1
             if length == 1:
                 _expand_one(
-                    x_row, matrix, out_row, rank, row_stride, column, inside, TILE_K, BLOCK_N
+                    x_row, matrix, out_row, rank, row_stride, column, inside, TILE_K, BLOCK_N, PDL
                 )
         if together:
             _expand_many(
@@ -283,4 +309,5 @@ def expand_kernel(
                 TILE,
                 TILE_K,
                 FLOAT32_DOT,
+                PDL,
             )

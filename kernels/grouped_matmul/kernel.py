@@ -25,6 +25,7 @@ from shoal.kernels.launching import (
     ALIGNMENTS,
     FLOATS,
     dot_in_float32,
+    overlap_options,
     require_triton,
 )
 
@@ -80,6 +81,7 @@ class ShrinkConfig:
     single_k: int | None
     num_warps: int = 4
     num_stages: int = 3
+    tiles_first: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class ExpandConfig:
     tile_k: int = 16
     single: bool = True
     num_warps: int = 2
+    tiles_first: bool = True
 
 
 def shrink(
@@ -171,6 +174,7 @@ def expand(
     widths: Sequence[int],
     scale: int,
     alignment: int = 1,
+    early: bool = False,
     config: ExpandConfig | None = None,
 ) -> None:
     """Add each token's product, module by module: ``out[t, c_m] += x[t, m·r:][:r] M_t[:, c_m]``.
@@ -185,6 +189,7 @@ def expand(
         widths: outputs of each module, at most 3. With one module all outputs have the same inputs.
         arena, tiles, scale, alignment, config: as for ``shrink``; wide loads need widths that are
             multiples of 16.
+        early: see ``launching.overlap_options``.
 
     Dtypes, promises, limit, errors and cost are those of ``shrink``.
     """
@@ -193,7 +198,7 @@ def expand(
     if x.device.type == "cpu":
         expand_reference(x, arena, tiles, out, widths=widths, scale=scale)
     else:
-        _launch_expand(x, arena, tiles, out, widths, scale, alignment, config)
+        _launch_expand(x, arena, tiles, out, widths, scale, alignment, early, config)
 
 
 def launch_expand(
@@ -205,12 +210,13 @@ def launch_expand(
     widths: Sequence[int],
     scale: int,
     alignment: int = 1,
+    early: bool = False,
     config: ExpandConfig | None = None,
 ) -> None:
     """``expand`` through Triton on any device; CPU tensors need ``TRITON_INTERPRET=1``."""
     _check(x, arena, tiles, out, scale, alignment)
     _check_widths(widths, out)
-    _launch_expand(x, arena, tiles, out, widths, scale, alignment, config)
+    _launch_expand(x, arena, tiles, out, widths, scale, alignment, early, config)
 
 
 def default_shrink_config(tokens: int, tiles: int, n: int) -> ShrinkConfig:
@@ -307,7 +313,8 @@ def _launch_shrink(
         return
     chosen = config or default_shrink_config(tokens, count, n)
     single_n = chosen.single_n or chosen.tile_n
-    shrink_kernel[(count, -(-n // single_n))](
+    blocks = -(-n // single_n)
+    shrink_kernel[(count, blocks) if chosen.tiles_first else (blocks, count)](
         x,
         arena,
         *tiles,
@@ -324,6 +331,7 @@ def _launch_shrink(
         SINGLE_K=chosen.single_k or 0,
         ALIGN=alignment,
         STAGES=chosen.num_stages,
+        TILES_FIRST=chosen.tiles_first,
         FLOAT32_DOT=dot_in_float32(arena.dtype),
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
@@ -338,6 +346,7 @@ def _launch_expand(
     widths: Sequence[int],
     scale: int,
     alignment: int,
+    early: bool,
     config: ExpandConfig | None,
 ) -> None:
     require_triton()
@@ -348,7 +357,7 @@ def _launch_expand(
         return
     chosen = config or default_expand_config(float32=arena.dtype == torch.float32)
     blocks = sum(-(-width // chosen.block_n) for width in widths)
-    expand_kernel[(count, blocks)](
+    expand_kernel[(count, blocks) if chosen.tiles_first else (blocks, count)](
         x,
         arena,
         *tiles,
@@ -363,7 +372,9 @@ def _launch_expand(
         BLOCK_N=chosen.block_n,
         SINGLE=chosen.single,
         ALIGN=alignment,
+        TILES_FIRST=chosen.tiles_first,
         FLOAT32_DOT=dot_in_float32(arena.dtype),
+        **overlap_options(out.device, early),
         num_warps=chosen.num_warps,
         num_stages=1,
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shoal.adapters.spec import GROUPS, MODULES, Group
+from shoal.adapters.tables import Made
 from shoal.kernels.add_residual.kernel import add_residual
 from shoal.kernels.add_rms_norm.kernel import add_rms_norm
 from shoal.kernels.core_apply.epilogue import CoreEpilogue, CoreRows, MixedEpilogue, RowScale
@@ -51,10 +52,14 @@ class StepParts(Protocol):
 
     @property
     def has_others(self) -> bool:
-        """Whether ``apply`` does anything."""
+        """Whether ``before`` and ``apply`` do anything."""
         ...
 
-    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
+    def before(self, layer: int, group: Group, x: Tensor) -> Made:
+        """What ``apply`` needs of the GEMM's input."""
+        ...
+
+    def apply(self, layer: int, group: Group, made: Made, y: Tensor, *, early: bool) -> None:
         """Add all other adapters' deltas to ``y (tokens, n_group)``, in place."""
         ...
 
@@ -233,13 +238,14 @@ class FusedForward:
         columns = 0 if rows is None else rows.columns
         tokens, n = len(x), linear.weight.shape[0]
         choice = self.gemms.choose(group, tokens, columns)
+        others = parts if parts is not None and parts.has_others else None
+        made: Made = () if others is None else others.before(linear.layer, group, x)
         if rows is None:
             y = multiply(x, linear, choice)
-            if parts is not None and parts.has_others:
-                parts.apply(linear.layer, group, x, y[:, :n])
+            if others is not None:
+                others.apply(linear.layer, group, made, y[:, :n], early=True)
             return y, None, True
         assert self.basis_rows is not None
-        assert parts is not None
         modules = len(GROUPS[group])
         matrix = linear.layer * len(MODULES) + MODULES.index(GROUPS[group][0])
         basis = self.basis_rows(linear.layer, group)
@@ -251,13 +257,14 @@ class FusedForward:
             core = MixedEpilogue(mixed, basis)
         else:
             y = multiply(x, linear, choice)
-            if tokens > INLINE_TOKENS_MAX or columns > INLINE_COLUMNS_MAX:
+            if mixes_apart(group, tokens, columns):
                 core = MixedEpilogue(core_mix(y, n, rows, modules=modules, matrix=matrix), basis)
             else:
                 core = CoreEpilogue(rows, basis, h_column=n, matrix=matrix)
-        if parts.has_others:
-            parts.apply(linear.layer, group, x, y[:, :n])
-        return y, core, bool(choice.columns)
+        early = bool(choice.columns)
+        if others is not None:
+            others.apply(linear.layer, group, made, y[:, :n], early=early)
+        return y, core, early
 
     def _beside(self, x: Tensor, linear: Linear, rows: CoreRows, matrix: int) -> Tensor:
         """``u = (x Aᵀ) Rᵀ`` on a side stream, which the GEMM that follows runs beside."""
@@ -272,6 +279,12 @@ class FusedForward:
     def _join(self) -> None:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
+
+
+def mixes_apart(group: Group, tokens: int, columns: int) -> bool:
+    """Whether ``h Rᵀ`` is made once per token in a launch of its own, before the kernel behind
+    ``group``'s widened GEMM, and not in every program of that kernel."""
+    return tokens > INLINE_TOKENS_MAX or columns > INLINE_COLUMNS_MAX
 
 
 def defers_norms(config: ModelConfig, dtype: torch.dtype) -> bool:

@@ -173,7 +173,7 @@ class Loaded:
             full[:, dims.d_out :][:, len(GROUPS[group]) * 64 :] = float("nan")
             y0 = full[:, : dims.d_out].clone()
             y = full[:, : dims.d_out]
-            parts.apply(layer, group, x, y)
+            parts.apply(layer, group, parts.before(layer, group, x), y, early=False)
             if parts.core is not None:
                 self.apply_core(parts, layer, group, full)
             reference, used = y0.clone(), sum(n for _, n in rows)

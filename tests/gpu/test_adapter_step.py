@@ -156,11 +156,13 @@ def test_replays_of_one_captured_step_equal_the_cpu(
                 parts = tables.parts(active, 576)
                 assert parts.core is None
                 static_x, static_y = torch.zeros_like(x), torch.zeros_like(y)
-                parts.apply(1, group, static_x, static_y)  # compiles
+                parts.apply(
+                    1, group, parts.before(1, group, static_x), static_y, early=False
+                )  # compiles
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    parts.apply(1, group, static_x, static_y)
+                    parts.apply(1, group, parts.before(1, group, static_x), static_y, early=False)
                 graphs[active, group] = graph, static_x, static_y
             graph, static_x, static_y = graphs[active, group]
             static_x.copy_(x)
@@ -188,6 +190,6 @@ def test_loads_are_ordered_before_the_fill_that_needs_them() -> None:
         del data
         tables.fill([(adapter, 1)], 1)
         y = torch.zeros(1, 576, device="cuda")
-        parts.apply(1, "o", x, y)
+        parts.apply(1, "o", parts.before(1, "o", x), y, early=False)
         assert torch.allclose(y, torch.full_like(y, 16 * 576 * value * value))
         torch.cuda.synchronize()

@@ -79,7 +79,11 @@ def test_every_split_is_part_of_the_sum() -> None:
     x, a, rows, modules, matrix = inputs
     expected = core_project_reference(*inputs)[0]
     shapes = set()
-    for config in (ProjectConfig(1, 64), ProjectConfig(3, 128), ProjectConfig(99, 256)):
+    for config in (
+        ProjectConfig(1, 64),
+        ProjectConfig(3, 128),
+        ProjectConfig(99, 256, num_stages=2),
+    ):
         mixed = launch_core_project(x, a, rows, modules=modules, matrix=matrix, config=config)
         shapes.add(len(mixed))
         assert mixed.flatten(1).any(dim=1).all()

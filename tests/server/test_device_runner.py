@@ -5,6 +5,7 @@ hold compiled kernels, graphs and asynchronous steps to the CPU's tokens in floa
 """
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -179,17 +180,19 @@ def new_scheduler(bank: AdapterBank, waiting: int) -> Scheduler:
     return Scheduler(limits, SlotTable(bank.num_units, UNIT_ELEMENTS), frozenset({2}))
 
 
-def run(runner: Runner, bank: AdapterBank, requests: Sequence[Request]) -> dict[str, list[int]]:
-    """Every request to its end, a few arriving at each step, as ``EngineLoop`` does it."""
+def run(
+    runner: Runner, bank: AdapterBank, requests: Sequence[Request], *, arriving: int = 3
+) -> dict[str, list[int]]:
+    """Every request to its end, ``arriving`` more at each step, as ``EngineLoop`` does it."""
     scheduler = new_scheduler(bank, len(requests))
     tokens: dict[str, list[int]] = {request.id: [] for request in requests}
     todo = list(requests)
     flight: list[tuple[StepPlan, Pending]] = []
     while todo or scheduler.has_work:
-        for request in todo[:3]:
+        for request in todo[:arriving]:
             refused = scheduler.add(request)
             assert refused is None
-        todo = todo[3:]
+        todo = todo[arriving:]
         plan = scheduler.plan()
         if plan is not None:
             flight.append((plan, runner.submit(plan)))
@@ -224,24 +227,36 @@ def test_mixed_batches_equal_the_plain_runner(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_row_count_gives_the_same_tokens(device: str) -> None:
+def test_every_row_count_gives_the_same_tokens(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Around every bucket edge: a request's tokens do not depend on how many run beside it."""
+    counts: Sequence[int] = (9, 3, 1)
+    if device == "cuda":
+        here = sys.modules[__name__]
+        monkeypatch.setattr(here, "NUM_BLOCKS", 1200)
+        monkeypatch.setattr(
+            here,
+            "LIMITS",
+            RunnerLimits(max_num_seqs=256, max_num_batched_tokens=512, max_model_len=96),
+        )
+        buckets = device_runner.row_buckets(256)
+        counts = sorted({min(n + d, 256) for n in buckets for d in (0, 1)}, reverse=True)
     world = World(device)
     specs = [packed.spec for packed in world.packed]
     runner, bank = world.fused()
     alone: dict[str, list[int]] = {}
-    edges = (20, 19, 17, 16, 15, 9, 8, 7, 5, 4, 3, 2, 1)
-    for count in edges if device == "cuda" else (9, 3, 1):
+    for count in counts:
         requests = [
             Request(
                 id=str(i),
-                prompt_ids=(3 + i, 7),
+                prompt_ids=(3 + i % 200, 7),
                 sampling=SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True),
                 adapter=None if i % 3 == 0 else specs[i % len(specs)],
             )
             for i in range(count)
         ]
-        got = run(runner, bank, requests)
+        got = run(runner, bank, requests, arriving=count)
         for name, tokens in got.items():
             assert alone.setdefault(name, tokens) == tokens
 
