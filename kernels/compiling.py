@@ -79,7 +79,6 @@ SHRINK = {
     "num_stages": 3,
     "SINGLE_K": 512,
     "num_warps": 4,
-    "TILES_FIRST": False,
 }
 SHRINK |= {"unspilled": True, "wide": True}
 EXPAND = {
@@ -89,7 +88,6 @@ EXPAND = {
     "SINGLE": True,
     "num_warps": 2,
     "num_stages": 1,
-    "TILES_FIRST": False,
     "PDL": True,
 }
 EXPAND |= {"unspilled": True}
@@ -116,10 +114,10 @@ NORM = {"n": 4096, "BLOCK": 4096, "PLUS_ONE": False, "PDL": True, "num_warps": 8
 SILU = {"width": 14336, "ACTIVATION": "silu", "BLOCK_N": 256}
 ROPE = {"HEAD_DIM": 128, "HALF": 64, "HEADS": 2}
 PROJECT = {"RANK": 16, "ALIGN": 8, "MODULES": 2, "WIDTH": 32, "TILE": 64, "BLOCK_K": 128}
-PROJECT |= {"STEPS": 32, "num_warps": 8, "num_stages": 4}
+PROJECT |= {"STEPS": 32, "ROWS": 16, "num_warps": 8, "num_stages": 4}
 PROJECT |= {"FLOAT32_DOT": False, "PDL": True, "k": 4096, "aligned": True, "unspilled": True}
 PROJECT_64 = {"RANK": 64, "WIDTH": 128, "TILE": 16, "num_stages": 3}
-MIX = {key: value for key, value in PROJECT.items() if key != "WIDTH"}
+MIX = {key: value for key, value in PROJECT.items() if key not in ("WIDTH", "ROWS")}
 MIX |= {"TILE": 4, "h_column": 6144, "num_warps": 1}
 # With scale and softcap; FIRM has neither.
 SAMPLE: dict[str, object] = {"vocab": 128256, "CHUNK": 2048, "CHUNKS": 64, "BLOCK": 4096}
@@ -179,6 +177,8 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (rope_kv_kernel, "*bf16", {**MADE, **ROPE}),
     (rope_kv_kernel, "*bf16", {**BARE, **ROPE, "TILE": 4, "HEAD_DIM": 96}),
     (core_project_kernel, "*bf16", {**PROJECT, "wide": True}),
+    (core_project_kernel, "*bf16", {**PROJECT, "TILE": 128, "ROWS": 8, "wide": True}),
+    (core_project_kernel, "*bf16", {**PROJECT, "TILE": 128, "ROWS": 4, "RANK": 32, "WIDTH": 64}),
     (core_project_kernel, "*bf16", {**PROJECT, **PROJECT_64}),
     (core_project_kernel, "*fp32", {**PROJECT, "FLOAT32_DOT": True, "ALIGN": 1, "TILE": 16}),
     (core_mix_rows_kernel, "*bf16", MIX),

@@ -27,6 +27,7 @@ def core_project_kernel(
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
     RANK: tl.constexpr,
     ALIGN: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
@@ -34,8 +35,8 @@ def core_project_kernel(
 ):
     """Program ``(t, s)`` projects split s of ``TILE`` tokens for every module, and mixes that.
 
-    It runs beside a GEMM that wants the whole device, so what counts is how few programs there are
-    and how soon they are gone, not how long one takes.
+    It runs beside a GEMM that wants the whole device, so what counts is how few programs there are,
+    while they end before the GEMM does. ``ROWS`` of R are mixed at a time.
     """
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     live = token < tokens
@@ -68,9 +69,8 @@ def core_project_kernel(
     for m in tl.static_range(MODULES):
         own = tl.arange(0, WIDTH // RANK)[None, :, None] == m
         mine = tl.sum(tl.where(own, modules, 0.0), axis=1)
-        # 16 rows of R at a time: more would not fit the registers at 64 columns.
-        for begin in tl.static_range(0, RANK, 16):
-            i = begin + tl.arange(0, 16)
+        for begin in tl.static_range(0, RANK, ROWS):
+            i = begin + tl.arange(0, ROWS)
             r = load_matrices(arena_ptr, address, rank, first, matrix + m, i, RANK, ALIGN)
             mixed = mix(r, mine, address, rank, first, RANK)
             ptrs = mixed_ptr + at[:, None] + (m * RANK + i)[None, :]

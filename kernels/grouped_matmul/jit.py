@@ -95,7 +95,6 @@ def shrink_kernel(
     SINGLE_K: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
-    TILES_FIRST: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
 ):
     """Program ``(tile, c)`` writes outputs ``c·SINGLE_N …`` of one tile.
@@ -105,12 +104,8 @@ def shrink_kernel(
     few outputs per program; where tokens share a tile, every ``TILE_N / SINGLE_N``-th program
     takes the outputs of all until the next one.
     """
-    if TILES_FIRST:
-        tile = tl.program_id(0)
-        block = tl.program_id(1)
-    else:
-        tile = tl.program_id(1)
-        block = tl.program_id(0)
+    tile = tl.program_id(0)
+    block = tl.program_id(1)
     length = tl.load(lengths_ptr + tile)
     start = tl.load(starts_ptr + tile).to(tl.int64)
     record = tl.load(addresses_ptr + tile)
@@ -252,7 +247,6 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     SINGLE: tl.constexpr,
     ALIGN: tl.constexpr,
-    TILES_FIRST: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -261,12 +255,8 @@ def expand_kernel(
     The second axis counts the blocks of module 0, then those of module 1, then those of module 2;
     absent modules have width 0. SINGLE: tiles of one token take the plain arithmetic units.
     """
-    if TILES_FIRST:
-        tile = tl.program_id(0)
-        block = tl.program_id(1)
-    else:
-        tile = tl.program_id(1)
-        block = tl.program_id(0)
+    tile = tl.program_id(0)
+    block = tl.program_id(1)
     length = tl.load(lengths_ptr + tile)
     start = tl.load(starts_ptr + tile).to(tl.int64)
     record = tl.load(addresses_ptr + tile)

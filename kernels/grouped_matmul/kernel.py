@@ -81,7 +81,6 @@ class ShrinkConfig:
     single_k: int | None
     num_warps: int = 4
     num_stages: int = 3
-    tiles_first: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,6 @@ class ExpandConfig:
     tile_k: int = 16
     single: bool = True
     num_warps: int = 2
-    tiles_first: bool = True
 
 
 def shrink(
@@ -241,9 +239,10 @@ def default_shrink_config(tokens: int, tiles: int, n: int) -> ShrinkConfig:
 def default_expand_config(*, float32: bool = False) -> ExpandConfig:
     """The launch parameters; ``float32``: the arena is float32."""
     # Sweep on an H100, 2026-11: few warps with much work each win. All expands of a decode step of
-    # 256 fold adapters of rank 16: 4.93 ms with 512 outputs by two warps, 6.90 by four (a copy of
-    # the same bytes: 4.65; one warp takes 4.64, but then tiles of several tokens spill). No
-    # pipeline: of a single step it costs twice the time.
+    # 256 fold adapters of rank 16, behind GEMMs: 4.86 ms with 512 outputs by two warps, 6.90 by
+    # four; 4.71 started early. Nothing else came below that: one warp (and then tiles of several
+    # tokens spill), 1024 outputs, programs of 4 to 28 blocks with 2 to 4 of them in flight (4.8 to
+    # 6.4), blocks of one matrix side by side (5.04), or beside the GEMM instead of behind it.
     # A float32 arena takes less: the product runs on the plain units, and at 512 outputs the
     # compiler unrolls it into 0.5 MB of code, 5 s for each variant.
     return ExpandConfig(block_n=128, num_warps=4) if float32 else ExpandConfig()
@@ -314,7 +313,7 @@ def _launch_shrink(
     chosen = config or default_shrink_config(tokens, count, n)
     single_n = chosen.single_n or chosen.tile_n
     blocks = -(-n // single_n)
-    shrink_kernel[(count, blocks) if chosen.tiles_first else (blocks, count)](
+    shrink_kernel[(count, blocks)](
         x,
         arena,
         *tiles,
@@ -331,7 +330,6 @@ def _launch_shrink(
         SINGLE_K=chosen.single_k or 0,
         ALIGN=alignment,
         STAGES=chosen.num_stages,
-        TILES_FIRST=chosen.tiles_first,
         FLOAT32_DOT=dot_in_float32(arena.dtype),
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
@@ -357,7 +355,7 @@ def _launch_expand(
         return
     chosen = config or default_expand_config(float32=arena.dtype == torch.float32)
     blocks = sum(-(-width // chosen.block_n) for width in widths)
-    expand_kernel[(count, blocks) if chosen.tiles_first else (blocks, count)](
+    expand_kernel[(count, blocks)](
         x,
         arena,
         *tiles,
@@ -372,7 +370,6 @@ def _launch_expand(
         BLOCK_N=chosen.block_n,
         SINGLE=chosen.single,
         ALIGN=alignment,
-        TILES_FIRST=chosen.tiles_first,
         FLOAT32_DOT=dot_in_float32(arena.dtype),
         **overlap_options(out.device, early),
         num_warps=chosen.num_warps,

@@ -29,7 +29,7 @@ from shoal.server.model.kv_cache import KVCache
 log = logging.getLogger(__name__)
 
 # Steps of up to this many tokens make gate_up's h beside the GEMM where that is faster.
-BESIDE_ROWS = 160
+BESIDE_ROWS = 256
 PROMPT_ROWS = (512, 1024, 2048)
 # Token counts of prompt steps that together launch every variant of the kernels: a kernel is
 # compiled anew for sizes of 1, for sizes that 16 divides, and for each size of its tiles.
