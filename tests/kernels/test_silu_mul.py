@@ -89,7 +89,7 @@ def test_launch_parameters_may_differ() -> None:
 
 def test_prompts_take_larger_tiles_once_u_is_made() -> None:
     made = make_inputs(BY_NAME["already mixed, core"], torch.float32, DEVICE, seed=4).core
-    assert default_config(made, 2048).tile > default_config(made, 256).tile == 16
+    assert default_config(made, 2048).tile > default_config(made, 64).tile == 16
 
 
 def fail_width(i: Inputs) -> Inputs:
