@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Family = Literal["core", "fold", "lora"]
+Family = Literal["core", "fold", "lora", "spectral"]
+SectionKind = Literal["core", "scale", "lora", "fold", "spectral"]
 Group = Literal["qkv", "o", "gate_up", "down"]
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,6 +65,26 @@ class BaseShape:
         return Dims(sum(part.d_out for part in parts), parts[0].d_in)
 
 
+class Section(NamedTuple):
+    """One part of an adapter's packed record, for one kind of kernel.
+
+    Most adapters have one section, of their family. A ``lora`` adapter that was trained on a
+    residual base has a ``core`` one before it (what was taken out of the base), and DoRA a
+    ``scale`` one (a factor per output). Sections apply in the order in which they lie.
+
+    Attributes:
+        kind: what applies it.
+        rank: its data is packed at this rank; 0 for ``scale``.
+        unit: where it starts, in bank units from the start of the record.
+        basis_id: the shared factors of a ``core`` or ``spectral`` section, else None.
+    """
+
+    kind: SectionKind
+    rank: int
+    unit: int = 0
+    basis_id: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """One adapter version as the engine sees it.
@@ -74,6 +95,8 @@ class AdapterSpec:
         rank: largest rank over its targets; all its data is packed at this rank.
         basis_id: which shared basis a ``core`` adapter uses, else None.
         packed_elements: elements it takes in the device bank.
+        extra: sections before that of the family.
+        unit: where the family's own section starts, in bank units from the start of the record.
     """
 
     digest: str
@@ -81,6 +104,13 @@ class AdapterSpec:
     rank: int
     basis_id: str | None
     packed_elements: int
+    extra: tuple[Section, ...] = ()
+    unit: int = 0
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """All sections, in the order in which they lie and apply."""
+        return (*self.extra, Section(self.family, self.rank, self.unit, self.basis_id))
 
 
 @dataclass(frozen=True, slots=True)
