@@ -20,8 +20,8 @@ WeightOf = Callable[[Target], Tensor]
 class Correction:
     """What training took out of the base before the adapter was trained on the rest.
 
-    Its delta is ``-s·(y0 B_r) B_rᵀ`` per target, with ``B_r`` the first ``rank`` columns of a shared
-    basis: PiSSA (``B`` the leading left singular vectors, ``s = 1``), MiLoRA (the trailing ones,
+    Its delta is ``-s·(y0 B_r) B_rᵀ`` per target, with ``B_r`` the first ``rank`` columns of a
+    shared basis: PiSSA (``B`` the leading left singular vectors, ``s = 1``), MiLoRA (the trailing ones,
     smallest first, ``s = 1``), OLoRA (``Q`` of ``W = Q R``, ``s`` the adapter's scale).
 
     Attributes:
@@ -47,7 +47,7 @@ class AdapterWeights:
             ``core``  -> ``(R,)`` with ``R (r, r)``;
             ``fold``  -> ``(D,)`` with ``D (r, d_out)`` (``mini`` already tiled);
             ``lora``  -> ``(A, B)`` with ``A (r, d_in)``, ``B (d_out, r)``;
-            ``spectral`` -> ``(rows, cols, values)``, 1-D and equally long, int32, int32 and floating:
+            ``spectral`` -> ``(rows, cols, values)``, 1-D, equally long, int32, int32 and floating:
             the entries of a sparse ``M (k, k)``, sorted by (row, col) without duplicates;
             ``delta = ((x V) Mᵀ) Uᵀ`` on the thin SVD ``W = U Σ Vᵀ`` of the basis.
             Targets that are absent are not adapted. Ranks may differ between targets.
