@@ -21,7 +21,7 @@ class Correction:
     """What training took out of the base before the adapter was trained on the rest.
 
     Its delta is ``-s·(y0 B_r) B_rᵀ`` per target, with ``B_r`` the first ``rank`` columns of a
-    shared basis: PiSSA (``B`` the leading left singular vectors, ``s = 1``), MiLoRA (the trailing ones,
+    shared basis: PiSSA (``B`` the leading left singular vectors, ``s = 1``), MiLoRA (trailing ones,
     smallest first, ``s = 1``), OLoRA (``Q`` of ``W = Q R``, ``s`` the adapter's scale).
 
     Attributes:
