@@ -21,12 +21,7 @@ from shoal.adapters.families.joint_basis import Columns, JointBasis
 from shoal.adapters.families.lora import LoraPart
 from shoal.adapters.families.tiles import Records, Segment
 from shoal.adapters.packing import PackedAdapter
-from shoal.adapters.spec import BaseShape, Group, RowAdapter
-
-# Extents are multiples of this. 1024 wastes 4 % on a rank-8 LoRA-XS of a 30-layer base (13,440
-# elements), and keeps records aligned for vector loads.
-UNIT_ELEMENTS = 1024
-
+from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape, Group, RowAdapter
 
 # Segments of one family by rank, in token order.
 _ByRank = dict[int, list[Segment]]

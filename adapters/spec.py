@@ -23,6 +23,10 @@ GROUPS: Mapping[Group, tuple[str, ...]] = {
     "down": ("down_proj",),
 }
 
+# What extents of the device bank, and sections of a record, are multiples of. 1024 wastes 4 % on a
+# rank-8 LoRA-XS of a 30-layer base (13,440 elements), and keeps records aligned for vector loads.
+UNIT_ELEMENTS = 1024
+
 ADAPTER_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
 

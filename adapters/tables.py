@@ -19,10 +19,10 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank, StepPart
+from shoal.adapters.bank import AdapterBank, StepPart
 from shoal.adapters.families.joint_basis import Columns
 from shoal.adapters.families.kernel_parts import TablesCore, TablesFold, TablesLora
-from shoal.adapters.spec import Group, RowAdapter
+from shoal.adapters.spec import UNIT_ELEMENTS, Group, RowAdapter
 from shoal.kernels.core_apply.epilogue import CoreRows
 from shoal.kernels.grouped_matmul.kernel import TileTable
 from shoal.kernels.grouped_matmul.tiles import make_tiles, most_tiles

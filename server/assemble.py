@@ -16,7 +16,7 @@ from pathlib import Path
 import platformdirs
 import torch
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.base import base_digest
 from shoal.adapters.basis import Basis, BasisStore, canonical_basis
 from shoal.adapters.families import core
@@ -24,7 +24,7 @@ from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterLibrary, places
 from shoal.adapters.random_basis import random_basis
 from shoal.adapters.slots import SlotTable
-from shoal.adapters.spec import BaseShape
+from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape
 from shoal.adapters.tables import ActiveFamilies
 from shoal.adapters.weights import WeightOf
 from shoal.server.config import (

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 from shoal.adapters import bank as bank_module
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank, _Load
+from shoal.adapters.bank import AdapterBank, _Load
 from shoal.adapters.basis import Basis
 from shoal.adapters.families.core import CoreBasis
 from shoal.adapters.packing import PackedAdapter, pack_adapter
-from shoal.adapters.spec import GROUPS, BaseShape, Dims, Family, Group, RowAdapter, Slot
+from shoal.adapters.spec import (
+    GROUPS,
+    UNIT_ELEMENTS,
+    BaseShape,
+    Dims,
+    Family,
+    Group,
+    RowAdapter,
+    Slot,
+)
 from shoal.adapters.weights import AdapterWeights
 
 SHAPE = BaseShape(

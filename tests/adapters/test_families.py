@@ -8,11 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
 from shoal.adapters.families import core, fold, lora, tiles
 from shoal.adapters.packing import pack_adapter
-from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Dims, Family, RowAdapter, Slot, Target
+from shoal.adapters.spec import (
+    GROUPS,
+    MODULES,
+    UNIT_ELEMENTS,
+    BaseShape,
+    Dims,
+    Family,
+    RowAdapter,
+    Slot,
+    Target,
+)
 from shoal.adapters.weights import AdapterWeights
 
 # Nothing divides anything: group widths 46, 26, 70, 26.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
 from shoal.adapters.families import core, fold, lora
 from shoal.adapters.families.joint_basis import BLOCK
@@ -20,6 +20,7 @@ from shoal.adapters.packing import pack_adapter
 from shoal.adapters.spec import (
     GROUPS,
     MODULES,
+    UNIT_ELEMENTS,
     AdapterSpec,
     BaseShape,
     Dims,

@@ -6,11 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
 from shoal.adapters.families import core, fold, lora
 from shoal.adapters.packing import PackedAdapter
-from shoal.adapters.spec import GROUPS, AdapterSpec, BaseShape, Dims, Group, RowAdapter, Slot
+from shoal.adapters.spec import (
+    GROUPS,
+    UNIT_ELEMENTS,
+    AdapterSpec,
+    BaseShape,
+    Dims,
+    Group,
+    RowAdapter,
+    Slot,
+)
 from shoal.adapters.tables import ActiveFamilies, StepTables
 
 SMOLLM2 = {

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
 from shoal.adapters.families import core, fold, lora
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.packing import PackedAdapter
 from shoal.adapters.slots import SlotTable
-from shoal.adapters.spec import AdapterSpec, BaseShape
+from shoal.adapters.spec import UNIT_ELEMENTS, AdapterSpec, BaseShape
 from shoal.server.engine.plan import DeviceLost, Pending, Runner, StepPlan
 from shoal.server.engine.request import Request, SamplingParams
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
