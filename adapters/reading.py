@@ -9,8 +9,13 @@ from pathlib import Path
 
 from shoal.adapters.basis import Basis, BasisStore
 from shoal.adapters.errors import AdapterRejected, AdapterTooLarge
-from shoal.adapters.formats import lora, lora_xs, miss
-from shoal.adapters.formats.base import FormatRegistry, ReadContext, registry_of
+from shoal.adapters.formats import loha, lokr, lora, lora_xs, miss
+from shoal.adapters.formats.base import (
+    PRODUCT_RANK_MAX,
+    FormatRegistry,
+    ReadContext,
+    registry_of,
+)
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.formats.container import printable, read_json, read_tensors
 from shoal.adapters.spec import BaseShape
@@ -19,7 +24,9 @@ from shoal.adapters.weights import AdapterWeights, WeightOf
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 # LoRA-XS files contain LoRA's tensors, so LoRA-XS is tried first.
-FORMATS: FormatRegistry = registry_of([lora_xs.FORMAT, miss.FORMAT, lora.FORMAT])
+FORMATS: FormatRegistry = registry_of(
+    [lora_xs.FORMAT, miss.FORMAT, loha.FORMAT, lokr.FORMAT, lora.FORMAT]
+)
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -33,6 +40,7 @@ def read_adapter(
     canonical: Basis,
     max_bytes: int,
     max_bases: int,
+    max_rank: int = PRODUCT_RANK_MAX,
 ) -> AdapterWeights:
     """Read and validate an adapter.
 
@@ -45,6 +53,7 @@ def read_adapter(
         canonical: the base's own basis.
         max_bytes: limit for all files together, and for the tensors they stand for.
         max_bases: how many uploaded bases there may be; further ones are served as ``lora``.
+        max_rank: of the explicit factors of LoHa and LoKr.
 
     Returns:
         Weights that own their memory, on the CPU.
@@ -61,7 +70,7 @@ def read_adapter(
     path = files[WEIGHTS_FILE]
     with path.open("rb") as file:
         tensors, _ = read_tensors(file, path.stat().st_size, WEIGHTS_FILE)
-    context = ReadContext(shape, weight_of, bases, canonical, max_bases, max_bytes)
+    context = ReadContext(shape, weight_of, bases, canonical, max_bases, max_bytes, max_rank)
     return FORMATS.read(config, tensors, context)
 
 

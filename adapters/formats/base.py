@@ -26,6 +26,10 @@ from shoal.adapters.spec import BaseShape, Target
 from shoal.adapters.weights import AdapterWeights, WeightOf
 
 
+# LoHa's r² and LoKr's k1·k2. PEFT's default LoKr (r = 8) on a 4096 x 4096 weight has 512.
+PRODUCT_RANK_MAX = 512
+
+
 @dataclass(frozen=True, slots=True)
 class RawAdapter:
     """A file's content: the config as parsed, the tensors by target and kind."""
@@ -64,6 +68,7 @@ class ReadContext:
         canonical: the base's own basis.
         max_bases: how many uploaded bases may be known.
         max_bytes: limit for the tensors of one adapter in memory.
+        max_rank: of the explicit factors that a product of small matrices may stand for.
     """
 
     shape: BaseShape
@@ -72,6 +77,7 @@ class ReadContext:
     canonical: Basis
     max_bases: int
     max_bytes: int
+    max_rank: int = PRODUCT_RANK_MAX
 
 
 @dataclass(frozen=True, slots=True)

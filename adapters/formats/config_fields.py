@@ -121,6 +121,20 @@ class LoraScaling:
         self._ranks = _patterns(config, "rank_pattern")
         self._alphas = _patterns(config, "alpha_pattern")
 
+    def told_rank(self, path: str) -> int:
+        """The rank that the config gives a module whose tensors do not show it.
+
+        Raises:
+            AdapterRejected: overlapping rank patterns give it two, or one that is no rank.
+        """
+        ranks = {value for pattern, value in self._ranks if pattern.matches(path)}
+        rank = ranks.pop() if ranks else float(self._rank or 8)
+        if ranks or rank < 1 or rank != int(rank):
+            raise AdapterRejected(
+                field("rank_pattern"), f"must give {path} one positive integer: it sets its scale"
+            )
+        return int(rank)
+
     def scale(self, path: str, rank: int, tensor: str) -> float:
         """The multiplier of ``B A``.
 

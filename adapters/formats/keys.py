@@ -38,11 +38,16 @@ _REASONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"lora_velora_embed|lora_monteclora", "this LoRA variant is not served"),
         (r"lora_embedding_[AB]$", "adapted embeddings are not served"),
         (r"token_adapter", "replaced embedding rows (trainable tokens) are not served"),
+        (
+            r"lora_[AB]_vec|lora_A_anti_vec|lora_pair_mask|lora_[AB]_shared",
+            "is of a PRoLoRA or MoS checkpoint with factors still shared, and no file says how; "
+            "the adapter_model.bin that their trainers save at the end holds plain LoRA: use that",
+        ),
         (r"\.bias$", "biases are not served: they replace or extend those of the shared base"),
         (r"(embed_tokens|lm_head)", "embeddings and the output head are not adaptable"),
         (r"base_layer", "replaced base weights are not served"),
         (r"norm", "normalisation weights are not adaptable"),
-        (r"vera_|tinylora_|psoft_|ia3_|oft_|hra_|lokr_|hada_|randlora_", "is not served"),
+        (r"vera_|tinylora_|psoft_|ia3_|oft_|hra_|randlora_", "is not served"),
     )
 )
 

