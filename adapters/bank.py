@@ -19,12 +19,14 @@ from shoal.adapters.families.core import CoreBasis, CorePart
 from shoal.adapters.families.fold import FoldPart
 from shoal.adapters.families.joint_basis import Columns, JointBasis
 from shoal.adapters.families.lora import LoraPart
+from shoal.adapters.families.scale import ScalePart
 from shoal.adapters.families.tiles import Records, Segment
 from shoal.adapters.packing import PackedAdapter
-from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape, Group, RowAdapter
+from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape, Group, RowAdapter, SectionKind
 
-# Segments of one family by rank, in token order.
-_ByRank = dict[int, list[Segment]]
+# What a step uses: by kind of section and basis, then by rank, the segments in token order. One
+# token may be in several.
+_Used = dict[tuple[SectionKind, str | None], dict[int, list[Segment]]]
 
 
 class _Load(NamedTuple):
@@ -36,7 +38,7 @@ class _Load(NamedTuple):
 
 
 class StepPart(Protocol):
-    """The tokens of a step that one family treats alike."""
+    """The tokens of a step that one kind of section treats alike."""
 
     def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None: ...
 
@@ -214,33 +216,36 @@ class AdapterBank:
 
     def _build(self, rows: Sequence[tuple[RowAdapter | None, int]]) -> StepAdapters | None:
         """``step`` without the memory of the last one."""
-        cores: dict[str, _ByRank] = {}
-        folds: _ByRank = {}
-        loras: _ByRank = {}
+        used: _Used = {}
         start = 0
         for adapter, num_tokens in rows:
-            if adapter is not None and adapter.spec.rank > 0 and num_tokens > 0:
-                spec = adapter.spec
-                if spec.family == "core":
-                    assert spec.basis_id is not None
-                    by_rank = cores.setdefault(spec.basis_id, {})
-                else:
-                    by_rank = folds if spec.family == "fold" else loras
-                segment = Segment(adapter.slot.unit, start, num_tokens)
-                by_rank.setdefault(spec.rank, []).append(segment)
+            if adapter is not None and num_tokens:
+                for section in adapter.spec.sections:
+                    if section.rank or section.kind == "scale":
+                        segment = Segment(adapter.slot.unit + section.unit, start, num_tokens)
+                        by_rank = used.setdefault((section.kind, section.basis_id), {})
+                        by_rank.setdefault(section.rank, []).append(segment)
             start += num_tokens
-        if not (cores or folds or loras):
-            return None
-        return StepAdapters(self._parts(cores, folds, loras), start)
+        return StepAdapters(self._parts(used), start) if used else None
 
-    def _parts(self, cores: dict[str, _ByRank], folds: _ByRank, loras: _ByRank) -> list[StepPart]:
+    def _parts(self, used: _Used) -> list[StepPart]:
+        """What applies the sections, in an order that suits every adapter.
+
+        First whatever reads ``y0`` from ``y``, or replaces it; behind it, in any order, what adds
+        to it.
+        """
         shape, records = self.shape, self._records
         parts: list[StepPart] = [
             CorePart(segments, rank, self._bases[basis_id], shape, records)
-            for basis_id, by_rank in cores.items()
+            for (kind, basis_id), by_rank in used.items()
+            if kind == "core" and basis_id is not None
             for rank, segments in by_rank.items()
         ]
+        scales = used.get(("scale", None), {})
+        parts += [ScalePart(segments, shape, records) for segments in scales.values()]
+        folds = used.get(("fold", None))
         if folds:
             parts.append(FoldPart(folds, shape, records))
+        loras = used.get(("lora", None), {})
         parts += [LoraPart(segments, rank, shape, records) for rank, segments in loras.items()]
         return parts

@@ -5,7 +5,7 @@ Pure: imports no tensor library, so the scheduler and the registry can use it.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Family = Literal["core", "fold", "lora", "spectral"]
@@ -101,6 +101,7 @@ class AdapterSpec:
         packed_elements: elements it takes in the device bank.
         extra: sections before that of the family.
         unit: where the family's own section starts, in bank units from the start of the record.
+        sections: all of them, in the order in which they lie and apply.
     """
 
     digest: str
@@ -110,11 +111,12 @@ class AdapterSpec:
     packed_elements: int
     extra: tuple[Section, ...] = ()
     unit: int = 0
+    sections: tuple[Section, ...] = field(init=False, compare=False, repr=False)
 
-    @property
-    def sections(self) -> tuple[Section, ...]:
-        """All sections, in the order in which they lie and apply."""
-        return (*self.extra, Section(self.family, self.rank, self.unit, self.basis_id))
+    def __post_init__(self) -> None:
+        # Kept, because every row of every step asks: made anew they double the time to plan it.
+        own = Section(self.family, self.rank, self.unit, self.basis_id)
+        object.__setattr__(self, "sections", (*self.extra, own))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,13 @@ from torch import Tensor
 
 from shoal.adapters.bank import AdapterBank, StepPart
 from shoal.adapters.families.joint_basis import Columns
-from shoal.adapters.families.kernel_parts import TablesCore, TablesFold, TablesLora
-from shoal.adapters.spec import UNIT_ELEMENTS, Group, RowAdapter
+from shoal.adapters.families.kernel_parts import (
+    TablesCore,
+    TablesFold,
+    TablesLora,
+    TablesScale,
+)
+from shoal.adapters.spec import UNIT_ELEMENTS, Group, RowAdapter, SectionKind
 from shoal.kernels.core_apply.epilogue import CoreRows
 from shoal.kernels.grouped_matmul.kernel import TileTable
 from shoal.kernels.grouped_matmul.tiles import make_tiles, most_tiles
@@ -52,6 +57,7 @@ class ActiveFamilies:
             or the adapters' ranks exceed them.
         wide_rank: 0, or a power of two of at least 16 that no rank on those bases exceeds.
         fold_rank, lora_rank: the same of those families.
+        scale: whether some adapter has row scales.
     """
 
     core_columns: int = 0
@@ -60,9 +66,13 @@ class ActiveFamilies:
     wide_rank: int = 0
     fold_rank: int = 0
     lora_rank: int = 0
+    scale: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.core_columns or self.wide_bases or self.fold_rank or self.lora_rank)
+        return self != _NOTHING
+
+
+_NOTHING = ActiveFamilies()
 
 
 class StepParts:
@@ -81,7 +91,7 @@ class StepParts:
         self._tokens = tokens
 
     def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
-        """Add to ``y`` in place the delta of every adapter that is not in ``core``.
+        """Apply to ``y`` in place every section of every adapter that is not in ``core``.
 
         Args:
             x: ``(tokens, d_in)``, the input of the group's fused GEMM.
@@ -106,7 +116,7 @@ class StepTables:
         in page-locked memory ``STAGING`` times."""
         self._bank = bank
         self._max_tokens = max_tokens
-        everything = ActiveFamilies(16, 8, ("",) * WIDE_BASES_MAX, 16, 16, 16)
+        everything = ActiveFamilies(16, 8, ("",) * WIDE_BASES_MAX, 16, 16, 16, True)
         size = _Layout(everything, max_tokens).size
         with torch.inference_mode(False):
             self._tables = torch.zeros(size, dtype=torch.uint8, device=bank.device)
@@ -167,13 +177,8 @@ class StepTables:
                 columns=active.core_columns,
                 alignment=active.core_alignment,
             )
-        tiles = most_tiles(tokens, tokens if max_rows is None else max_rows)
-        if active.fold_rank:
-            used = layout.tiles(self._tables, "fold", tiles)
-            others.append(TablesFold(table("fold.tokens"), used, active.fold_rank, shape, arena))
-        if active.lora_rank:
-            used = layout.tiles(self._tables, "lora", tiles)
-            others.append(TablesLora(used, active.lora_rank, shape, arena))
+        # In the order of ``AdapterBank.step``: what is in ``core`` takes h from the GEMM, and an
+        # adapter with row scales is not in it, so that one may come last.
         for i, basis_id in enumerate(active.wide_bases):
             others.append(
                 TablesCore(
@@ -187,11 +192,20 @@ class StepTables:
                     arena,
                 )
             )
+        if active.scale:
+            others.append(TablesScale(table("scale.addresses"), shape, arena))
+        tiles = most_tiles(tokens, tokens if max_rows is None else max_rows)
+        if active.fold_rank:
+            used = layout.tiles(self._tables, "fold", tiles)
+            others.append(TablesFold(table("fold.tokens"), used, active.fold_rank, shape, arena))
+        if active.lora_rank:
+            used = layout.tiles(self._tables, "lora", tiles)
+            others.append(TablesLora(used, active.lora_rank, shape, arena))
         return StepParts(core, others, tokens)
 
 
-# Per row with an adapter: first token, tokens, start of the record in the arena, rank; and, on the
-# joint basis, the first column.
+# Per row with such a section: first token, tokens, start of the section in the arena, rank; and, on
+# the joint basis, the first column.
 Runs = NDArray[np.int64]
 
 
@@ -202,6 +216,7 @@ class _Plan:
     tokens: int
     core: Runs
     wide: dict[str, Runs]
+    scale: Runs
     fold: Runs
     lora: Runs
     active: ActiveFamilies
@@ -209,37 +224,36 @@ class _Plan:
 
 def _plan(rows: Rows, bank: AdapterBank) -> _Plan:
     core: list[tuple[int, ...]] = []
-    fold: list[tuple[int, ...]] = []
-    lora: list[tuple[int, ...]] = []
     wide: dict[str, list[tuple[int, ...]]] = {}
+    # Of the kinds that share nothing.
+    others: dict[SectionKind, list[tuple[int, ...]]] = {"scale": [], "fold": [], "lora": []}
     places: dict[str, Columns] = {}
     start = 0
     for adapter, length in rows:
-        if adapter is not None and length and adapter.spec.rank:
-            spec = adapter.spec
-            rank = spec.rank
-            address = adapter.slot.unit * UNIT_ELEMENTS
-            if spec.family == "core":
-                basis_id = spec.basis_id
-                assert basis_id is not None
-                place = places.get(basis_id)
-                if place is None:
-                    place = places[basis_id] = bank.place(basis_id) or Columns(0, 0)
-                if rank <= place.size:
-                    core.append((start, length, address, rank, place.first))
-                else:
-                    wide.setdefault(basis_id, []).append((start, length, address, rank))
-            else:
-                runs = fold if spec.family == "fold" else lora
-                runs.append((start, length, address, rank))
+        if adapter is not None and length:
+            for kind, rank, unit, basis_id in adapter.spec.sections:
+                address = (adapter.slot.unit + unit) * UNIT_ELEMENTS
+                if kind != "core":
+                    if rank or kind == "scale":
+                        others[kind].append((start, length, address, rank))
+                elif rank:
+                    assert basis_id is not None
+                    place = places.get(basis_id)
+                    if place is None:
+                        place = places[basis_id] = bank.place(basis_id) or Columns(0, 0)
+                    if rank <= place.size:
+                        core.append((start, length, address, rank, place.first))
+                    else:
+                        wide.setdefault(basis_id, []).append((start, length, address, rank))
         start += length
     assert len(wide) <= WIDE_BASES_MAX
     plan = _Plan(
         start,
         _table(core),
         {basis_id: _table(wide[basis_id]) for basis_id in sorted(wide)},
-        _table(fold),
-        _table(lora),
+        _table(others["scale"]),
+        _table(others["fold"]),
+        _table(others["lora"]),
         ActiveFamilies(),
     )
     return replace(plan, active=_active(plan))
@@ -260,6 +274,7 @@ def _active(plan: _Plan) -> ActiveFamilies:
         wide_rank=max(map(_rank_class, plan.wide.values()), default=0),
         fold_rank=_rank_class(plan.fold),
         lora_rank=_rank_class(plan.lora),
+        scale=len(plan.scale) > 0,
     )
 
 
@@ -287,6 +302,8 @@ class _Layout:
         if active.core_columns:
             tables += [("core.addresses", np.int64), ("core.ranks", np.int32)]
             tables += [("core.firsts", np.int32)]
+        if active.scale:
+            tables += [("scale.addresses", np.int64)]
         if active.fold_rank:
             tables += [("fold.tokens", np.int32)]
             tables += [(f"fold.{name}", dtype) for name, dtype in _TILES]
@@ -322,6 +339,8 @@ def _write(plan: _Plan, tables: dict[str, NDArray[Any]]) -> None:
     """Fill the tables, in host memory, with what ``plan`` says."""
     if len(plan.core):
         _write_tokens(plan.core, tables, "core", addresses=2, ranks=3, firsts=4)
+    if len(plan.scale):
+        _write_tokens(plan.scale, tables, "scale", addresses=2)
     if len(plan.fold):
         _write_tokens(plan.fold, tables, "fold", tokens=3)
         _write_tiles(plan.fold, tables, "fold")

@@ -11,15 +11,41 @@ import math
 import torch
 from torch import Tensor
 
-from shoal.adapters.families import fold, lora
+from shoal.adapters.families import fold, lora, scale
 from shoal.adapters.families.core import CoreBasis
 from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group
 from shoal.kernels.core_apply.kernel import core_apply
 from shoal.kernels.fold_sum.kernel import fold_sum
 from shoal.kernels.grouped_matmul.kernel import TileTable, expand, shrink
+from shoal.kernels.scale_outputs.kernel import scale_outputs
 
 # Divides every record's start (a unit's); no load is wider than 16 elements.
 ALIGNMENT = 16
+
+
+class TablesScale:
+    """All tokens of a step whose adapters have row scales."""
+
+    def __init__(self, addresses: Tensor, shape: BaseShape, arena: Tensor) -> None:
+        """``addresses``: ``(tokens,)`` int64, where a token's section starts; -1 elsewhere."""
+        self._addresses = addresses
+        self._arena = arena
+        self._offsets = {
+            (layer, group): scale.record_offset(shape, layer, group)
+            for layer in range(shape.num_layers)
+            for group in GROUPS
+        }
+        self._alignment = math.gcd(ALIGNMENT, *self._offsets.values())
+
+    def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
+        """Scale these tokens' rows of ``y``, which hold ``y0``."""
+        scale_outputs(
+            y,
+            self._arena,
+            self._addresses,
+            offset=self._offsets[layer, group],
+            alignment=self._alignment,
+        )
 
 
 class TablesFold:
