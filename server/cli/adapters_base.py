@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:  # torch takes seconds that `--help` should not
+    from torch import Tensor
+
     from shoal.adapters.basis import Basis, BasisStore
-    from shoal.adapters.spec import BaseShape
+    from shoal.adapters.deltas import BaseParts
+    from shoal.adapters.spec import BaseShape, Target
     from shoal.adapters.weights import AdapterWeights, WeightOf
 
 XsLayout = Literal["official", "compact"]
@@ -42,9 +45,15 @@ class OfflineBase:
     bases: "BasisStore"
 
     def read(
-        self, files: Mapping[str, Path], *, max_bytes: int, max_bases: int
+        self,
+        files: Mapping[str, Path],
+        *,
+        max_bytes: int,
+        max_bases: int,
+        max_rank: int | None = None,
     ) -> "AdapterWeights":
         """Read an adapter as an upload would be; AdapterRejected, AdapterTooLarge."""
+        from shoal.adapters.formats.base import PRODUCT_RANK_MAX
         from shoal.adapters.reading import read_adapter
 
         return read_adapter(
@@ -55,13 +64,26 @@ class OfflineBase:
             canonical=self.canonical,
             max_bytes=max_bytes,
             max_bases=max_bases,
+            max_rank=PRODUCT_RANK_MAX if max_rank is None else max_rank,
         )
 
-    def basis_of(self, weights: "AdapterWeights") -> "Basis | None":
-        """The basis that ``core`` weights are in; None for the other families."""
-        if weights.basis_id == self.canonical.id:
+    def basis_of(self, basis_id: str) -> "Basis":
+        """The basis with that id, which an adapter that was read here is on; else KeyError."""
+        if basis_id == self.canonical.id:
             return self.canonical
-        return self.bases.get(weights.basis_id) if weights.basis_id is not None else None
+        found = self.bases.get(basis_id)
+        if found is None:
+            raise KeyError(basis_id)
+        return found
+
+    def parts(self) -> "BaseParts":
+        """What spelling an adapter out takes."""
+        from shoal.adapters.deltas import BaseParts
+
+        def singular_of(target: "Target") -> "tuple[Tensor, Tensor, Tensor]":
+            raise KeyError(target)
+
+        return BaseParts(self.shape, self.weight_of, self.basis_of, singular_of)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,35 +95,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face directory, .gguf file or smollm2 (default: %(default)s)",
     )
     parser.add_argument(
-        "--basis-rank", type=_positive, default=64, help="as of the server (default: %(default)s)"
+        "--basis-rank", type=positive, default=64, help="as of the server (default: %(default)s)"
     )
     parser.add_argument("--registry", metavar="URL", help="whose known bases count; as for serve")
     parser.add_argument("--store", metavar="URL", help="as for serve")
 
 
-def xs_layout(files: Mapping[str, Path]) -> XsLayout | None:
-    """Which layout of LoRA-XS the files look like, from names alone; None for anything else.
+class Look(NamedTuple):
+    """What files look like, from their names and config alone.
+
+    Attributes:
+        layout: of LoRA-XS; None for anything else.
+        corrected: whether it was trained on a residual base (PiSSA, OLoRA, ``base_correction``).
+    """
+
+    layout: XsLayout | None
+    corrected: bool
+
+
+def look_at(files: Mapping[str, Path]) -> Look:
+    """What reading these files is going to need.
 
     Raises:
         AdapterRejected, AdapterTooLarge: a damaged config or header.
     """
     from shoal.adapters.formats import lora_xs
-    from shoal.adapters.formats.config_fields import CONFIG_FILE
+    from shoal.adapters.formats.config_fields import CONFIG_FILE, is_set
     from shoal.adapters.formats.container import parse_header, read_header, read_json
     from shoal.adapters.formats.keys import split_name
     from shoal.adapters.reading import WEIGHTS_FILE
 
     if not files.keys() >= {CONFIG_FILE, WEIGHTS_FILE}:
-        return None
+        return Look(None, corrected=False)
     path = files[WEIGHTS_FILE]
     size = path.stat().st_size
     with path.open("rb") as file:
         header, start = read_header(file, size, WEIGHTS_FILE)
     entries, _ = parse_header(header, size - start, WEIGHTS_FILE)
-    if not lora_xs.FORMAT.markers & {split_name(name)[1] for name in entries}:
-        return None
-    compact = read_json(files[CONFIG_FILE], CONFIG_FILE).get("peft_type") == "LORA_XS"
-    return "compact" if compact else "official"
+    config = read_json(files[CONFIG_FILE], CONFIG_FILE)
+    layout: XsLayout | None = None
+    if lora_xs.FORMAT.markers & {split_name(name)[1] for name in entries}:
+        layout = "compact" if config.get("peft_type") == "LORA_XS" else "official"
+    moved = config.get("init_lora_weights") in ("pissa", "olora")
+    return Look(layout, moved or is_set(config.get("base_correction")))
 
 
 @contextmanager
@@ -187,7 +223,8 @@ def _known_bases(args: argparse.Namespace) -> Iterator["Basis"]:
             log.warning("known basis left out: %s", error)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that must be a positive integer."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")

@@ -63,7 +63,7 @@ def _report(args: argparse.Namespace) -> dict[str, str]:
     from shoal.server.config import ServeConfig
 
     files = adapter_files(args.directory)
-    layout = adapters_base.xs_layout(files)
+    layout = adapters_base.look_at(files).layout
     limit = ServeConfig().max_upload_bytes
     with adapters_base.offline_base(args, need_basis=layout is not None) as base:
         known = {basis.id for basis in base.bases.all()}
@@ -125,9 +125,8 @@ def _basis(
 
 
 def _rank(base: "OfflineBase", weights: "AdapterWeights") -> int:
-    basis = base.basis_of(weights)
-    assert basis is not None
-    return basis.rank
+    assert weights.basis_id is not None
+    return base.basis_of(weights.basis_id).rank
 
 
 def compress(targets: Iterable["Target"]) -> str:

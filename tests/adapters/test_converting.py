@@ -24,13 +24,14 @@ from shoal.adapters.converting import (
     read_pickle,
     write_plain_lora,
 )
+from shoal.adapters.deltas import BaseParts
+from shoal.adapters.deltas import changes as changes_of
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.formats.keys import module_path
 from shoal.adapters.formats.writing import write_compact_lora_xs
 from shoal.adapters.merging import (
     Checkpoint,
     bat_changes,
-    low_rank_changes,
     read_bat,
     target_of,
     write_merged,
@@ -95,8 +96,18 @@ class Base:
             max_bases=0,
         )
 
+    def parts(self) -> BaseParts:
+        """Whatever is asked for: the one basis, and exact SVDs."""
+        return BaseParts(
+            self.shape, self.weights.__getitem__, {self.basis.id: self.basis}.__getitem__, self.svd
+        )
+
+    def svd(self, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+        u, sigma, vt = torch.linalg.svd(self.weights[target].double(), full_matrices=False)
+        return u, sigma, vt.T
+
     def as_lora(self, weights: AdapterWeights) -> AdapterWeights:
-        return as_lora(weights, self.shape, basis=self.basis, weight_of=self.weights.__getitem__)
+        return as_lora(weights, self.parts())
 
     @torch.inference_mode()
     def with_peft(self, adapter: Path) -> tuple[Tensor, dict[str, Tensor]]:
@@ -224,7 +235,7 @@ def merge(base: Base, adapter: Path, out: Path, **options: Any) -> None:
     if blocks is not None:
         changes = bat_changes(blocks)
     else:
-        changes = low_rank_changes(base.as_lora(base.read(adapter)))
+        changes = changes_of(base.read(adapter), base.parts())
     with fresh_directory(out) as scratch:
         write_merged(Checkpoint(base.folder, base.shape), changes, scratch, **options)
 
@@ -294,7 +305,7 @@ def half_base(base: Base, folder: Path, dtype: torch.dtype) -> Checkpoint:
 
 def test_sums_are_float32_and_the_dtype_is_kept(base: Base, tmp_path: Path) -> None:
     checkpoint = half_base(base, tmp_path / "half", torch.bfloat16)
-    changes = low_rank_changes(base.read(peft_adapter(base, "lora", tmp_path / "adapter")))
+    changes = changes_of(base.read(peft_adapter(base, "lora", tmp_path / "adapter")), base.parts())
     with fresh_directory(tmp_path / "out") as scratch:
         write_merged(checkpoint, changes, scratch)
     merged = load_file(tmp_path / "out/model.safetensors")
