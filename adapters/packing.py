@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoal.adapters.errors import AdapterRejected
-from shoal.adapters.families import core, fold, lora, scale
+from shoal.adapters.families import core, fold, lora, scale, spectral
 from shoal.adapters.spec import UNIT_ELEMENTS, AdapterSpec, BaseShape, Section, SectionKind
 from shoal.adapters.weights import AdapterWeights
 
@@ -120,4 +120,6 @@ def _parts(weights: AdapterWeights, shape: BaseShape) -> Iterator[_Part]:
         elements = lora.packed_elements(shape, weights.rank)
         yield _Part("lora", weights.rank, elements, None, partial(lora.pack, weights, shape))
     else:
-        raise NotImplementedError(f"no section for {weights.family}")
+        elements = spectral.packed_elements(shape, weights.rank)
+        fill = partial(spectral.pack, weights, shape)
+        yield _Part("spectral", weights.rank, elements, weights.basis_id, fill)

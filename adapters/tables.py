@@ -27,6 +27,7 @@ from shoal.adapters.families.kernel_parts import (
     TablesLora,
     TablesScale,
 )
+from shoal.adapters.families.tiles import Segment
 from shoal.adapters.spec import UNIT_ELEMENTS, Group, RowAdapter, SectionKind
 from shoal.kernels.core_apply.epilogue import CoreRows
 from shoal.kernels.grouped_matmul.kernel import TileTable
@@ -58,6 +59,7 @@ class ActiveFamilies:
         wide_rank: 0, or a power of two of at least 16 that no rank on those bases exceeds.
         fold_rank, lora_rank: the same of those families.
         scale: whether some adapter has row scales.
+        spectral: whether some adapter is spectral.
     """
 
     core_columns: int = 0
@@ -67,9 +69,19 @@ class ActiveFamilies:
     fold_rank: int = 0
     lora_rank: int = 0
     scale: bool = False
+    spectral: bool = False
 
     def __bool__(self) -> bool:
         return self != _NOTHING
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step with this key can be captured in a graph and replayed with other rows.
+
+        Spectral adapters are applied by the torch part of the bank, which is made for one step's
+        rows: their matrices differ in size too much for a grid that does not look at them.
+        """
+        return not self.spectral
 
 
 _NOTHING = ActiveFamilies()
@@ -124,6 +136,7 @@ class StepTables:
         self._staging = deque(_Staging(size, on_cuda) for _ in range(STAGING))
         self._last: tuple[list[tuple[RowAdapter | None, int]], int] | None = None
         self._last_active = ActiveFamilies()
+        self._spectral: StepPart | None = None
 
     def fill(self, rows: Rows, tokens: int) -> ActiveFamilies:
         """Say which adapters the next step's tokens use; asynchronous on CUDA, one copy at most.
@@ -153,11 +166,14 @@ class StepTables:
             staging.wait()
             _write(plan, layout.arrays(staging.bytes))
             staging.send(self._tables, layout.size)
+        self._spectral = self._bank.spectral_part(plan.spectral) if plan.spectral else None
         self._last, self._last_active = (rows, tokens), active
         return active
 
     def parts(self, active: ActiveFamilies, tokens: int, max_rows: int | None = None) -> StepParts:
         """What applies the adapters of every step that is filled with this key and ``tokens``.
+
+        With a key that is not ``capturable``: only those of the last ``fill``.
 
         Args:
             max_rows: most rows that such a step has (by default one a token): a prompt step of few
@@ -201,6 +217,9 @@ class StepTables:
         if active.lora_rank:
             used = layout.tiles(self._tables, "lora", tiles)
             others.append(TablesLora(used, active.lora_rank, shape, arena))
+        if active.spectral:
+            assert self._spectral is not None
+            others.append(self._spectral)
         return StepParts(core, others, tokens)
 
 
@@ -219,6 +238,7 @@ class _Plan:
     scale: Runs
     fold: Runs
     lora: Runs
+    spectral: dict[int, list[Segment]]
     active: ActiveFamilies
 
 
@@ -227,13 +247,17 @@ def _plan(rows: Rows, bank: AdapterBank) -> _Plan:
     wide: dict[str, list[tuple[int, ...]]] = {}
     # Of the kinds that share nothing.
     others: dict[SectionKind, list[tuple[int, ...]]] = {"scale": [], "fold": [], "lora": []}
+    spectral: dict[int, list[Segment]] = {}
     places: dict[str, Columns] = {}
     start = 0
     for adapter, length in rows:
         if adapter is not None and length:
             for kind, rank, unit, basis_id in adapter.spec.sections:
                 address = (adapter.slot.unit + unit) * UNIT_ELEMENTS
-                if kind != "core":
+                if kind == "spectral":
+                    segment = Segment(adapter.slot.unit + unit, start, length)
+                    spectral.setdefault(rank, []).append(segment)
+                elif kind != "core":
                     if rank or kind == "scale":
                         others[kind].append((start, length, address, rank))
                 elif rank:
@@ -254,6 +278,7 @@ def _plan(rows: Rows, bank: AdapterBank) -> _Plan:
         _table(others["scale"]),
         _table(others["fold"]),
         _table(others["lora"]),
+        spectral,
         ActiveFamilies(),
     )
     return replace(plan, active=_active(plan))
@@ -275,6 +300,7 @@ def _active(plan: _Plan) -> ActiveFamilies:
         fold_rank=_rank_class(plan.fold),
         lora_rank=_rank_class(plan.lora),
         scale=len(plan.scale) > 0,
+        spectral=bool(plan.spectral),
     )
 
 
