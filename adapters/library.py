@@ -110,8 +110,8 @@ class AdapterLibrary:
             shape, weight_of, canonical: the base, its weights and its canonical basis.
             bases: uploaded bases, in the folder ``places(registry_url, store_url).bases``.
             host: where packed adapters live; this library loads and pins, the engine only reads.
-            on_basis: told of a basis before an adapter that needs it is staged. May be called
-                again for one it knows, from any thread.
+            on_basis: told of a basis before an adapter that needs it is in the host tier. May be
+                called again for one it knows, from any thread.
             dtype: of packed adapters: that of the device bank.
             reserved_names: names no adapter may have, such as the base's.
             max_upload_bytes: limit on the files of one upload together.
@@ -168,8 +168,8 @@ class AdapterLibrary:
         self._registry.claim(name)
         weights = self._read(files, self._bases)
         content, record, packed = self._prepare(weights)
-        self._keep_basis(content)
-        self._announce(content.basis_id)
+        self._keep_basis(packed.spec)
+        self._announce(packed.spec)
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
         info = self._registry.publish(name, content, record)
@@ -205,7 +205,6 @@ class AdapterLibrary:
             AdapterTooLarge: it does not fit beside what is pinned.
             RecordDamaged: its bytes or its basis are gone or have changed.
         """
-        self._announce(info.basis_id)
         if not self._host.pin(info.digest):
             with self._loading.held(info.digest):
                 self._load_and_pin(info)
@@ -289,22 +288,34 @@ class AdapterLibrary:
         except AdapterRejected as error:
             # It was accepted once, so this is not the caller's mistake.
             raise RecordDamaged(f"record {info.digest} is unusable: {error}") from error
-        self._host.put(self._pack(weights, info.digest), pin=True)
+        packed = self._pack(weights, info.digest)
+        self._announce(packed.spec)
+        self._host.put(packed, pin=True)
 
-    def _keep_basis(self, content: Content) -> None:
+    def _keep_basis(self, spec: AdapterSpec) -> None:
         """Keep the canonical basis with the first adapter on it.
 
         It comes from a cache, and may be computed again with other bits or another rank; the
         registry's adapters must outlive that.
         """
-        if content.basis_id == self._canonical.id:
+        if any(section.basis_id == self._canonical.id for section in spec.sections):
             with _disk_failures():
                 self._bases.add(self._canonical)
 
-    def _announce(self, basis_id: str | None) -> None:
-        """Give the basis that an adapter needs to whoever multiplies by it."""
-        if basis_id is not None:
-            self._on_basis(self._basis(basis_id))
+    def _announce(self, spec: AdapterSpec) -> None:
+        """Give the bases that an adapter needs to whoever multiplies by them.
+
+        Always before it enters the host tier: whatever is in there can be staged as it is.
+        """
+        for section in spec.sections:
+            if section.kind == "core" and section.basis_id is not None:
+                basis = self._basis(section.basis_id)
+                if section.rank > basis.rank:
+                    raise RecordDamaged(
+                        f"record {spec.digest} wants {section.rank} columns of basis {basis.id}, "
+                        f"which has {basis.rank}"
+                    )
+                self._on_basis(basis)
 
     def _basis(self, basis_id: str) -> Basis:
         if basis_id == self._canonical.id:
@@ -326,8 +337,8 @@ class AdapterLibrary:
         for folder in sorted(path.parent for path in shipped.glob(f"*/{CONFIG_FILE}")):
             try:
                 weights = self._read(adapter_files(folder), self._bases)
-                content, record, _ = self._prepare(weights)
-                self._keep_basis(content)
+                content, record, packed = self._prepare(weights)
+                self._keep_basis(packed.spec)
                 info = self._registry.publish_shipped(folder.name, content, record)
             except AdapterError as error:
                 # A broken folder must not keep the server from starting.
