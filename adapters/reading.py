@@ -9,7 +9,17 @@ from pathlib import Path
 
 from shoal.adapters.basis import Basis, BasisStore
 from shoal.adapters.errors import AdapterRejected, AdapterTooLarge
-from shoal.adapters.formats import loha, lokr, lora, lora_xs, miss
+from shoal.adapters.formats import (
+    adalora,
+    dora,
+    loha,
+    lokr,
+    lora,
+    lora_xs,
+    miss,
+    tinylora,
+    vera,
+)
 from shoal.adapters.formats.base import (
     PRODUCT_RANK_MAX,
     FormatRegistry,
@@ -23,9 +33,19 @@ from shoal.adapters.weights import AdapterWeights, WeightOf
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-# LoRA-XS files contain LoRA's tensors, so LoRA-XS is tried first.
+# Files of LoRA-XS, AdaLoRA and DoRA contain LoRA's tensors, so LoRA is tried last.
 FORMATS: FormatRegistry = registry_of(
-    [lora_xs.FORMAT, miss.FORMAT, loha.FORMAT, lokr.FORMAT, lora.FORMAT]
+    [
+        lora_xs.FORMAT,
+        adalora.FORMAT,
+        dora.FORMAT,
+        vera.FORMAT,
+        tinylora.FORMAT,
+        miss.FORMAT,
+        loha.FORMAT,
+        lokr.FORMAT,
+        lora.FORMAT,
+    ]
 )
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -69,7 +89,7 @@ def read_adapter(
     config = read_json(files[CONFIG_FILE], CONFIG_FILE)
     path = files[WEIGHTS_FILE]
     with path.open("rb") as file:
-        tensors, _ = read_tensors(file, path.stat().st_size, WEIGHTS_FILE)
+        tensors, _ = read_tensors(file, path.stat().st_size, WEIGHTS_FILE, empty=True)
     context = ReadContext(shape, weight_of, bases, canonical, max_bases, max_bytes, max_rank)
     return FORMATS.read(config, tensors, context)
 

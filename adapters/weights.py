@@ -6,6 +6,7 @@ device bank. It knows nothing of files, names or devices.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -14,6 +15,10 @@ from shoal.adapters.spec import Family, Target
 # Returns the base weight ``(d_out, d_in)`` of a target, in the dtype and on the device it is
 # served from, in Hugging Face's row order (not GGUF's permuted q/k). Callers must not write to it.
 WeightOf = Callable[[Target], Tensor]
+
+
+CorrectionMethod = Literal["pissa", "milora", "olora"]
+CORRECTION_METHODS: tuple[CorrectionMethod, ...] = get_args(CorrectionMethod)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +30,12 @@ class Correction:
     smallest first, ``s = 1``), OLoRA (``Q`` of ``W = Q R``, ``s`` the adapter's scale).
 
     Attributes:
-        method: ``pissa``, ``milora`` or ``olora``; for people.
+        method: for people.
         basis_id: the basis, which belongs to the base and is shared by all such adapters.
         ranks, scales: per target.
     """
 
-    method: str
+    method: CorrectionMethod
     basis_id: str
     ranks: Mapping[Target, int]
     scales: Mapping[Target, float]

@@ -153,10 +153,8 @@ def main() -> None:
         ),
     )
     one = {"r": 2, "target_modules": ["q_proj"]}
-    peft_case("lora_dora", LoraConfig(use_dora=True, **one), refused=True)
     peft_case("lora_head", LoraConfig(modules_to_save=["lm_head"], **one), refused=True)
     peft_case("lora_bias", LoraConfig(lora_bias=True, **one), refused=True)
-    peft_case("lora_olora", LoraConfig(init_lora_weights="olora", **one), refused=True)
 
     xs_case("xs_new_key", latent=".default_lora_latent_mapping.weight")
     xs_case("xs_old_key", latent="_lora_latent_mapping.weight")
