@@ -17,7 +17,7 @@ from shoal.adapters.basis import Basis, compute_basis, make_basis, save_basis
 from shoal.adapters.formats.keys import module_path
 from shoal.adapters.formats.writing import write_compact_lora_xs, write_lora, write_miss
 from shoal.adapters.library import places
-from shoal.adapters.spec import MODULES, Target
+from shoal.adapters.spec import MODULES, UNIT_ELEMENTS, Target
 from shoal.server.cli import adapters
 from shoal.server.cli.adapters_check import compress
 from shoal.server.model.config import ModelConfig
@@ -153,19 +153,22 @@ def test_check_says_what_a_lora_costs(tiny: Tiny, run: Run) -> None:
     assert said["scale"] == "1.5"
     assert "basis" not in said
     files = snapshot(tiny.folder / "lora").values()
-    assert said["on disk"] == f"{sum(map(len, files)):,} bytes"
+    assert said["on disk"].startswith(f"{sum(map(len, files)):,} bytes, as a record ")
+    assert said["base"] == "needs a base of these shapes; made for base"
+    assert said["served"] == "lora r=2"
     # A of every module and Bᵀ of every group, rank 2, two layers.
     elements = 2 * 2 * (16 * 3 + 32 + 16 + 16 + 16 * 2 + 48 + 24 + 16)
-    assert (
-        said["packed"] == f"{2 * elements:,} bytes in bfloat16, {4 * elements:,} bytes in float32"
-    )
-    assert f"{2 * elements:,} bytes in bfloat16" in said["decode"]
+    units = -(-elements // UNIT_ELEMENTS) * UNIT_ELEMENTS
+    assert said["packed"] == f"{2 * units:,} bytes in bfloat16, {4 * units:,} bytes in float32"
+    assert said["decode"].startswith(f"a row reads {2 * elements:,} bytes a step in bfloat16, and")
+    assert f"takes {elements:,} multiply-adds" in said["decode"]
 
 
 def test_check_says_what_a_miss_costs(tiny: Tiny, run: Run) -> None:
     said = fields(run("check", tiny.miss())[1])
     assert (said["family"], said["format"], said["rank"]) == ("fold", "miss", "4")
-    assert said["targets"] == f"14: layers 0-1: {' '.join(MODULES)}"
+    assert said["targets"] == "14: 7 modules x 2 layers"
+    assert said["launches"] == "fold r=4: two for each fused weight"
 
 
 def test_check_names_the_basis(tiny: Tiny, run: Run) -> None:
@@ -173,6 +176,8 @@ def test_check_names_the_basis(tiny: Tiny, run: Run) -> None:
     assert (said["family"], said["format"]) == ("core", "lora_xs, compact layout")
     assert said["basis"].startswith("canonical (")
     assert said["basis"].endswith("rank 8")
+    assert said["base"].startswith("needs the weights it was trained on")
+    assert "all such rows together" in said["decode"]
     official = tiny.official()
     said = fields(run("check", official)[1])
     assert said["format"] == "lora_xs, official layout"
@@ -217,6 +222,26 @@ def test_check_prints_the_refusal(tiny: Tiny, run: Run) -> None:
     assert "shoal adapters convert --merge" in fields(out)["rule"]
     said = fields(run("check", pickled(tiny.lora()))[1])
     assert said["where"] == "file adapter_model.bin"
+
+
+def test_check_says_the_same_as_json(tiny: Tiny, run: Run) -> None:
+    code, out, _ = run("check", tiny.compact(), "--json")
+    said = json.loads(out)
+    assert (code, said["served"], said["family"], said["rank"]) == (0, True, "core", 4)
+    assert (said["ranks"], said["scales"], said["num_targets"]) == ([4], [2.0], 14)
+    elements = 2 * 7 * 4 * 4
+    assert said["row_bytes"] == 2 * elements
+    outputs = 2 * (16 + 8 + 8 + 16 + 24 + 24 + 16)
+    assert said["shared_bytes"] == 2 * 4 * outputs
+    assert said["multiply_adds"] == 2 * 4 * outputs + elements
+    assert said["bank_bytes"] == {"bfloat16": 2048, "float32": 4096}
+    assert said["sections"] == [
+        {"section": "core r=4", "launches": "none, where its basis has columns of the joint one"}
+    ]
+    code, out, _ = run("check", tiny.bat(), "--json")
+    said = json.loads(out)
+    assert (code, said["served"]) == (1, False)
+    assert said["where"] == "adapter_config.json: init_weights"
 
 
 def test_check_survives_whatever_the_files_hold(tiny: Tiny, run: Run) -> None:
@@ -281,6 +306,52 @@ def test_convert_takes_a_pickle_of_any_name(tiny: Tiny, run: Run) -> None:
     source = pickled(tiny.lora(), "checkpoint.pth")
     assert run("convert", source / "checkpoint.pth", tiny.folder / "out")[0] == 0
     assert run("check", tiny.folder / "out")[0] == 0
+
+
+def test_convert_projects_onto_the_base_s_basis(tiny: Tiny, run: Run) -> None:
+    out = tiny.folder / "xs"
+    code, said, _ = run("convert", tiny.lora(), out, "--to", "lora-xs", "--rank", "8")
+    assert code == 0
+    lines = said.splitlines()
+    errors = {words[0]: float(words[-1]) for words in map(str.split, lines[1:-1])}
+    assert set(errors) == {"layers.0.q_proj", "layers.1.q_proj", "in"}
+    assert f"lora-xs r=8, 2 targets, relative error {errors['in']:.4f}" in lines[-1]
+    assert 0 < errors["in"] < 1
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["basis"]["rank"]) == ("LORA_XS", 8)
+    # What is written is served, and is what the numbers say.
+    said = fields(run("check", out)[1])
+    assert (said["family"], said["basis"][:9]) == ("core", "canonical")
+    assert run("convert", tiny.folder / "lora", tiny.folder / "one", "--merge")[0] == 0
+    assert run("convert", out, tiny.folder / "two", "--merge")[0] == 0
+    one, two = (
+        load_model(tiny.folder / name, device="cpu", dtype=torch.float32) for name in ("one", "two")
+    )
+    for layer in range(2):
+        target = Target(layer, "q_proj")
+        delta = one.weight_of(target) - tiny.decoder.weight_of(target)
+        error = (one.weight_of(target) - two.weight_of(target)).norm() / delta.norm()
+        assert float(error) == pytest.approx(errors[str(target)], abs=1e-4)
+
+
+def test_projecting_back_and_forth_loses_nothing(tiny: Tiny, run: Run) -> None:
+    assert run("convert", tiny.compact(), tiny.folder / "lora", "--to", "lora")[0] == 0
+    code, said, _ = run(
+        "convert", tiny.folder / "lora", tiny.folder / "xs", "--to", "lora-xs", "--rank", "4"
+    )
+    assert code == 0
+    assert "relative error 0.0000" in said.splitlines()[-1]
+    sizes = [
+        sum(map(len, snapshot(tiny.folder / name).values())) for name in ("compact", "lora", "xs")
+    ]
+    assert sizes[2] < sizes[1]
+
+
+def test_projecting_needs_a_rank_that_the_basis_has(tiny: Tiny, run: Run) -> None:
+    code, _, err = run("convert", tiny.lora(), tiny.folder / "xs", "--to", "lora-xs", "--rank", "9")
+    assert code == 1
+    assert "--rank 9 exceeds the basis' 8" in err
+    assert not (tiny.folder / "xs").exists()
 
 
 @pytest.mark.parametrize("make", ["miss", "compact", "official"])
