@@ -17,6 +17,8 @@ from shoal.adapters.formats import (
     lora,
     lora_xs,
     miss,
+    svf,
+    svft,
     tinylora,
     vera,
 )
@@ -29,6 +31,7 @@ from shoal.adapters.formats.base import (
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.formats.container import printable, read_json, read_tensors
 from shoal.adapters.spec import BaseShape
+from shoal.adapters.spectral_basis import SpectralBasis
 from shoal.adapters.weights import AdapterWeights, WeightOf
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,6 +47,8 @@ FORMATS: FormatRegistry = registry_of(
         miss.FORMAT,
         loha.FORMAT,
         lokr.FORMAT,
+        svf.FORMAT,
+        svft.FORMAT,
         lora.FORMAT,
     ]
 )
@@ -61,6 +66,7 @@ def read_adapter(
     max_bytes: int,
     max_bases: int,
     max_rank: int = PRODUCT_RANK_MAX,
+    spectral: SpectralBasis | None = None,
 ) -> AdapterWeights:
     """Read and validate an adapter.
 
@@ -74,6 +80,7 @@ def read_adapter(
         max_bytes: limit for all files together, and for the tensors they stand for.
         max_bases: how many uploaded bases there may be; further ones are served as ``lora``.
         max_rank: of the explicit factors of LoHa and LoKr.
+        spectral: the base's singular vectors; without them SVF and SVFT are refused.
 
     Returns:
         Weights that own their memory, on the CPU.
@@ -90,7 +97,9 @@ def read_adapter(
     path = files[WEIGHTS_FILE]
     with path.open("rb") as file:
         tensors, _ = read_tensors(file, path.stat().st_size, WEIGHTS_FILE, empty=True)
-    context = ReadContext(shape, weight_of, bases, canonical, max_bases, max_bytes, max_rank)
+    context = ReadContext(
+        shape, weight_of, bases, canonical, max_bases, max_bytes, max_rank, spectral
+    )
     return FORMATS.read(config, tensors, context)
 
 
