@@ -34,8 +34,9 @@ from shoal.kernels.grouped_matmul.kernel import TileTable
 from shoal.kernels.grouped_matmul.tiles import make_tiles, most_tiles
 from shoal.kernels.launching import power_of_two
 
-# Bases without columns that one step may use. The library keeps fewer.
-WIDE_BASES_MAX = 8
+# Bases without columns that one step may use. The library keeps fewer: the canonical one, four of
+# uploads, three of corrections; and canonical ones of other ranks that adapters were stored with.
+WIDE_BASES_MAX = 16
 # Staging buffers: one is filled while the copies of earlier steps may still be under way.
 STAGING = 3
 # Start of every table in bytes: what the widest load wants.
@@ -124,7 +125,7 @@ class StepTables:
     """
 
     def __init__(self, bank: AdapterBank, max_tokens: int) -> None:
-        """Allocate for steps of up to ``max_tokens`` tokens: 0.2 KB a token, on the device once and
+        """Allocate for steps of up to ``max_tokens`` tokens: 0.4 KB a token, on the device once and
         in page-locked memory ``STAGING`` times."""
         self._bank = bank
         self._max_tokens = max_tokens
