@@ -54,15 +54,17 @@ def _read(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
         return weights
     ranks = correction_ranks(weights, correction, context)
     check_scaled(weights)  # the last refusal, before the one side effect
-    served = corrected(
-        weights,
-        correction.method,
-        ranks,
-        shape=context.shape,
-        weight_of=context.weight_of,
-        canonical=context.canonical,
-        bases=context.bases,
-    )
+    served = None
+    if context.max_bases:  # else nothing is kept for others
+        served = corrected(
+            weights,
+            correction.method,
+            ranks,
+            shape=context.shape,
+            weight_of=context.weight_of,
+            canonical=context.canonical,
+            bases=context.bases,
+        )
     return served or explicit_factors(weights, correction, ranks, context)
 
 
