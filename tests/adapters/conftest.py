@@ -155,14 +155,11 @@ class PeftBase:
         )
         return LlamaForCausalLM(config).eval()
 
-    def adapted(
-        self, config: Any, *, trained: float = 0.3, dtype: torch.dtype | None = None
-    ) -> Any:
+    def adapted(self, config: Any, *, dtype: torch.dtype | None = None) -> Any:
         """The model with PEFT's adapter on it, its trained parameters moved by noise.
 
         Args:
             config: PEFT's.
-            trained: the noise's standard deviation.
             dtype: what the parameters are then rounded to.
         """
         from peft import get_peft_model
@@ -171,7 +168,7 @@ class PeftBase:
         torch.manual_seed(4)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.data += trained * torch.randn_like(parameter)
+                parameter.data += 0.3 * torch.randn_like(parameter)
             if parameter.requires_grad or "lora_" in name:
                 parameter.data = parameter.data.to(dtype or parameter.dtype).to(parameter.dtype)
         return model.eval()

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, TinyLoraConfig, VeraConfig
+from peft import LoraConfig, TinyLoraConfig, VeraConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 1e-4
@@ -79,6 +80,43 @@ def test_outputs_are_pefts(peft_base: Any, name: str, dtype: torch.dtype | None)
     # TinyLoRA's factors and VeRA's projections are not trained: only what is, was rounded.
     half = dtype if "tiny" not in name and "vera" not in name else None
     weights = peft_base.read(peft_base.save(model, dtype=half))
+    assert peft_base.error(weights, model) < TOLERANCE
+
+
+def test_lora_fa_is_plain_lora(peft_base: Any) -> None:
+    model = peft_base.adapted(CONFIGS["lora"]()).train()
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=6, lr=0.1)
+    tokens = torch.arange(8)[None]
+    for _ in range(3):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    weights = peft_base.read(peft_base.save(model))
+    assert (weights.format, weights.family, weights.correction) == ("lora", "lora", None)
+    assert peft_base.error(weights, model) < TOLERANCE
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_converted_is_plain_lora(peft_base: Any, init: str, rslora: bool) -> None:
+    config = LoraConfig(
+        r=3, lora_alpha=5, use_rslora=rslora, init_lora_weights=init, target_modules=ALL
+    )
+    model = get_peft_model(peft_base.model(), config)
+    # Only what is loaded again as it was at first can be taken away from what was trained.
+    model.peft_config["default"].init_lora_weights = True
+    initial = peft_base.folder / "initial"
+    model.save_pretrained(initial)
+    model.peft_config["default"].init_lora_weights = init
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    out = peft_base.folder / "converted"
+    model.save_pretrained(out, path_initial_model_for_weight_conversion=str(initial))
+    weights = peft_base.read(out)
+    assert weights.correction is None
+    assert weights.rank == 6
     assert peft_base.error(weights, model) < TOLERANCE
 
 
