@@ -35,7 +35,9 @@ def spectral_basis(raw: RawAdapter, context: ReadContext) -> SpectralBasis:
     basis = context.spectral
     if basis is None:
         raise AdapterRejected(
-            field("peft_type"), "is spectral, and the base's singular vectors are not at hand here"
+            field("peft_type"),
+            "needs the base's singular vectors, which are not at hand here (a server keeps them "
+            "within --spectral-memory)",
         )
     told = _told_id(raw.config)
     for target, parts in raw.targets.items():
