@@ -1,7 +1,8 @@
 """The base that ``shoal adapters check`` and ``convert`` read an adapter against, without a server.
 
-Loads no more than an adapter needs: the config for its shapes; single weights, and the shared
-basis, only for LoRA-XS. Reads the bases that the local registry knows and writes none there.
+Loads no more than an adapter needs: the config for its shapes; single weights for those that depend
+on them, the shared basis for LoRA-XS and what was trained on a residual base, singular vectors for
+SVF and SVFT. Reads the bases that the local registry knows and writes none there.
 """
 
 import argparse
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds that `--help` should not
     from shoal.adapters.basis import Basis, BasisStore
     from shoal.adapters.deltas import BaseParts
     from shoal.adapters.spec import BaseShape, Target
+    from shoal.adapters.spectral_basis import SpectralBasis
     from shoal.adapters.weights import AdapterWeights, WeightOf
 
 XsLayout = Literal["official", "compact"]
@@ -36,6 +38,8 @@ class OfflineBase:
         shape, weight_of: weights are read when they are asked for.
         canonical: the base's own basis; empty when it was not asked for.
         bases: a throw-away copy of what the registry knows.
+        spectral: the base's singular vectors, computed when they are asked for and cached; None
+            when they were not asked for.
     """
 
     path: Path
@@ -43,6 +47,7 @@ class OfflineBase:
     weight_of: "WeightOf"
     canonical: "Basis"
     bases: "BasisStore"
+    spectral: "SpectralBasis | None" = None
 
     def read(
         self,
@@ -65,6 +70,7 @@ class OfflineBase:
             max_bytes=max_bytes,
             max_bases=max_bases,
             max_rank=PRODUCT_RANK_MAX if max_rank is None else max_rank,
+            spectral=self.spectral,
         )
 
     def basis_of(self, basis_id: str) -> "Basis":
@@ -81,7 +87,8 @@ class OfflineBase:
         from shoal.adapters.deltas import BaseParts
 
         def singular_of(target: "Target") -> "tuple[Tensor, Tensor, Tensor]":
-            raise KeyError(target)
+            assert self.spectral is not None, "only what was read here is spelled out"
+            return self.spectral.factors(target)
 
         return BaseParts(self.shape, self.weight_of, self.basis_of, singular_of)
 
@@ -107,10 +114,12 @@ class Look(NamedTuple):
     Attributes:
         layout: of LoRA-XS; None for anything else.
         corrected: whether it was trained on a residual base (PiSSA, OLoRA, ``base_correction``).
+        spectral: whether it is SVF or SVFT.
     """
 
-    layout: XsLayout | None
-    corrected: bool
+    layout: XsLayout | None = None
+    corrected: bool = False
+    spectral: bool = False
 
 
 def look_at(files: Mapping[str, Path]) -> Look:
@@ -126,7 +135,7 @@ def look_at(files: Mapping[str, Path]) -> Look:
     from shoal.adapters.reading import WEIGHTS_FILE
 
     if not files.keys() >= {CONFIG_FILE, WEIGHTS_FILE}:
-        return Look(None, corrected=False)
+        return Look()
     path = files[WEIGHTS_FILE]
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -137,16 +146,20 @@ def look_at(files: Mapping[str, Path]) -> Look:
     if lora_xs.FORMAT.markers & {split_name(name)[1] for name in entries}:
         layout = "compact" if config.get("peft_type") == "LORA_XS" else "official"
     moved = config.get("init_lora_weights") in ("pissa", "olora")
-    return Look(layout, moved or is_set(config.get("base_correction")))
+    corrected = moved or is_set(config.get("base_correction"))
+    return Look(layout, corrected, config.get("peft_type") in ("SVF", "SVFT"))
 
 
 @contextmanager
-def offline_base(args: argparse.Namespace, *, need_basis: bool) -> Iterator[OfflineBase]:
+def offline_base(
+    args: argparse.Namespace, *, need_basis: bool, need_spectral: bool = False
+) -> Iterator[OfflineBase]:
     """Open ``args.base``.
 
     Args:
         args: of `add_arguments`.
         need_basis: load the canonical basis (computing it the first time) and the known ones.
+        need_spectral: give the base's singular vectors.
 
     Raises:
         ModelError: no such base, or not one that can be served.
@@ -158,8 +171,8 @@ def offline_base(args: argparse.Namespace, *, need_basis: bool) -> Iterator[Offl
     from shoal.server.model.weights import read_config
 
     path = resolve_model(args.base)
-    # Hashing reads the whole base: only a basis needs it.
-    digest = base_digest(path) if need_basis else ""
+    # Hashing reads the whole base: only what is cached by it needs it.
+    digest = base_digest(path) if need_basis or need_spectral else ""
     shape = read_config(path).base_shape(path.stem, digest)
     weight_of = _weights_of(path, shape)
     with tempfile.TemporaryDirectory(prefix="shoal-bases-") as folder:
@@ -169,7 +182,8 @@ def offline_base(args: argparse.Namespace, *, need_basis: bool) -> Iterator[Offl
             canonical = _canonical(weight_of, shape, args.basis_rank)
             for known in _known_bases(args):
                 bases.add(known)
-        yield OfflineBase(path, shape, weight_of, canonical, bases)
+        spectral = _spectral(weight_of, shape) if need_spectral else None
+        yield OfflineBase(path, shape, weight_of, canonical, bases, spectral)
 
 
 def _weights_of(path: Path, shape: "BaseShape") -> "WeightOf":
@@ -207,6 +221,20 @@ def _canonical(weight_of: "WeightOf", shape: "BaseShape", rank: int) -> "Basis":
     if not canonical_path(cache, shape, rank).exists():
         print(f"computing the basis of {shape.name} once; it is kept in {cache}", file=sys.stderr)
     return canonical_basis(weight_of, shape, rank, cache)
+
+
+def _spectral(weight_of: "WeightOf", shape: "BaseShape") -> "SpectralBasis":
+    import platformdirs
+
+    from shoal.adapters.spectral_basis import SpectralBasis
+
+    cache = platformdirs.user_cache_path("shoal") / "bases"
+
+    def told(done: int, of: int) -> None:
+        if done == 0:
+            print(f"computing {of} SVDs of {shape.name} once; kept in {cache}", file=sys.stderr)
+
+    return SpectralBasis(weight_of, shape, cache, told)
 
 
 def _known_bases(args: argparse.Namespace) -> Iterator["Basis"]:

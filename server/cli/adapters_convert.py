@@ -7,6 +7,7 @@ Owns the order of the steps and the messages; ``converting``, ``projecting`` and
 import argparse
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +134,7 @@ def _to_lora(args: argparse.Namespace, files: Mapping[str, Path], out: Path) -> 
     from shoal.adapters.reading import WEIGHTS_FILE
 
     look = adapters_base.look_at(files)
-    with adapters_base.offline_base(args, need_basis=look.layout == "compact") as base:
+    with _opened(args, look) as base:
         weights = _read(base, files)
         if weights.format == "lora" and not look.corrected:
             raise ConversionError(
@@ -160,7 +161,8 @@ def _to_lora_xs(args: argparse.Namespace, files: Mapping[str, Path], out: Path) 
             f"--rank {args.rank} exceeds the basis' {args.basis_rank}",
             "ask for less, or for a --basis-rank that the server has too",
         )
-    with adapters_base.offline_base(args, need_basis=True) as base:
+    spectral = adapters_base.look_at(files).spectral
+    with adapters_base.offline_base(args, need_basis=True, need_spectral=spectral) as base:
         found = project(_read(base, files), base.parts(), base.canonical, args.rank)
         write_compact_lora_xs(
             out, found.r, alpha=args.rank, rank=args.rank, basis=base.canonical, shape=base.shape
@@ -188,7 +190,7 @@ def _merge(args: argparse.Namespace, files: Mapping[str, Path], out: Path) -> st
             "give --base the directory of the unquantised model: config.json and safetensors",
         )
     look = adapters_base.look_at(files)
-    with adapters_base.offline_base(args, need_basis=look.layout == "compact") as base:
+    with _opened(args, look) as base:
         checkpoint = Checkpoint(base.path, base.shape)
         blocks = read_bat(files, base.shape)
         found: dict[Target, Change]
@@ -198,6 +200,13 @@ def _merge(args: argparse.Namespace, files: Mapping[str, Path], out: Path) -> st
             found = changes(_read(base, files), base.parts())
         write_merged(checkpoint, found, out)
     return f"base with {len(found)} merged targets"
+
+
+def _opened(
+    args: argparse.Namespace, look: adapters_base.Look
+) -> AbstractContextManager[adapters_base.OfflineBase]:
+    compact = look.layout == "compact"
+    return adapters_base.offline_base(args, need_basis=compact, need_spectral=look.spectral)
 
 
 def _read(base: adapters_base.OfflineBase, files: Mapping[str, Path]) -> "AdapterWeights":
