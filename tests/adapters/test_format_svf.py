@@ -223,5 +223,5 @@ def test_limits_come_first(world: World, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_reader_without_singular_vectors_says_so(world: World) -> None:
     write_svf(world.folder / "out", {DOWN: torch.zeros(15)}, basis=world.basis)
-    with pytest.raises(AdapterRejected, match="the base's singular vectors are not at hand"):
+    with pytest.raises(AdapterRejected, match="singular vectors, which are not at hand"):
         world.read(world.folder / "out", spectral=False)
