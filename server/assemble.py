@@ -70,7 +70,7 @@ CAPTURED = (
     ActiveFamilies(core_columns=32, core_alignment=8),
 )
 # Sets that are captured when they are first needed, and only compiled at start.
-COMPILED = (ActiveFamilies(fold_rank=16), ActiveFamilies(lora_rank=16))
+COMPILED = (ActiveFamilies(fold_rank=16), ActiveFamilies(lora_rank=16, scale=True))
 
 
 @contextmanager

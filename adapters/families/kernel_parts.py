@@ -36,9 +36,14 @@ class TablesScale:
             for group in GROUPS
         }
         self._alignment = math.gcd(ALIGNMENT, *self._offsets.values())
+        # A table that was never filled, in a step that is run to compile, holds zeros: a section at
+        # the arena's start. It must lie inside; where it does not, no such adapter is resident.
+        self._fits = scale.packed_elements(shape) <= arena.numel()
 
     def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None:
         """Scale these tokens' rows of ``y``, which hold ``y0``."""
+        if not self._fits:
+            return
         scale_outputs(
             y,
             self._arena,

@@ -352,6 +352,16 @@ def test_a_step_of_base_rows_is_falsy_and_launches_nothing(loaded: Loaded) -> No
         assert not parts.has_others
 
 
+@pytest.mark.parametrize("capacity", [4 << 10, 4 << 20])
+def test_a_step_that_is_run_to_compile_reads_nothing_beyond_the_arena(capacity: int) -> None:
+    """Its tables were never filled."""
+    bank = AdapterBank(SHAPE, capacity_bytes=capacity, device=CPU, dtype=torch.float32, joint=False)
+    parts = StepTables(bank, 8).parts(ActiveFamilies(fold_rank=16, lora_rank=16, scale=True), 8)
+    for group in GROUPS:
+        dims = SHAPE.group_dims(group)
+        parts.apply(1, group, torch.ones(8, dims.d_in), torch.ones(8, dims.d_out))
+
+
 def test_the_key_says_no_more_than_what_is_launched(
     loaded: Loaded, adapters: list[RowAdapter]
 ) -> None:
