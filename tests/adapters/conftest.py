@@ -178,12 +178,9 @@ class PeftBase:
         out = self.folder / "saved"
         shutil.rmtree(out, ignore_errors=True)
         model.save_pretrained(out)
-        path = out / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
         if dtype is not None:
-            file = out / "adapter_model.safetensors"
-            save_file({name: t.to(dtype) for name, t in load_file(file).items()}, file)
-        return out
+            self.put(out, {name: tensor.to(dtype) for name, tensor in self.tensors(out).items()})
+        return self.edit(out, **changes)
 
     def read(
         self,
@@ -202,6 +199,20 @@ class PeftBase:
             max_bytes=max_bytes,
             max_bases=max_bases,
         )
+
+    def edit(self, directory: Path, **changes: Any) -> Path:
+        """Change fields of a saved config."""
+        path = directory / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return directory
+
+    def tensors(self, directory: Path) -> dict[str, Tensor]:
+        return load_file(directory / "adapter_model.safetensors")
+
+    def put(self, directory: Path, tensors: Mapping[str, Tensor]) -> Path:
+        """Replace the saved tensors."""
+        save_file(dict(tensors), directory / "adapter_model.safetensors")
+        return directory
 
     def basis(self, basis_id: str | None) -> Basis:
         known = self.canonical if basis_id == self.canonical.id else self.bases.get(basis_id or "")
