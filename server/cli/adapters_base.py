@@ -115,11 +115,13 @@ class Look(NamedTuple):
         layout: of LoRA-XS; None for anything else.
         corrected: whether it was trained on a residual base (PiSSA, OLoRA, ``base_correction``).
         spectral: whether it is SVF or SVFT.
+        based: whether a shared basis of the base may hold a part of it.
     """
 
     layout: XsLayout | None = None
     corrected: bool = False
     spectral: bool = False
+    based: bool = False
 
 
 def look_at(files: Mapping[str, Path]) -> Look:
@@ -147,7 +149,9 @@ def look_at(files: Mapping[str, Path]) -> Look:
         layout = "compact" if config.get("peft_type") == "LORA_XS" else "official"
     moved = config.get("init_lora_weights") in ("pissa", "olora")
     corrected = moved or is_set(config.get("base_correction"))
-    return Look(layout, corrected, config.get("peft_type") in ("SVF", "SVFT"))
+    peft_type = config.get("peft_type")
+    based = layout is not None or corrected or peft_type == "TINYLORA"
+    return Look(layout, corrected, peft_type in ("SVF", "SVFT"), based)
 
 
 @contextmanager

@@ -123,9 +123,8 @@ def _report(args: argparse.Namespace) -> Report:
     files = adapter_files(args.directory)
     look = adapters_base.look_at(files)
     limit = ServeConfig().max_upload_bytes
-    need_basis = look.layout is not None or look.corrected
     with adapters_base.offline_base(
-        args, need_basis=need_basis, need_spectral=look.spectral
+        args, need_basis=look.based, need_spectral=look.spectral
     ) as base:
         known = {basis.id for basis in base.bases.all()}
         weights = base.read(files, max_bytes=limit, max_bases=UPLOADED_BASES_MAX)
