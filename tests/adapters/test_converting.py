@@ -268,6 +268,46 @@ def test_ranks_and_scales_that_differ_survive_as_patterns(base: Base, tmp_path: 
     assert base.with_peft(out)[0] == pytest.approx(base.with_peft(source)[0], abs=1e-5)
 
 
+def test_prolora_as_its_trainer_saves_it_is_plain_lora(base: Base, tmp_path: Path) -> None:
+    """Chunks of A and B, repeated with their rank axis rolled by one more each time, and one rank
+    that is shared with nobody: the trainer's last pickle holds them written out."""
+    rank, own, chunks, target = 4, 1, 3, Target(1, "up_proj")
+    generator = torch.Generator().manual_seed(8)
+    d_out, d_in = base.shape.dims["up_proj"]
+    a_chunk, b_chunk = (
+        torch.randn(rank - own, -(-size // chunks), generator=generator) for size in (d_in, d_out)
+    )
+    a_own, b_own = (torch.randn(own, size, generator=generator) for size in (d_in, d_out))
+
+    def written_out(chunk: Tensor, alone: Tensor, size: int) -> Tensor:
+        rolled = torch.cat([chunk.roll(-i, 0) for i in range(chunks)], dim=1)
+        return torch.cat([rolled[:, :size], alone])
+
+    key = f"base_model.model.{module_path(target)}"
+    a, b = written_out(a_chunk, a_own, d_in), written_out(b_chunk, b_own, d_out)
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    tensors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b.T}
+    torch.save(tensors, source / "adapter_model.bin")
+    config = LoraConfig(r=rank, lora_alpha=6, target_modules=["up_proj"])
+    config.save_pretrained(source)
+    convert_pickle(source / "adapter_model.bin", source / "adapter_config.json", out)
+    weights = base.read(out)
+    assert (weights.format, weights.family, weights.rank) == ("lora", "lora", rank)
+    # The paper's sum, entry by entry.
+    (change,) = changes_of(weights, base.parts()).values()
+    delta = change(base.weights[target].double())
+    for o, j in ((0, 0), (d_out - 1, d_in - 1), (5, 11), (17, 3)):
+        want = float(b_own[0, o] * a_own[0, j])
+        for i in range(rank - own):
+            a_row = (i + j // a_chunk.shape[1]) % (rank - own)
+            b_row = (i + o // b_chunk.shape[1]) % (rank - own)
+            entry = b_chunk[b_row, o % b_chunk.shape[1]] * a_chunk[a_row, j % a_chunk.shape[1]]
+            want += float(entry)
+        assert float(delta[o, j]) == pytest.approx(6 / rank * want, rel=1e-5, abs=1e-6)
+
+
 # -------------------------------------------------------------------------------------- merging
 
 
