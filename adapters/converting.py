@@ -85,11 +85,14 @@ def convert_pickle(pickle: Path, config: Path, out: Path) -> None:
     write_atomically(out / CONFIG_FILE, [config.read_bytes()])
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path, *, integers: bool = False) -> dict[str, Tensor]:
     """The tensors of a file that ``torch.save`` wrote, by name, on the CPU.
 
     Only torch's restricted unpickler is used: it builds tensors and plain containers, and refuses
     a pickle that names any other code.
+
+    Args:
+        integers: whether tensors of 32- and 64-bit integers are accepted too.
 
     Raises:
         ConversionError: it holds anything but named float tensors, or cannot be read.
@@ -115,7 +118,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             )
         if value.layout != torch.strided or value.device.type != "cpu":
             raise ConversionError(f"{path.name}: {shown} is not a plain dense tensor", hint)
-        if value.dtype not in DTYPES.values():
+        whole = integers and value.dtype in (torch.int32, torch.int64)
+        if value.dtype not in DTYPES.values() and not whole:
             raise ConversionError(
                 f"{path.name}: {shown} is {value.dtype}, must be one of {', '.join(DTYPES)}", hint
             )

@@ -90,6 +90,11 @@ class Checkpoint:
             raise _unreadable(self.folder, f"it has no weight of {target}")
         return self._checked(target, _tensor(self._file_of[name], name))
 
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor that the files call ``name``, or None."""
+        file = self._file_of.get(name)
+        return None if file is None else _tensor(file, name)
+
     def tensors(self) -> Iterator[tuple[str, Target | None, Tensor]]:
         """Every tensor, in the order of the files, and the target that it is the weight of."""
         for name, file in self._file_of.items():

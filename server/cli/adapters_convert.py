@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.server.cli import adapters_base
+from shoal.server.cli import adapters_base, adapters_checkpoints
 
 if TYPE_CHECKING:  # torch takes seconds that `--help` should not
     from shoal.adapters.weights import AdapterWeights
@@ -86,23 +86,28 @@ def _convert(args: argparse.Namespace, out: Path) -> str:
     from shoal.adapters.formats.config_fields import CONFIG_FILE
     from shoal.adapters.reading import WEIGHTS_FILE
 
-    files = _source_files(args.source)
-    pickles = [path for name, path in files.items() if name not in (CONFIG_FILE, WEIGHTS_FILE)]
     with tempfile.TemporaryDirectory(prefix="shoal-convert-") as folder:
-        if pickles:
-            plain = out if not args.to and not args.merge else Path(folder)
-            convert_pickle(pickles[0], files[CONFIG_FILE], plain)
+        plain = out if not args.to and not args.merge else Path(folder)
+        made = adapters_checkpoints.convert(args, plain)
+        files: Mapping[str, Path] = {}
+        if made is None:
+            files = _source_files(args.source)
+            pickles = [files[name] for name in files if name not in (CONFIG_FILE, WEIGHTS_FILE)]
+            if pickles:
+                convert_pickle(pickles[0], files[CONFIG_FILE], plain)
+                made = "the same adapter as safetensors"
+        if made is not None:
             files = {name: plain / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
         if args.merge:
             return _merge(args, files, out)
         if args.to:
             return (_to_lora if args.to == "lora" else _to_lora_xs)(args, files, out)
-    if not pickles:
+    if made is None:
         raise ConversionError(
             f"{args.source} holds no pickle: there is nothing to convert",
             "say what it should become: --to lora, --to lora-xs, or --merge --base MODEL",
         )
-    return "the same adapter as safetensors"
+    return made
 
 
 def _source_files(source: Path) -> dict[str, Path]:
