@@ -127,6 +127,11 @@ def test_delta_equals_what_peft_merges(lycoris: Lycoris, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["loha", "lokr"])
+def test_golden_deltas(golden: Any, case: str) -> None:
+    golden.assert_delta(golden.read(golden.copy(case)), case)
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr"])
 def test_half_precision_files_are_multiplied_in_float64(lycoris: Lycoris, case: str) -> None:
     folder, _ = lycoris.save(case)
     path = folder / "adapter_model.safetensors"

@@ -137,6 +137,10 @@ def test_output_shards_are_equation_3(golden: Any, rank: int, dtype: torch.dtype
         assert set(b.unique().tolist()) <= {0.0, 1.0}
 
 
+def test_golden_output_shards(golden: Any) -> None:
+    golden.assert_delta(golden.read(golden.copy("miss_output")), "miss_output")
+
+
 def test_a_shard_is_never_of_outputs_unless_the_config_says_so(golden: Any) -> None:
     case = output_shards(golden, 4)
     with pytest.raises(AdapterRejected, match=r"shape \[4, 16\] must be \[4, 8\]"):

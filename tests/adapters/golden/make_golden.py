@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from peft import (
     AdaLoraConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MissConfig,
     TinyLoraConfig,
@@ -97,6 +99,26 @@ def bone_case() -> None:
     shutil.copy(HERE / "miss.delta.safetensors", HERE / "bone.delta.safetensors")
 
 
+def shards_case() -> None:
+    """The MiSS paper's equation 3: rows of D, each repeated over one shard of the outputs."""
+    rank = 5
+    rng = np.random.default_rng(7)
+    tensors, deltas = {}, {}
+    for name, weight in adaptable(make_base()).items():
+        d_out, d_in = weight.shape
+        d = rng.standard_normal((rank, d_in))
+        tensors[f"base_model.model.{name}.miss_block"] = torch.from_numpy(d).float()
+        sizes = [len(shard) for shard in np.array_split(np.arange(d_out), rank)]
+        deltas[name] = torch.from_numpy(np.repeat(d, sizes, axis=0))
+    (HERE / "miss_output").mkdir()
+    config = MissConfig(r=rank, target_modules=ALL, task_type="CAUSAL_LM", inference_mode=True)
+    config.save_pretrained(HERE / "miss_output")
+    path = HERE / "miss_output/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shard": "output"}, indent=2))
+    save_file(tensors, HERE / "miss_output/adapter_model.safetensors", metadata={"format": "pt"})
+    save_deltas("miss_output", deltas)
+
+
 def xs_case(case: str, *, latent: str, seed: int = 42, rank: int = 4, alike: bool = False) -> None:
     """The authors' construction: B and A from a truncated SVD of Wᵀ, R dense, scale alpha/r.
 
@@ -145,6 +167,10 @@ def main() -> None:
     peft_case("miss_bat", MissConfig(r=4, init_weights="bat", **common), delta=False)
     peft_case("miss_named", MissConfig(r=3, target_modules=["v_proj"]), adapter_name="weight")
     bone_case()
+    shards_case()
+
+    peft_case("loha", LoHaConfig(r=2, alpha=3, **common))
+    peft_case("lokr", LoKrConfig(r=2, alpha=3, **common))
 
     peft_case("lora", LoraConfig(r=4, lora_alpha=6, **common))
     peft_case("lora_rs", LoraConfig(r=4, lora_alpha=6, use_rslora=True, **common))
