@@ -24,6 +24,7 @@ which they are stored. Float64 finds the same span to within the error of theirs
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,10 +74,14 @@ def shared_basis(
     Returns:
         None when there is no room for a further basis, or a rank exceeds ``core.RANK_MAX``.
     """
+    find = partial(known_basis, method, ranks, shape=shape, canonical=canonical, bases=bases)
+    known = find()
+    if known is not None:
+        bases.add(known)  # the canonical one may be in a cache only
+        return known
     with _COMPUTING:
-        known = known_basis(method, ranks, shape=shape, canonical=canonical, bases=bases)
+        known = find()
         if known is not None:
-            bases.add(known)  # the canonical one may be in a cache only
             return known
         rank = -(-max(ranks.values(), default=1) // RANK_STEP) * RANK_STEP
         taken = sum(b.kind in CORRECTION_METHODS for b in _of_base(bases, shape))
