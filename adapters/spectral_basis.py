@@ -86,9 +86,9 @@ class SpectralBasis:
     def factors(self, target: Target) -> Factors:
         """The SVD of one target: read, or computed and stored the first time.
 
-        Costs a file of ``4·(d_out + d_in + 1)·k`` bytes, or one float64 SVD: 0.3 s of one core at
-        576 x 1536, some ten seconds of sixteen at 4096 x 14336, with five times the weight in
-        memory for as long.
+        Costs a file of ``4·(d_out + d_in + 1)·k`` bytes, or one float64 SVD, with some six times
+        the float64 weight in memory for as long. On one core: 1.6 s for a layer of SmolLM2-135M,
+        3.3 s at 1024 x 4096, 4 s at 2048 x 2048; it grows with ``k² · max(d_out, d_in)``.
 
         Raises:
             OSError: the folder cannot be read or written.

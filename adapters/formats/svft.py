@@ -132,8 +132,7 @@ def coalesced(
     if len(places) > most:
         raise AdapterRejected(
             named.name,
-            f"stands for {len(places)} entries of M, {components} components may have {most}; "
-            "merge the adapter into its base with `shoal adapters convert --merge`",
+            f"stands for {len(places)} entries of M, {components} components may have {most}",
         )
     summed = torch.zeros(len(places), dtype=torch.float64).index_add_(0, owner, values)
     row, column = places // components, places % components

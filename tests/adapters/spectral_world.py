@@ -63,6 +63,7 @@ class World:
         }
         self.shape = BaseShape(SHAPE.name, digest, SHAPE.num_layers, SHAPE.dims)
         self.folder = folder
+        self.canonical = compute_basis(self.weight_of, self.shape, 4)
         self.basis = SpectralBasis(self.weight_of, self.shape, folder / f"svd-{seed}")
 
     def weight_of(self, target: Target) -> Tensor:
@@ -94,7 +95,7 @@ class World:
             shape=self.shape,
             weight_of=self.weight_of,
             bases=BasisStore(self.folder / "bases"),
-            canonical=compute_basis(self.weight_of, self.shape, 4),
+            canonical=self.canonical,
             max_bytes=max_bytes,
             max_bases=4,
             spectral=self.basis if spectral else None,
