@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig, TinyLoraConfig, VeraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 
+from shoal.adapters.record import from_record, to_record
+
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 1e-4
 
@@ -81,6 +83,8 @@ def test_outputs_are_pefts(peft_base: Any, name: str, dtype: torch.dtype | None)
     half = dtype if "tiny" not in name and "vera" not in name else None
     weights = peft_base.read(peft_base.save(model, dtype=half))
     assert peft_base.error(weights, model) < TOLERANCE
+    stored = from_record(to_record(weights), peft_base.shape)
+    assert peft_base.error(stored, model) < TOLERANCE
 
 
 def test_lora_fa_is_plain_lora(peft_base: Any) -> None:
