@@ -205,9 +205,11 @@ def test_what_is_wrong_is_named(world: World, changes: dict[str, Any], message: 
         world.read(by_hand(world, **changes))
 
 
-def test_other_signs_are_refused(world: World) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_signs_are_refused(world: World, dtype: torch.dtype) -> None:
     """One flipped column would change entries of M off the diagonal, silently."""
-    probe = world.basis.probe(DOWN).clone()
+    probe = world.basis.probe(DOWN).clone().to(dtype)
+    world.read(by_hand(world, svd_probe=probe))
     probe[7] *= -1
     with pytest.raises(AdapterRejected, match=r"svd_probe: differs by .* at component 7"):
         world.read(by_hand(world, svd_probe=probe))
