@@ -8,28 +8,28 @@ torch. That is how a CPU serves, and the reference for CUDA, where ``tables.py``
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from shoal.adapters.basis import Basis
+from shoal.adapters.errors import AdapterTooLarge
 from shoal.adapters.families.core import CoreBasis, CorePart
 from shoal.adapters.families.fold import FoldPart
 from shoal.adapters.families.joint_basis import Columns, JointBasis
 from shoal.adapters.families.lora import LoraPart
+from shoal.adapters.families.scale import ScalePart
+from shoal.adapters.families.spectral import DeviceFactors, SpectralPart, factors_elements
 from shoal.adapters.families.tiles import Records, Segment
 from shoal.adapters.packing import PackedAdapter
-from shoal.adapters.spec import BaseShape, Group, RowAdapter
+from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape, Group, RowAdapter, SectionKind, Target
+from shoal.adapters.spectral_basis import SpectralBasis
 
-# Extents are multiples of this. 1024 wastes 4 % on a rank-8 LoRA-XS of a 30-layer base (13,440
-# elements), and keeps records aligned for vector loads.
-UNIT_ELEMENTS = 1024
-
-
-# Segments of one family by rank, in token order.
-_ByRank = dict[int, list[Segment]]
+# What a step uses: by kind of section and basis, then by rank, the segments in token order. One
+# token may be in several.
+_Used = dict[tuple[SectionKind, str | None], dict[int, list[Segment]]]
 
 
 class _Load(NamedTuple):
@@ -41,7 +41,7 @@ class _Load(NamedTuple):
 
 
 class StepPart(Protocol):
-    """The tokens of a step that one family treats alike."""
+    """The tokens of a step that one kind of section treats alike."""
 
     def apply(self, layer: int, group: Group, x: Tensor, y: Tensor) -> None: ...
 
@@ -69,8 +69,8 @@ class StepAdapters:
 class AdapterBank:
     """All resident adapters of a device: one arena of units, and the bases they need.
 
-    ``load``, ``wait_loads`` and ``step`` belong to the engine thread; ``add_basis`` and
-    ``has_basis`` may be called from any thread.
+    ``load``, ``wait_loads`` and ``step`` belong to the engine thread; ``add_basis``, ``has_basis``
+    and ``add_spectral`` may be called from any thread.
 
     Attributes:
         joint: the bases that have columns behind the base weights; None on a CPU unless asked for.
@@ -84,6 +84,7 @@ class AdapterBank:
         device: torch.device,
         dtype: torch.dtype,
         joint: bool | None = None,
+        spectral_bytes: int | None = None,
     ) -> None:
         """Allocate the arena.
 
@@ -91,6 +92,7 @@ class AdapterBank:
             capacity_bytes: for the arena; bases come on top.
             dtype: of the arena, float32 on a CPU and the model's on CUDA.
             joint: whether to keep a joint basis, for ``StepTables``; by default on CUDA.
+            spectral_bytes: limit for the singular vectors of ``add_spectral``; by default none.
         """
         unit_bytes = UNIT_ELEMENTS * dtype.itemsize
         self.num_units = capacity_bytes // unit_bytes
@@ -107,6 +109,8 @@ class AdapterBank:
         self._records = Records(arena, UNIT_ELEMENTS)
         self._bases: dict[str, CoreBasis] = {}
         self._bases_lock = threading.Lock()
+        self._singular = DeviceFactors(self.device, dtype)
+        self._spectral_left = spectral_bytes
         self._load_stream = torch.cuda.Stream(self.device) if on_cuda else None  # type: ignore[no-untyped-call]
         self._loads: deque[_Load] = deque()  # under way, oldest first
         self._last_rows: list[tuple[RowAdapter | None, int]] | None = None
@@ -154,6 +158,39 @@ class AdapterBank:
     def core_basis(self, basis_id: str) -> CoreBasis:
         """An added basis."""
         return self._bases[basis_id]
+
+    def add_spectral(self, basis: SpectralBasis, targets: Collection[Target]) -> None:
+        """Bring the singular vectors of these targets to the device; those that are there stay.
+
+        When this returns, everything it writes has been written, as with ``add_basis``.
+
+        Raises:
+            AdapterTooLarge: they exceed what is left of ``spectral_bytes``. Nothing was added.
+            OSError: see ``SpectralBasis.factors``.
+        """
+        if all(target in self._singular for target in targets):
+            return
+        with self._bases_lock:
+            missing = [target for target in targets if target not in self._singular]
+            elements = sum(factors_elements(self.shape, target) for target in missing)
+            size = elements * self.dtype.itemsize
+            if self._spectral_left is not None and size > self._spectral_left:
+                raise AdapterTooLarge(
+                    f"the singular vectors of {len(missing)} modules take {size} bytes; "
+                    f"{self._spectral_left} are left of what this server has for them "
+                    "(--spectral-memory)"
+                )
+            for target in missing:
+                self._singular.add(target, basis.factors(target))
+                if self._spectral_left is not None:
+                    taken = factors_elements(self.shape, target) * self.dtype.itemsize
+                    self._spectral_left -= taken
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+
+    def spectral_part(self, segments: Mapping[int, Sequence[Segment]]) -> SpectralPart:
+        """What applies ``spectral`` sections; ``segments`` by rank, in token order."""
+        return SpectralPart(segments, self._singular, self.shape, self._records)
 
     def place(self, basis_id: str) -> Columns | None:
         """The columns of the joint basis that an added basis has, if any."""
@@ -219,33 +256,40 @@ class AdapterBank:
 
     def _build(self, rows: Sequence[tuple[RowAdapter | None, int]]) -> StepAdapters | None:
         """``step`` without the memory of the last one."""
-        cores: dict[str, _ByRank] = {}
-        folds: _ByRank = {}
-        loras: _ByRank = {}
+        used: _Used = {}
         start = 0
         for adapter, num_tokens in rows:
-            if adapter is not None and adapter.spec.rank > 0 and num_tokens > 0:
-                spec = adapter.spec
-                if spec.family == "core":
-                    assert spec.basis_id is not None
-                    by_rank = cores.setdefault(spec.basis_id, {})
-                else:
-                    by_rank = folds if spec.family == "fold" else loras
-                segment = Segment(adapter.slot.unit, start, num_tokens)
-                by_rank.setdefault(spec.rank, []).append(segment)
+            if adapter is not None and num_tokens:
+                for section in adapter.spec.sections:
+                    if section.rank or section.kind == "scale":
+                        segment = Segment(adapter.slot.unit + section.unit, start, num_tokens)
+                        by_rank = used.setdefault((section.kind, section.basis_id), {})
+                        by_rank.setdefault(section.rank, []).append(segment)
             start += num_tokens
-        if not (cores or folds or loras):
-            return None
-        return StepAdapters(self._parts(cores, folds, loras), start)
+        return StepAdapters(self._parts(used), start) if used else None
 
-    def _parts(self, cores: dict[str, _ByRank], folds: _ByRank, loras: _ByRank) -> list[StepPart]:
+    def _parts(self, used: _Used) -> list[StepPart]:
+        """What applies the sections, in an order that suits every adapter.
+
+        First whatever reads ``y0`` from ``y``, or replaces it; behind it, in any order, what adds
+        to it.
+        """
         shape, records = self.shape, self._records
         parts: list[StepPart] = [
             CorePart(segments, rank, self._bases[basis_id], shape, records)
-            for basis_id, by_rank in cores.items()
+            for (kind, basis_id), by_rank in used.items()
+            if kind == "core" and basis_id is not None
             for rank, segments in by_rank.items()
         ]
+        scales = used.get(("scale", None), {})
+        parts += [ScalePart(segments, shape, records) for segments in scales.values()]
+        folds = used.get(("fold", None))
         if folds:
             parts.append(FoldPart(folds, shape, records))
+        loras = used.get(("lora", None), {})
         parts += [LoraPart(segments, rank, shape, records) for rank, segments in loras.items()]
+        # There is one basis: that of the base.
+        parts += [
+            self.spectral_part(by_rank) for (kind, _), by_rank in used.items() if kind == "spectral"
+        ]
         return parts

@@ -28,7 +28,7 @@ from torch import Tensor
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.formats.container import read_tensors, tensor_chunks, write_atomically
 from shoal.adapters.spec import MODULES, BaseShape, Target
-from shoal.adapters.weights import WeightOf
+from shoal.adapters.weights import CORRECTION_METHODS, WeightOf
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,12 @@ PROBE_COLUMNS = 4
 COMPUTE_THREADS_MAX = 8
 # Allowed ‖BᵀB − I‖_F. The canonical basis is orthonormal to float32 rounding (1e-6 measured at
 # rank 64). An uploaded one may have been rounded to 16 bits (bfloat16 at rank 64: 1e-2).
-ORTHONORMALITY = {"canonical": 1e-4, "uploaded": 3e-2}
+Kind = Literal["canonical", "uploaded", "pissa", "milora", "olora"]
+ORTHONORMALITY: Mapping[str | None, float] = {
+    "canonical": 1e-4,
+    "uploaded": 3e-2,
+    **dict.fromkeys(CORRECTION_METHODS, 1e-4),
+}
 
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.B")
 
@@ -56,14 +61,15 @@ class Basis:
         factors: per target ``B (d_out, k)``, float32 on the CPU. A canonical basis covers every
             target with ``k = min(rank, d_out, d_in)`` and is nested: an adapter of rank ``r`` uses
             the first ``r`` columns. An uploaded one covers the targets of the file it came from.
-        kind: where it comes from.
+            Those of ``corrections.py`` are nested too.
+        kind: where it comes from: the base, an upload, or the base for the sake of a correction.
         base_digest: the base it was computed for.
     """
 
     id: str
     rank: int
     factors: Mapping[Target, Tensor]
-    kind: Literal["canonical", "uploaded"]
+    kind: Kind
     base_digest: str = ""
 
 
@@ -135,7 +141,7 @@ def compute_basis(
     factors: dict[Target, Tensor] = {}
     on_cpu = weight_of(targets[0]).device.type == "cpu"
     with _one_thread_each(COMPUTE_THREADS_MAX if on_cpu else 1) as map_in_order:
-        found = map_in_order(lambda t: _leading_left_vectors(weight_of(t), t, rank), targets)
+        found = map_in_order(lambda t: leading_left_vectors(weight_of(t), t, rank), targets)
         for target, factor in zip(targets, found, strict=True):
             if progress is not None:
                 progress(len(factors), len(targets))
@@ -148,7 +154,7 @@ def compute_basis(
 def make_basis(
     factors: Mapping[Target, Tensor],
     *,
-    kind: Literal["canonical", "uploaded"],
+    kind: Kind,
     base_digest: str,
 ) -> Basis:
     """A basis of given factors ``(d_out, k)``, identified by the bytes of its file."""
@@ -179,7 +185,8 @@ def _one_thread_each(workers_max: int) -> Iterator[MapInOrder]:
 
 
 @torch.no_grad()
-def _leading_left_vectors(weight: Tensor, target: Target, rank: int) -> Tensor:
+def leading_left_vectors(weight: Tensor, target: Target, rank: int) -> Tensor:
+    """See `compute_basis`; ``(d_out, min(rank, d_out, d_in))``, float32, on the CPU."""
     w = weight.detach().to(torch.float64)
     d_out, d_in = w.shape
     k = min(rank, d_out, d_in)
@@ -239,7 +246,7 @@ def load_basis(path: Path, shape: BaseShape | None = None) -> Basis:
     if metadata.get("rank") != str(rank):
         raise AdapterRejected(path.name, f"metadata rank must be {rank}")
     ordered = {target: factors[target] for target in sorted(factors, key=_position)}
-    basis = Basis(digest, rank, ordered, cast(Literal["canonical", "uploaded"], kind), base_digest)
+    basis = Basis(digest, rank, ordered, cast(Kind, kind), base_digest)
     if shape is not None and kind == "canonical":
         _check_canonical(basis, shape, path.name)
     return basis
@@ -368,17 +375,19 @@ class BasisStore:
 
         Args:
             basis: what to keep.
-            limit: refuse (return False, change nothing) when this many uploaded bases of the same
-                base are known.
+            limit: refuse (return False, change nothing) when this many bases of the same base are
+                known that uploads brought, or that corrections needed, whichever this one is.
         """
         with self._lock:
             if basis.id in self._bases:
                 return True
-            uploaded = sum(
-                known.kind == "uploaded" and known.base_digest == basis.base_digest
+            alike = sum(
+                (known.kind in CORRECTION_METHODS) == (basis.kind in CORRECTION_METHODS)
+                and known.kind != "canonical"
+                and known.base_digest == basis.base_digest
                 for known in self._bases.values()
             )
-            if limit is not None and uploaded >= limit:
+            if limit is not None and alike >= limit:
                 return False
             save_basis(basis, self._directory / f"{basis.id}.safetensors")
             self._bases[basis.id] = basis

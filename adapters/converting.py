@@ -1,9 +1,9 @@
 """Turning adapter directories into others: out of pickles, and into plain PEFT LoRA. Offline.
 
 Owns what ``shoal adapters convert`` does without touching the base: reading a checkpoint that was
-saved as a pickle, writing LoRA-XS and MiSS as LoRA of the same delta, and making an output folder
-that is whole or absent. Merging into a base is in ``merging.py``. The server imports none of this:
-an upload is never unpickled.
+saved as a pickle, writing whatever is low-rank as LoRA of the same delta, and making an output
+folder that is whole or absent. Merging into a base is in ``merging.py``. The server imports none
+of this: an upload is never unpickled.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoal.adapters.basis import Basis
+from shoal.adapters.deltas import BaseParts
 from shoal.adapters.errors import AdapterError
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.formats.container import (
@@ -31,7 +31,7 @@ from shoal.adapters.formats.container import (
 from shoal.adapters.formats.keys import module_path, tensor_name
 from shoal.adapters.reading import WEIGHTS_FILE
 from shoal.adapters.spec import MODULES, BaseShape, Target
-from shoal.adapters.weights import AdapterWeights, WeightOf
+from shoal.adapters.weights import AdapterWeights
 
 
 class ConversionError(AdapterError):
@@ -85,11 +85,14 @@ def convert_pickle(pickle: Path, config: Path, out: Path) -> None:
     write_atomically(out / CONFIG_FILE, [config.read_bytes()])
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path, *, integers: bool = False) -> dict[str, Tensor]:
     """The tensors of a file that ``torch.save`` wrote, by name, on the CPU.
 
     Only torch's restricted unpickler is used: it builds tensors and plain containers, and refuses
     a pickle that names any other code.
+
+    Args:
+        integers: whether tensors of 32- and 64-bit integers are accepted too.
 
     Raises:
         ConversionError: it holds anything but named float tensors, or cannot be read.
@@ -115,7 +118,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             )
         if value.layout != torch.strided or value.device.type != "cpu":
             raise ConversionError(f"{path.name}: {shown} is not a plain dense tensor", hint)
-        if value.dtype not in DTYPES.values():
+        whole = integers and value.dtype in (torch.int32, torch.int64)
+        if value.dtype not in DTYPES.values() and not whole:
             raise ConversionError(
                 f"{path.name}: {shown} is {value.dtype}, must be one of {', '.join(DTYPES)}", hint
             )
@@ -134,36 +138,62 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def as_lora(
-    weights: AdapterWeights, shape: BaseShape, *, basis: Basis | None, weight_of: WeightOf
-) -> AdapterWeights:
-    """The same deltas in the family ``lora``.
+def as_lora(weights: AdapterWeights, base: BaseParts) -> AdapterWeights:
+    """The same deltas in the family ``lora``, without a correction.
 
     ``core``: ``B`` is the basis' and ``A = R BᵀW``, in float64, rounded once to float32.
     ``fold``: ``A`` is the 0/1 matrix of the fold and ``B = Dᵀ``: exact in any dtype.
+    A correction of rank q adds as much to the rank: ``[A; B_qᵀW]`` and ``[s·B, −c·B_q]``, float32.
 
-    Args:
-        weights: of any family.
-        shape: the base.
-        basis: the one ``weights`` is in; only ``core`` needs it.
-        weight_of: the base's weights; only ``core`` asks.
+    Raises:
+        ConversionError: it is not low-rank: row scales (DoRA), ``spectral``.
+        KeyError: a basis is unknown.
     """
+    for reason in _not_low_rank(weights):
+        raise ConversionError(
+            f"{weights.format} is not low-rank: {reason}",
+            "`shoal adapters convert --merge` writes the base with it merged in",
+        )
     tensors: dict[Target, tuple[Tensor, ...]] = {}
+    scales = dict(weights.scales)
     for target, parts in weights.tensors.items():
         if weights.family == "fold":
-            rank, d_in = parts[0].shape[0], shape.dims[target.module].d_in
+            rank, d_in = parts[0].shape[0], base.shape.dims[target.module].d_in
             a = torch.zeros(rank, d_in, dtype=parts[0].dtype)
             columns = torch.arange(d_in)
             a[columns % rank, columns] = 1.0
             tensors[target] = (a, parts[0].T.contiguous())
         elif weights.family == "core":
-            assert basis is not None, weights.basis_id
-            b = basis.factors[target][:, : parts[0].shape[0]]
-            frozen = b.double().T @ weight_of(target).detach().cpu().double()
-            tensors[target] = ((parts[0].double() @ frozen).float(), b.contiguous())
+            assert weights.basis_id is not None
+            b = _leading(base, weights.basis_id, target, parts[0].shape[0])
+            frozen = b.double().T @ base.weight_of(target).detach().cpu().double()
+            tensors[target] = ((parts[0].double() @ frozen).float(), b)
         else:
             tensors[target] = parts
-    return AdapterWeights(weights.format, "lora", tensors, weights.scales)
+        correction = weights.correction
+        if correction is not None and correction.ranks.get(target):
+            b = _leading(base, correction.basis_id, target, correction.ranks[target])
+            kept = b.double().T @ base.weight_of(target).detach().cpu().double()
+            a, own = tensors[target]
+            scaled = (weights.scales[target] * own.double()).float()
+            removed = -correction.scales[target] * b
+            tensors[target] = (
+                torch.cat([a.float(), kept.float()]),
+                torch.cat([scaled, removed], dim=1),
+            )
+            scales[target] = 1.0
+    return AdapterWeights(weights.format, "lora", tensors, scales)
+
+
+def _not_low_rank(weights: AdapterWeights) -> Iterator[str]:
+    if weights.row_scales:
+        yield "it multiplies every output of the base by a factor of its own"
+    if weights.family == "spectral":
+        yield "it changes any of the base's singular values"
+
+
+def _leading(base: BaseParts, basis_id: str, target: Target, rank: int) -> Tensor:
+    return base.basis_of(basis_id).factors[target][:, :rank].contiguous()
 
 
 def write_plain_lora(weights: AdapterWeights, shape: BaseShape, out: Path, base: str) -> None:

@@ -9,7 +9,7 @@ a caller can see. Knows nothing of HTTP, the engine or the device.
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from shoal.adapters.registry.catalog import AdapterInfo, Content
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import Places, places
-from shoal.adapters.spec import AdapterSpec, BaseShape
+from shoal.adapters.spec import AdapterSpec, BaseShape, Target
+from shoal.adapters.spectral_basis import SpectralBasis
 from shoal.adapters.weights import AdapterWeights, WeightOf
 
 __all__ = [
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 Page = tuple[list[AdapterInfo], str | None]
 History = list[AdapterInfo]
+OnSpectral = Callable[[SpectralBasis, Collection[Target]], None]
 
 
 class AdapterLibrary:
@@ -68,6 +70,8 @@ class AdapterLibrary:
         max_upload_bytes: int,
         max_packed_bytes: int | None = None,
         max_bases: int = UPLOADED_BASES_MAX,
+        spectral: SpectralBasis | None = None,
+        on_spectral: OnSpectral | None = None,
     ) -> None:
         self._registry = registry
         self._shape = shape
@@ -81,6 +85,8 @@ class AdapterLibrary:
         self._max_upload_bytes = max_upload_bytes
         self._max_packed_bytes = min(host.capacity_bytes, max_packed_bytes or host.capacity_bytes)
         self._max_bases = max_bases
+        self._spectral = spectral
+        self._on_spectral = on_spectral
         self._loading = _KeyedLocks()
 
     @classmethod
@@ -101,6 +107,8 @@ class AdapterLibrary:
         shipped: Path | None,
         max_packed_bytes: int | None = None,
         max_bases: int = UPLOADED_BASES_MAX,
+        spectral: SpectralBasis | None = None,
+        on_spectral: OnSpectral | None = None,
     ) -> "AdapterLibrary":
         """Open or create a registry for the base that is being served.
 
@@ -110,8 +118,8 @@ class AdapterLibrary:
             shape, weight_of, canonical: the base, its weights and its canonical basis.
             bases: uploaded bases, in the folder ``places(registry_url, store_url).bases``.
             host: where packed adapters live; this library loads and pins, the engine only reads.
-            on_basis: told of a basis before an adapter that needs it is staged. May be called
-                again for one it knows, from any thread.
+            on_basis: told of a basis before an adapter that needs it is in the host tier. May be
+                called again for one it knows, from any thread.
             dtype: of packed adapters: that of the device bank.
             reserved_names: names no adapter may have, such as the base's.
             max_upload_bytes: limit on the files of one upload together.
@@ -119,6 +127,9 @@ class AdapterLibrary:
                 user replaced or deleted that name.
             max_packed_bytes: size of the device bank; what is larger could never run.
             max_bases: how many uploaded bases to keep before adapters are served as ``lora``.
+            spectral: the base's singular vectors; None refuses the adapters that need them.
+            on_spectral: told of the targets whose vectors an adapter needs, before it is in the
+                host tier, as ``on_basis``. May raise AdapterTooLarge.
 
         Raises:
             RegistryUnavailable, SchemaTooNew: the registry cannot be opened.
@@ -143,6 +154,8 @@ class AdapterLibrary:
             max_upload_bytes=max_upload_bytes,
             max_packed_bytes=max_packed_bytes,
             max_bases=max_bases,
+            spectral=spectral,
+            on_spectral=on_spectral,
         )
         try:
             if shipped is not None:
@@ -168,8 +181,8 @@ class AdapterLibrary:
         self._registry.claim(name)
         weights = self._read(files, self._bases)
         content, record, packed = self._prepare(weights)
-        self._keep_basis(content)
-        self._announce(content.basis_id)
+        self._keep_basis(packed.spec)
+        self._announce(packed.spec, weights)
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
         info = self._registry.publish(name, content, record)
@@ -205,7 +218,6 @@ class AdapterLibrary:
             AdapterTooLarge: it does not fit beside what is pinned.
             RecordDamaged: its bytes or its basis are gone or have changed.
         """
-        self._announce(info.basis_id)
         if not self._host.pin(info.digest):
             with self._loading.held(info.digest):
                 self._load_and_pin(info)
@@ -250,6 +262,7 @@ class AdapterLibrary:
                 canonical=self._canonical,
                 max_bytes=self._max_upload_bytes,
                 max_bases=self._max_bases,
+                spectral=self._spectral,
             )
 
     def _prepare(self, weights: AdapterWeights) -> tuple[Content, bytes, PackedAdapter]:
@@ -289,22 +302,44 @@ class AdapterLibrary:
         except AdapterRejected as error:
             # It was accepted once, so this is not the caller's mistake.
             raise RecordDamaged(f"record {info.digest} is unusable: {error}") from error
-        self._host.put(self._pack(weights, info.digest), pin=True)
+        packed = self._pack(weights, info.digest)
+        self._announce(packed.spec, weights)
+        self._host.put(packed, pin=True)
 
-    def _keep_basis(self, content: Content) -> None:
+    def _keep_basis(self, spec: AdapterSpec) -> None:
         """Keep the canonical basis with the first adapter on it.
 
         It comes from a cache, and may be computed again with other bits or another rank; the
         registry's adapters must outlive that.
         """
-        if content.basis_id == self._canonical.id:
+        if any(section.basis_id == self._canonical.id for section in spec.sections):
             with _disk_failures():
                 self._bases.add(self._canonical)
 
-    def _announce(self, basis_id: str | None) -> None:
-        """Give the basis that an adapter needs to whoever multiplies by it."""
-        if basis_id is not None:
-            self._on_basis(self._basis(basis_id))
+    def _announce(self, spec: AdapterSpec, weights: AdapterWeights) -> None:
+        """Give the bases that an adapter needs to whoever multiplies by them.
+
+        Always before it enters the host tier: whatever is in there can be staged as it is.
+        """
+        for section in spec.sections:
+            if section.kind == "core" and section.basis_id is not None:
+                basis = self._basis(section.basis_id)
+                if section.rank > basis.rank:
+                    raise RecordDamaged(
+                        f"record {spec.digest} wants {section.rank} columns of basis {basis.id}, "
+                        f"which has {basis.rank}"
+                    )
+                self._on_basis(basis)
+            if section.kind == "spectral":
+                self._announce_vectors(section.basis_id, weights)
+
+    def _announce_vectors(self, basis_id: str | None, weights: AdapterWeights) -> None:
+        basis = self._spectral
+        if basis is None or basis.id != basis_id or self._on_spectral is None:
+            known = "none" if basis is None else basis.id
+            raise RecordDamaged(f"the adapter needs singular vectors {basis_id}, there are {known}")
+        with _disk_failures():
+            self._on_spectral(basis, weights.tensors.keys())
 
     def _basis(self, basis_id: str) -> Basis:
         if basis_id == self._canonical.id:
@@ -326,8 +361,8 @@ class AdapterLibrary:
         for folder in sorted(path.parent for path in shipped.glob(f"*/{CONFIG_FILE}")):
             try:
                 weights = self._read(adapter_files(folder), self._bases)
-                content, record, _ = self._prepare(weights)
-                self._keep_basis(content)
+                content, record, packed = self._prepare(weights)
+                self._keep_basis(packed.spec)
                 info = self._registry.publish_shipped(folder.name, content, record)
             except AdapterError as error:
                 # A broken folder must not keep the server from starting.

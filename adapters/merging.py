@@ -12,7 +12,7 @@ and ``tuners/bone``.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.adapters.converting import ConversionError
+from shoal.adapters.deltas import Change
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.formats.base import check_shape
 from shoal.adapters.formats.config_fields import CONFIG_FILE, check_common, field
@@ -28,12 +29,8 @@ from shoal.adapters.formats.container import read_json, read_tensors
 from shoal.adapters.formats.keys import group_by_target
 from shoal.adapters.reading import WEIGHTS_FILE
 from shoal.adapters.spec import MODULES, BaseShape, Target
-from shoal.adapters.weights import AdapterWeights
 
 SHARD_BYTES = 4_000_000_000
-
-# What is to be added to a weight ``(d_out, d_in)``, given it in float32 (or float64).
-Change = Callable[[Tensor], Tensor]
 
 _BLOCKS = frozenset({"miss_block", "bone_block"})
 _INDEX = "model.safetensors.index.json"
@@ -93,6 +90,11 @@ class Checkpoint:
             raise _unreadable(self.folder, f"it has no weight of {target}")
         return self._checked(target, _tensor(self._file_of[name], name))
 
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor that the files call ``name``, or None."""
+        file = self._file_of.get(name)
+        return None if file is None else _tensor(file, name)
+
     def tensors(self) -> Iterator[tuple[str, Target | None, Tensor]]:
         """Every tensor, in the order of the files, and the target that it is the weight of."""
         for name, file in self._file_of.items():
@@ -116,18 +118,7 @@ def target_of(name: str) -> Target | None:
     return None if match is None else Target(int(match[1]), match[2])
 
 
-# -------------------------------------------------------------------------------------- changes
-
-
-def low_rank_changes(weights: AdapterWeights) -> dict[Target, Change]:
-    """The changes of an adapter of family ``lora``: ``s B A``."""
-
-    def change(a: Tensor, b: Tensor, scale: float) -> Change:
-        return lambda w: scale * (b.to(w.dtype) @ a.to(w.dtype))
-
-    return {
-        target: change(a, b, weights.scales[target]) for target, (a, b) in weights.tensors.items()
-    }
+# ------------------------------------------------------------------------------------------ bat
 
 
 def bat_changes(blocks: Mapping[Target, Tensor]) -> dict[Target, Change]:

@@ -9,17 +9,49 @@ from pathlib import Path
 
 from shoal.adapters.basis import Basis, BasisStore
 from shoal.adapters.errors import AdapterRejected, AdapterTooLarge
-from shoal.adapters.formats import lora, lora_xs, miss
-from shoal.adapters.formats.base import FormatRegistry, ReadContext, registry_of
+from shoal.adapters.formats import (
+    adalora,
+    dora,
+    loha,
+    lokr,
+    lora,
+    lora_xs,
+    miss,
+    svf,
+    svft,
+    tinylora,
+    vera,
+)
+from shoal.adapters.formats.base import (
+    PRODUCT_RANK_MAX,
+    FormatRegistry,
+    ReadContext,
+    registry_of,
+)
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.formats.container import printable, read_json, read_tensors
 from shoal.adapters.spec import BaseShape
+from shoal.adapters.spectral_basis import SpectralBasis
 from shoal.adapters.weights import AdapterWeights, WeightOf
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-# LoRA-XS files contain LoRA's tensors, so LoRA-XS is tried first.
-FORMATS: FormatRegistry = registry_of([lora_xs.FORMAT, miss.FORMAT, lora.FORMAT])
+# Files of LoRA-XS, AdaLoRA and DoRA contain LoRA's tensors, so LoRA is tried last.
+FORMATS: FormatRegistry = registry_of(
+    [
+        lora_xs.FORMAT,
+        adalora.FORMAT,
+        dora.FORMAT,
+        vera.FORMAT,
+        tinylora.FORMAT,
+        miss.FORMAT,
+        loha.FORMAT,
+        lokr.FORMAT,
+        svf.FORMAT,
+        svft.FORMAT,
+        lora.FORMAT,
+    ]
+)
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -33,6 +65,8 @@ def read_adapter(
     canonical: Basis,
     max_bytes: int,
     max_bases: int,
+    max_rank: int = PRODUCT_RANK_MAX,
+    spectral: SpectralBasis | None = None,
 ) -> AdapterWeights:
     """Read and validate an adapter.
 
@@ -45,6 +79,8 @@ def read_adapter(
         canonical: the base's own basis.
         max_bytes: limit for all files together, and for the tensors they stand for.
         max_bases: how many uploaded bases there may be; further ones are served as ``lora``.
+        max_rank: of the explicit factors of LoHa and LoKr.
+        spectral: the base's singular vectors; without them SVF and SVFT are refused.
 
     Returns:
         Weights that own their memory, on the CPU.
@@ -60,8 +96,10 @@ def read_adapter(
     config = read_json(files[CONFIG_FILE], CONFIG_FILE)
     path = files[WEIGHTS_FILE]
     with path.open("rb") as file:
-        tensors, _ = read_tensors(file, path.stat().st_size, WEIGHTS_FILE)
-    context = ReadContext(shape, weight_of, bases, canonical, max_bases, max_bytes)
+        tensors, _ = read_tensors(file, path.stat().st_size, WEIGHTS_FILE, empty=True)
+    context = ReadContext(
+        shape, weight_of, bases, canonical, max_bases, max_bytes, max_rank, spectral
+    )
     return FORMATS.read(config, tensors, context)
 
 

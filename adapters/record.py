@@ -1,9 +1,22 @@
 """The canonical record: one byte sequence for one adapter, whatever file it came from.
 
 Owns the form in which the registry stores an adapter and the digest that identifies its content.
-It is a safetensors file: tensors ``layers.<layer>.<module>.<part>`` (part ``R``, ``D``, ``A`` or
-``B``) in a fixed order, and everything else as JSON with sorted keys under the metadata key
-``shoal``. It does not know upload formats, names or versions.
+It is a safetensors file: tensors ``layers.<layer>.<module>.<part>`` in a fixed order, and
+everything else as JSON with sorted keys under the metadata key ``shoal``. It does not know upload
+formats, names or versions.
+
+========  =======  ====================================================================
+family    parts    beside them
+========  =======  ====================================================================
+core      R        ``basis_id``
+fold      D
+lora      A, B     ``G``, row scales of some targets (version 2); or ``correction`` in
+                   the JSON: method, basis_id, ranks, scales (version 2)
+spectral  I, J, M  rows, columns and values of M's entries; ``basis_id`` (version 2)
+========  =======  ====================================================================
+
+Version 2 is for what a reader of version 1 would not know, and only for that: an adapter has one
+record.
 """
 
 import hashlib
@@ -11,12 +24,14 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.formats.container import (
+    DTYPES,
     JSON_BYTES_MAX,
     finite_number,
     parse_json,
@@ -25,13 +40,21 @@ from shoal.adapters.formats.container import (
     tensor_chunks,
 )
 from shoal.adapters.spec import MODULES, BaseShape, Dims, Family, Target
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.weights import CORRECTION_METHODS, AdapterWeights, Correction
 
-VERSION = 1
-PARTS: Mapping[Family, tuple[str, ...]] = {"core": ("R",), "fold": ("D",), "lora": ("A", "B")}
+PARTS: Mapping[Family, tuple[str, ...]] = {
+    "core": ("R",),
+    "fold": ("D",),
+    "lora": ("A", "B"),
+    "spectral": ("I", "J", "M"),
+}
+# Of a lora target, and not of every one.
+ROW_SCALES = "G"
+INDICES = ("I", "J")
 
 _WHERE = "record"
-_TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.([A-Z])")
+_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.([a-z_]+)")
+_ON_A_BASIS: tuple[Family, ...] = ("core", "spectral")
 
 
 def to_record(weights: AdapterWeights) -> bytes:
@@ -41,13 +64,24 @@ def to_record(weights: AdapterWeights) -> bytes:
         for target, parts in weights.tensors.items()
         for part, tensor in zip(PARTS[weights.family], parts, strict=True)
     }
-    config = {
-        "version": VERSION,
+    tensors |= {f"{target}.{ROW_SCALES}": g for target, g in weights.row_scales.items()}
+    config: dict[str, object] = {
+        "version": _version(weights),
         "format": weights.format,
         "family": weights.family,
         "basis_id": weights.basis_id,
         "scales": {str(target): float(weights.scales[target]) for target in weights.tensors},
     }
+    correction = weights.correction
+    if correction is not None:
+        config["correction"] = {
+            "method": correction.method,
+            "basis_id": correction.basis_id,
+            "ranks": {str(target): rank for target, rank in correction.ranks.items()},
+            "scales": {
+                str(target): float(correction.scales[target]) for target in correction.ranks
+            },
+        }
     text = json.dumps(config, sort_keys=True, separators=(",", ":"))
     return b"".join(tensor_chunks(tensors, {"shoal": text}))
 
@@ -60,6 +94,8 @@ def record_digest(data: bytes) -> str:
 def from_record(data: bytes, shape: BaseShape) -> AdapterWeights:
     """Read a record back and check it against the base.
 
+    That a basis holds the columns that are asked of it is not checked here.
+
     Raises:
         AdapterRejected: damaged, of another version, or made for a base of another shape.
     """
@@ -69,41 +105,87 @@ def from_record(data: bytes, shape: BaseShape) -> AdapterWeights:
     if len(text) > JSON_BYTES_MAX:
         raise AdapterRejected(_WHERE, f"its metadata exceeds {JSON_BYTES_MAX} bytes")
     config = parse_json(text, f"{_WHERE} metadata")
-    if config.get("version") != VERSION:
-        raise AdapterRejected(_WHERE, f"version {config.get('version')!r} must be {VERSION}")
+    if config.get("version") not in (1, 2):
+        raise AdapterRejected(_WHERE, f"version {config.get('version')!r} must be 1 or 2")
     name, family, basis_id = (config.get(key) for key in ("format", "family", "basis_id"))
     if not isinstance(name, str) or not isinstance(family, str) or family not in PARTS:
         raise AdapterRejected(_WHERE, f"family must be one of {', '.join(PARTS)}")
-    if (family == "core") != isinstance(basis_id, str):
-        raise AdapterRejected(_WHERE, "basis_id must be given for core, and only for it")
+    if (family in _ON_A_BASIS) != isinstance(basis_id, str):
+        raise AdapterRejected(
+            _WHERE, f"basis_id must be given for {' and '.join(_ON_A_BASIS)}, and only for them"
+        )
     family = cast(Family, family)
-    grouped = _group(tensors, family, shape)
-    scales = _scales(config.get("scales"), grouped)
-    return AdapterWeights(name, family, grouped, scales, basis_id)
+    grouped, row_scales = _group(tensors, family, shape)
+    weights = AdapterWeights(
+        format=name,
+        family=family,
+        tensors=grouped,
+        scales=_scales(config.get("scales"), grouped, _WHERE),
+        basis_id=basis_id,
+        row_scales=row_scales,
+        correction=_correction(config, family, shape),
+    )
+    if weights.correction is not None and row_scales:
+        raise AdapterRejected(_WHERE, "must not have both a correction and row scales")
+    if config["version"] != _version(weights):
+        raise AdapterRejected(
+            _WHERE, f"version {config['version']} must be {_version(weights)} for what it holds"
+        )
+    return weights
+
+
+def _version(weights: AdapterWeights) -> int:
+    new = weights.row_scales or weights.correction is not None or weights.family == "spectral"
+    return 2 if new else 1
 
 
 def _group(
     tensors: Mapping[str, Tensor], family: Family, shape: BaseShape
-) -> dict[Target, tuple[Tensor, ...]]:
+) -> tuple[dict[Target, tuple[Tensor, ...]], dict[Target, Tensor]]:
+    """The parts of each target, and its row scales where it has some; targets in order."""
+    known = (*PARTS[family], ROW_SCALES) if family == "lora" else PARTS[family]
     found: dict[Target, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
-        if match is None or match[2] not in MODULES or match[3] not in PARTS[family]:
+        stem, _, part = name.rpartition(".")
+        target = _target(stem) if part in known else None
+        if target is None:
             raise AdapterRejected(printable(name), f"is not a tensor of a {family} record")
-        target = Target(int(match[1]), match[2])
         if target.layer >= shape.num_layers:
             raise AdapterRejected(name, f"{shape.name} has layers 0 to {shape.num_layers - 1}")
-        found.setdefault(target, {})[match[3]] = tensor
+        fitting = (torch.int32,) if part in INDICES else tuple(DTYPES.values())
+        if tensor.dtype not in fitting:
+            wanted = " or ".join(map(str, fitting))
+            raise AdapterRejected(name, f"dtype {tensor.dtype} must be {wanted}")
+        found.setdefault(target, {})[part] = tensor
     if not found:
         raise AdapterRejected(_WHERE, "holds no tensors")
-    grouped = {}
+    grouped, row_scales = {}, {}
     for target in sorted(found, key=lambda t: (t.layer, MODULES.index(t.module))):
         missing = [part for part in PARTS[family] if part not in found[target]]
         if missing:
             raise AdapterRejected(f"{target}.{missing[0]}", "is missing")
-        grouped[target] = tuple(found[target][part] for part in PARTS[family])
-        _check_shapes(target, family, grouped[target], shape.dims[target.module])
-    return grouped
+        dims = shape.dims[target.module]
+        parts = grouped[target] = tuple(found[target][part] for part in PARTS[family])
+        if family == "spectral":
+            _check_entries(target, parts, min(dims))
+        else:
+            _check_shapes(target, family, parts, dims)
+        g = found[target].get(ROW_SCALES)
+        if g is not None:
+            if tuple(g.shape) != (dims.d_out,):
+                raise AdapterRejected(
+                    f"{target}.{ROW_SCALES}", f"shape {list(g.shape)} must be [{dims.d_out}]"
+                )
+            row_scales[target] = g
+    return grouped, row_scales
+
+
+def _target(name: str) -> Target | None:
+    """The target of that name; its layer may be beyond those of the base."""
+    match = _NAME.fullmatch(name)
+    if match is None or match[2] not in MODULES:
+        return None
+    return Target(int(match[1]), match[2])
 
 
 def _check_shapes(target: Target, family: Family, parts: tuple[Tensor, ...], dims: Dims) -> None:
@@ -120,13 +202,65 @@ def _check_shapes(target: Target, family: Family, parts: tuple[Tensor, ...], dim
             )
 
 
-def _scales(value: object, targets: Mapping[Target, object]) -> dict[Target, float]:
+def _check_entries(target: Target, parts: tuple[Tensor, ...], size: int) -> None:
+    """``rows``, ``columns`` and values of a sparse ``(size, size)`` matrix."""
+    count = len(parts[0]) if parts[0].ndim else 0
+    for part, tensor in zip(PARTS["spectral"], parts, strict=True):
+        if count < 1 or tuple(tensor.shape) != (count,):
+            raise AdapterRejected(
+                f"{target}.{part}", f"shape {list(tensor.shape)} must be [{count}], entries ≥ 1"
+            )
+    for part, indices in zip(INDICES, parts[:2], strict=True):
+        if int(indices.min()) < 0 or int(indices.max()) >= size:
+            raise AdapterRejected(f"{target}.{part}", f"indices must be from 0 to {size - 1}")
+    place = parts[0].long() * size + parts[1]
+    if not bool((place[1:] > place[:-1]).all()):
+        raise AdapterRejected(
+            f"{target}.I", "entries must be sorted by row and column, each given once"
+        )
+
+
+def _correction(config: Mapping[str, Any], family: Family, shape: BaseShape) -> Correction | None:
+    if "correction" not in config:
+        return None
+    value, where = config["correction"], f"{_WHERE}: correction"
+    if family != "lora":
+        raise AdapterRejected(where, f"a {family} adapter has none")
+    fields = {"method", "basis_id", "ranks", "scales"}
+    if not isinstance(value, dict) or set(value) != fields:
+        raise AdapterRejected(where, f"must hold {', '.join(sorted(fields))}")
+    method, basis_id, given = value["method"], value["basis_id"], value["ranks"]
+    if method not in CORRECTION_METHODS:
+        raise AdapterRejected(where, f"method must be one of {', '.join(CORRECTION_METHODS)}")
+    if not isinstance(basis_id, str):
+        raise AdapterRejected(where, "basis_id must be a string")
+    if not isinstance(given, dict) or not given:
+        raise AdapterRejected(where, "ranks must name at least one target")
+    ranks: dict[Target, int] = {}
+    for name, rank in given.items():
+        target = _target(name)
+        if target is None or target.layer >= shape.num_layers:
+            raise AdapterRejected(f"{where}: {printable(name)}", f"is not a target of {shape.name}")
+        most = min(shape.dims[target.module])
+        if type(rank) is not int or not 1 <= rank <= most:
+            raise AdapterRejected(f"{where}: rank of {target}", f"must be from 1 to {most}")
+        ranks[target] = rank
+    ordered = sorted(ranks, key=lambda t: (t.layer, MODULES.index(t.module)))
+    return Correction(
+        method=method,
+        basis_id=basis_id,
+        ranks={target: ranks[target] for target in ordered},
+        scales=_scales(value["scales"], dict.fromkeys(ordered), where),
+    )
+
+
+def _scales(value: Any, targets: Mapping[Target, object], where: str) -> dict[Target, float]:
     if not isinstance(value, dict) or set(value) != {str(target) for target in targets}:
-        raise AdapterRejected(_WHERE, "scales must name exactly the adapted targets")
+        raise AdapterRejected(where, "scales must name exactly the adapted targets")
     scales = {}
     for target in targets:
         scale = finite_number(value[str(target)])
         if scale is None:
-            raise AdapterRejected(f"{_WHERE}: scale of {target}", "must be a finite number")
+            raise AdapterRejected(f"{where}: scale of {target}", "must be a finite number")
         scales[target] = scale
     return scales

@@ -19,17 +19,27 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.families.joint_basis import Columns
-from shoal.adapters.families.kernel_parts import TablePart, TablesCore, TablesFold, TablesLora
-from shoal.adapters.spec import Group, RowAdapter
+from shoal.adapters.families.kernel_parts import (
+    TablePart,
+    TablesCore,
+    TablesFold,
+    TablesLora,
+    TablesScale,
+    TablesSpectral,
+)
+from shoal.adapters.families.spectral import SpectralPart
+from shoal.adapters.families.tiles import Segment
+from shoal.adapters.spec import UNIT_ELEMENTS, Group, RowAdapter, SectionKind
 from shoal.kernels.core_apply.epilogue import CoreRows
 from shoal.kernels.grouped_matmul.kernel import TileTable
 from shoal.kernels.grouped_matmul.tiles import make_tiles, most_tiles
 from shoal.kernels.launching import power_of_two
 
-# Bases without columns that one step may use. The library keeps fewer.
-WIDE_BASES_MAX = 8
+# Bases without columns that one step may use. The library keeps fewer: the canonical one, four of
+# uploads, three of corrections; and canonical ones of other ranks that adapters were stored with.
+WIDE_BASES_MAX = 16
 # Staging buffers: one is filled while the copies of earlier steps may still be under way.
 STAGING = 3
 # Start of every table in bytes: what the widest load wants.
@@ -54,6 +64,8 @@ class ActiveFamilies:
             or the adapters' ranks exceed them.
         wide_rank: 0, or a power of two of at least 16 that no rank on those bases exceeds.
         fold_rank, lora_rank: the same of those families.
+        scale: whether some adapter has row scales.
+        spectral: whether some adapter is spectral.
     """
 
     core_columns: int = 0
@@ -62,9 +74,23 @@ class ActiveFamilies:
     wide_rank: int = 0
     fold_rank: int = 0
     lora_rank: int = 0
+    scale: bool = False
+    spectral: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.core_columns or self.wide_bases or self.fold_rank or self.lora_rank)
+        return self != _NOTHING
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step with this key can be captured in a graph and replayed with other rows.
+
+        Spectral adapters are applied by the torch part of the bank, which is made for one step's
+        rows: their matrices differ in size too much for a grid that does not look at them.
+        """
+        return not self.spectral
+
+
+_NOTHING = ActiveFamilies()
 
 
 class StepParts:
@@ -88,7 +114,7 @@ class StepParts:
         return tuple(part.before(layer, group, x) for part in self._others)
 
     def apply(self, layer: int, group: Group, made: Made, y: Tensor, *, early: bool) -> None:
-        """Add to ``y`` in place the delta of every adapter that is not in ``core``.
+        """Apply to ``y`` in place every section of every adapter that is not in ``core``.
 
         Args:
             made: what ``before`` returned.
@@ -111,11 +137,11 @@ class StepTables:
     """
 
     def __init__(self, bank: AdapterBank, max_tokens: int) -> None:
-        """Allocate for steps of up to ``max_tokens`` tokens: 0.2 KB a token, on the device once and
+        """Allocate for steps of up to ``max_tokens`` tokens: 0.4 KB a token, on the device once and
         in page-locked memory ``STAGING`` times."""
         self._bank = bank
         self._max_tokens = max_tokens
-        everything = ActiveFamilies(16, 8, ("",) * WIDE_BASES_MAX, 16, 16, 16)
+        everything = ActiveFamilies(16, 8, ("",) * WIDE_BASES_MAX, 16, 16, 16, True)
         size = _Layout(everything, max_tokens).size
         with torch.inference_mode(False):
             self._tables = torch.zeros(size, dtype=torch.uint8, device=bank.device)
@@ -123,6 +149,7 @@ class StepTables:
         self._staging = deque(_Staging(size, on_cuda) for _ in range(STAGING))
         self._last: tuple[list[tuple[RowAdapter | None, int]], int] | None = None
         self._last_active = ActiveFamilies()
+        self._spectral: SpectralPart | None = None
 
     def fill(self, rows: Rows, tokens: int) -> ActiveFamilies:
         """Say which adapters the next step's tokens use; asynchronous on CUDA, one copy at most.
@@ -152,11 +179,14 @@ class StepTables:
             staging.wait()
             _write(plan, layout.arrays(staging.bytes))
             staging.send(self._tables, layout.size)
+        self._spectral = self._bank.spectral_part(plan.spectral) if plan.spectral else None
         self._last, self._last_active = (rows, tokens), active
         return active
 
     def parts(self, active: ActiveFamilies, tokens: int, max_rows: int | None = None) -> StepParts:
         """What applies the adapters of every step that is filled with this key and ``tokens``.
+
+        With a key that is not ``capturable``: only those of the last ``fill``.
 
         Args:
             max_rows: most rows that such a step has (by default one a token): a prompt step of few
@@ -176,13 +206,8 @@ class StepTables:
                 columns=active.core_columns,
                 alignment=active.core_alignment,
             )
-        tiles = most_tiles(tokens, tokens if max_rows is None else max_rows)
-        if active.fold_rank:
-            used = layout.tiles(self._tables, "fold", tiles)
-            others.append(TablesFold(table("fold.tokens"), used, active.fold_rank, shape, arena))
-        if active.lora_rank:
-            used = layout.tiles(self._tables, "lora", tiles)
-            others.append(TablesLora(used, active.lora_rank, shape, arena))
+        # In the order of ``AdapterBank.step``: what is in ``core`` takes h from the GEMM, and an
+        # adapter with row scales is not in it, so that one may come last.
         for i, basis_id in enumerate(active.wide_bases):
             others.append(
                 TablesCore(
@@ -196,11 +221,23 @@ class StepTables:
                     arena,
                 )
             )
+        if active.scale:
+            others.append(TablesScale(table("scale.addresses"), shape, arena))
+        tiles = most_tiles(tokens, tokens if max_rows is None else max_rows)
+        if active.fold_rank:
+            used = layout.tiles(self._tables, "fold", tiles)
+            others.append(TablesFold(table("fold.tokens"), used, active.fold_rank, shape, arena))
+        if active.lora_rank:
+            used = layout.tiles(self._tables, "lora", tiles)
+            others.append(TablesLora(used, active.lora_rank, shape, arena))
+        if active.spectral:
+            assert self._spectral is not None
+            others.append(TablesSpectral(self._spectral))
         return StepParts(core, others, tokens)
 
 
-# Per row with an adapter: first token, tokens, start of the record in the arena, rank; and, on the
-# joint basis, the first column.
+# Per row with such a section: first token, tokens, start of the section in the arena, rank; and, on
+# the joint basis, the first column.
 Runs = NDArray[np.int64]
 
 
@@ -211,44 +248,50 @@ class _Plan:
     tokens: int
     core: Runs
     wide: dict[str, Runs]
+    scale: Runs
     fold: Runs
     lora: Runs
+    spectral: dict[int, list[Segment]]
     active: ActiveFamilies
 
 
 def _plan(rows: Rows, bank: AdapterBank) -> _Plan:
     core: list[tuple[int, ...]] = []
-    fold: list[tuple[int, ...]] = []
-    lora: list[tuple[int, ...]] = []
     wide: dict[str, list[tuple[int, ...]]] = {}
+    # Of the kinds that share nothing.
+    others: dict[SectionKind, list[tuple[int, ...]]] = {"scale": [], "fold": [], "lora": []}
+    spectral: dict[int, list[Segment]] = {}
     places: dict[str, Columns] = {}
     start = 0
     for adapter, length in rows:
-        if adapter is not None and length and adapter.spec.rank:
-            spec = adapter.spec
-            rank = spec.rank
-            address = adapter.slot.unit * UNIT_ELEMENTS
-            if spec.family == "core":
-                basis_id = spec.basis_id
-                assert basis_id is not None
-                place = places.get(basis_id)
-                if place is None:
-                    place = places[basis_id] = bank.place(basis_id) or Columns(0, 0)
-                if rank <= place.size:
-                    core.append((start, length, address, rank, place.first))
-                else:
-                    wide.setdefault(basis_id, []).append((start, length, address, rank))
-            else:
-                runs = fold if spec.family == "fold" else lora
-                runs.append((start, length, address, rank))
+        if adapter is not None and length:
+            for kind, rank, unit, basis_id in adapter.spec.sections:
+                address = (adapter.slot.unit + unit) * UNIT_ELEMENTS
+                if kind == "spectral":
+                    segment = Segment(adapter.slot.unit + unit, start, length)
+                    spectral.setdefault(rank, []).append(segment)
+                elif kind != "core":
+                    if rank or kind == "scale":
+                        others[kind].append((start, length, address, rank))
+                elif rank:
+                    assert basis_id is not None
+                    place = places.get(basis_id)
+                    if place is None:
+                        place = places[basis_id] = bank.place(basis_id) or Columns(0, 0)
+                    if rank <= place.size:
+                        core.append((start, length, address, rank, place.first))
+                    else:
+                        wide.setdefault(basis_id, []).append((start, length, address, rank))
         start += length
     assert len(wide) <= WIDE_BASES_MAX
     plan = _Plan(
         start,
         _table(core),
         {basis_id: _table(wide[basis_id]) for basis_id in sorted(wide)},
-        _table(fold),
-        _table(lora),
+        _table(others["scale"]),
+        _table(others["fold"]),
+        _table(others["lora"]),
+        spectral,
         ActiveFamilies(),
     )
     return replace(plan, active=_active(plan))
@@ -269,6 +312,8 @@ def _active(plan: _Plan) -> ActiveFamilies:
         wide_rank=max(map(_rank_class, plan.wide.values()), default=0),
         fold_rank=_rank_class(plan.fold),
         lora_rank=_rank_class(plan.lora),
+        scale=len(plan.scale) > 0,
+        spectral=bool(plan.spectral),
     )
 
 
@@ -296,6 +341,8 @@ class _Layout:
         if active.core_columns:
             tables += [("core.addresses", np.int64), ("core.ranks", np.int32)]
             tables += [("core.firsts", np.int32)]
+        if active.scale:
+            tables += [("scale.addresses", np.int64)]
         if active.fold_rank:
             tables += [("fold.tokens", np.int32)]
             tables += [(f"fold.{name}", dtype) for name, dtype in _TILES]
@@ -331,6 +378,8 @@ def _write(plan: _Plan, tables: dict[str, NDArray[Any]]) -> None:
     """Fill the tables, in host memory, with what ``plan`` says."""
     if len(plan.core):
         _write_tokens(plan.core, tables, "core", addresses=2, ranks=3, firsts=4)
+    if len(plan.scale):
+        _write_tokens(plan.scale, tables, "scale", addresses=2)
     if len(plan.fold):
         _write_tokens(plan.fold, tables, "fold", tokens=3)
         _write_tiles(plan.fold, tables, "fold")

@@ -17,9 +17,11 @@ from shoal.kernels.grouped_matmul.bench import BENCH as GROUPED_MATMUL
 from shoal.kernels.paged_attention.bench import BENCH as PAGED_ATTENTION
 from shoal.kernels.rope_kv.bench import BENCH as ROPE_KV
 from shoal.kernels.sample_tokens.bench import BENCH as SAMPLE_TOKENS
+from shoal.kernels.scale_outputs.bench import BENCH as SCALE_OUTPUTS
 from shoal.kernels.silu_mul.bench import BENCH as SILU_MUL
 
 if __name__ == "__main__":
     fused = [ADD_RESIDUAL, CORE_PROJECT, ROPE_KV, SILU_MUL, ADD_RMS_NORM]
-    benches = [CORE_APPLY, FOLD_SUM, GROUPED_MATMUL, PAGED_ATTENTION, *fused, SAMPLE_TOKENS]
+    by_row = [CORE_APPLY, FOLD_SUM, GROUPED_MATMUL, SCALE_OUTPUTS]
+    benches = [*by_row, PAGED_ATTENTION, *fused, SAMPLE_TOKENS]
     sys.exit(run(benches, ["--sweep", *sys.argv[1:]]))

@@ -30,6 +30,7 @@ from shoal.kernels.paged_attention.jit import (
 )
 from shoal.kernels.rope_kv.jit import rope_kv_kernel
 from shoal.kernels.sample_tokens.jit import sample_pick_kernel, sample_scan_kernel
+from shoal.kernels.scale_outputs.jit import scale_outputs_kernel
 from shoal.kernels.silu_mul.jit import silu_mul_kernel
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -65,7 +66,7 @@ INDEX_TYPES = {
 }
 SCALAR_TYPES = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "limit": "fp32"}
 SCALAR_TYPES |= {"sums_width": "fp32", "sums_eps": "fp32"}
-EVEN = ("k", "width", "width0", "width1", "width2")  # widths of a model's linears
+EVEN = ("k", "n", "width", "width0", "width1", "width2")  # widths of a model's linears
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 SHARED_BYTES = 227 << 10  # what one program may take on an H100
 
@@ -119,6 +120,7 @@ PROJECT |= {"FLOAT32_DOT": False, "PDL": True, "k": 4096, "aligned": True, "unsp
 PROJECT_64 = {"RANK": 64, "WIDTH": 128, "TILE": 16, "num_stages": 3}
 MIX = {key: value for key, value in PROJECT.items() if key not in ("WIDTH", "ROWS")}
 MIX |= {"TILE": 4, "h_column": 6144, "num_warps": 1}
+SCALE = {"ALIGN": 16, "BLOCK_N": 1024, "num_warps": 4, "aligned": True, "unspilled": True}
 # With scale and softcap; FIRM has neither.
 SAMPLE: dict[str, object] = {"vocab": 128256, "CHUNK": 2048, "CHUNKS": 64, "BLOCK": 4096}
 SAMPLE |= {"GROUP": 8192, "GROUPS": 16, "GREEDY_ONLY": False, "SOFTCAP": True, "SHIFT": 16}
@@ -183,6 +185,12 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (core_project_kernel, "*fp32", {**PROJECT, "FLOAT32_DOT": True, "ALIGN": 1, "TILE": 16}),
     (core_mix_rows_kernel, "*bf16", MIX),
     (core_mix_rows_kernel, "*bf16", {**MIX, "RANK": 64, "num_warps": 4}),
+    (
+        scale_outputs_kernel,
+        "*bf16",
+        {**SCALE, "wide": True},
+    ),
+    (scale_outputs_kernel, "*fp32", {**SCALE, "ALIGN": 1, "aligned": False}),
     *(
         (sample_scan_kernel, element, {**constants, "num_warps": 4, "unspilled": True})
         for element, constants in (("*bf16", GREEDY), ("*bf16", FIRM), ("*fp32", SAMPLE))

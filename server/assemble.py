@@ -16,7 +16,7 @@ from pathlib import Path
 import platformdirs
 import torch
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.base import base_digest
 from shoal.adapters.basis import Basis, BasisStore, canonical_basis
 from shoal.adapters.families import core
@@ -24,7 +24,8 @@ from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterLibrary, places
 from shoal.adapters.random_basis import random_basis
 from shoal.adapters.slots import SlotTable
-from shoal.adapters.spec import BaseShape
+from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape
+from shoal.adapters.spectral_basis import SpectralBasis
 from shoal.adapters.tables import ActiveFamilies
 from shoal.adapters.weights import WeightOf
 from shoal.server.config import (
@@ -69,7 +70,7 @@ CAPTURED = (
     ActiveFamilies(core_columns=32, core_alignment=8),
 )
 # Sets that are captured when they are first needed, and only compiled at start.
-COMPILED = (ActiveFamilies(fold_rank=16), ActiveFamilies(lora_rank=16))
+COMPILED = (ActiveFamilies(fold_rank=16), ActiveFamilies(lora_rank=16, scale=True))
 
 
 @contextmanager
@@ -118,11 +119,20 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
         memory=_memory(config, decoder, shape),
     )
     log.info("engine %s", plan)
+    spectral_bytes = config.spectral_bytes(device.type)
     bank = AdapterBank(
-        shape, capacity_bytes=plan.arena_bytes, device=device, dtype=dtype, joint=joint
+        shape,
+        capacity_bytes=plan.arena_bytes,
+        device=device,
+        dtype=dtype,
+        joint=joint,
+        spectral_bytes=spectral_bytes,
     )
     host = HostTier(config.host_adapter_memory)
-    library = _open_library(config, decoder, shape, basis, bank, host, dtype)
+    spectral = None
+    if spectral_bytes and config.load_format != "dummy":
+        spectral = SpectralBasis(exact_weight_of(decoder, path), shape, bases_cache())
+    library = _open_library(config, decoder, shape, basis, bank, host, dtype, spectral)
     try:
         clock.lap("adapters")
         runner = _runner(config, plan, decoder, bank, host, basis, attention)
@@ -189,10 +199,15 @@ def load_canonical_basis(weight_of: WeightOf, shape: BaseShape, rank: int) -> Ba
         weight_of: the checkpoint's weights, not rounded to what the server runs in: the basis is
             shared with everyone who has the same base.
     """
-    cache = platformdirs.user_cache_path("shoal") / "bases"
+    cache = bases_cache()
     cache.mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
         return canonical_basis(weight_of, shape, rank, cache, partial(bars, "computing the basis"))
+
+
+def bases_cache() -> Path:
+    """Where what is computed of bases is kept."""
+    return platformdirs.user_cache_path("shoal") / "bases"
 
 
 def _shape_and_basis(config: ServeConfig, path: Path, decoder: Decoder) -> tuple[BaseShape, Basis]:
@@ -221,6 +236,7 @@ def _open_library(
     bank: AdapterBank,
     host: HostTier,
     dtype: torch.dtype,
+    spectral: SpectralBasis | None,
 ) -> AdapterLibrary:
     registry_url = config.registry_url
     if config.registry is None:
@@ -245,6 +261,8 @@ def _open_library(
         max_upload_bytes=config.max_upload_bytes,
         max_packed_bytes=bank.num_units * UNIT_ELEMENTS * dtype.itemsize,
         shipped=shipped_folder(config.model) if config.shipped_adapters else None,
+        spectral=spectral,
+        on_spectral=bank.add_spectral,
     )
 
 
@@ -359,6 +377,7 @@ def _memory(config: ServeConfig, decoder: Decoder, shape: BaseShape) -> MemoryFa
             block_tokens=config.block_size,
         )
     )
+    parts["spectral"] = config.spectral_bytes(decoder.device.type)
     # What making the weights took for a moment is counted as free.
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(decoder.device)

@@ -112,6 +112,12 @@ class ServeConfig:
     host_adapter_memory: int = option(
         2 << 30, "bytes of adapters kept ready in host memory", parse=parse_bytes
     )
+    spectral_memory: int | None = option(
+        None,
+        "bytes on the device for the base's singular vectors, twice a weight for each that SVF and"
+        " SVFT adapters change; default: 0, which refuses them, on CUDA, 1GiB on a CPU",
+        parse=parse_bytes,
+    )
     tensor_parallel_size: int = option(1, "devices to split the model over; only 1", parse=int)
     api_workers: int = option(1, "HTTP processes; only 1", parse=int)
     registry: str | None = option(
@@ -154,6 +160,7 @@ class ServeConfig:
         for name in _POSITIVE:
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
+        self._require("spectral_memory", (self.spectral_memory or 0) >= 0, "at least 0")
         self._require("model", bool(self.model), "not empty")
         self._require("host", bool(self.host), "not empty")
         self._require("api_key", all(self.api_key), "not empty", shown="''")
@@ -182,6 +189,12 @@ class ServeConfig:
         if not holds:
             value = repr(getattr(self, name)) if shown is None else shown
             raise ValueError(f"{_flag(name)} is {value}: must be {rule}")
+
+    def spectral_bytes(self, device: str) -> int:
+        """``spectral_memory`` on a device: ``cpu`` or ``cuda``."""
+        if self.spectral_memory is not None:
+            return self.spectral_memory
+        return _GIB if device == "cpu" else 0
 
     @property
     def base_name(self) -> str:

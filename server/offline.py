@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
 from shoal.adapters.families import core, fold, lora
 from shoal.adapters.families.joint_basis import CANONICAL_COLUMNS
 from shoal.adapters.families.joint_basis import COLUMNS as JOINT_COLUMNS
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.slots import SlotTable
-from shoal.adapters.spec import GROUPS, AdapterSpec, BaseShape, Family
+from shoal.adapters.spec import GROUPS, UNIT_ELEMENTS, AdapterSpec, BaseShape, Family
 from shoal.adapters.tables import ActiveFamilies
 from shoal.server.engine.plan import Runner
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits

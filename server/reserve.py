@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 # CUDA graphs, the libraries' workspaces, and what the allocator cannot give back.
 GRAPH_BYTES = 3 << 29
-# Bases that uploads may bring, and their largest rank (``adapters/library.py`` and
-# ``adapters/families/core.py`` see to that).
+# Bases that uploads may bring and that corrections may need, and their largest rank
+# (``adapters/library.py``, ``adapters/corrections.py`` and ``adapters/families/core.py`` see to
+# that).
 UPLOADED_BASES = 4
-UPLOADED_RANK = 128
+CORRECTION_BASES = 3
+FURTHER_RANK = 128
 # Columns of the joint basis, and bytes of tables for one token of a step (``adapters/tables.py``).
 JOINT_COLUMNS = 64
-TABLE_BYTES = 256
+TABLE_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +49,11 @@ def reserve_parts(sizes: StepSizes) -> dict[str, int]:
     widths = 4 * sizes.intermediate + 8 * sizes.hidden + 2 * sizes.q_size
     blocks = -(-sizes.positions // sizes.block_tokens)
     per_column = sizes.layers * sizes.outputs * sizes.item
+    further = (UPLOADED_BASES + CORRECTION_BASES) * FURTHER_RANK
     return {
         "activations": sizes.tokens * widths * sizes.item,
         "logits": sizes.rows * sizes.vocab * (sizes.item + 4),
-        "bases": per_column * (JOINT_COLUMNS + sizes.basis_rank + UPLOADED_BASES * UPLOADED_RANK),
+        "bases": per_column * (JOINT_COLUMNS + sizes.basis_rank + further),
         # Two sets of tables (decode steps, prompt steps), and a rotation in float32 per position.
         "tables": 2 * (sizes.rows * blocks * 4 + sizes.tokens * TABLE_BYTES)
         + sizes.positions * sizes.head_dim * 4,

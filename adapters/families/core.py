@@ -3,6 +3,8 @@
 ``delta = s·(h Rᵀ) Bᵀ`` with ``h = y0 B``, where ``y0`` is the bias-free base output (exact because
 the basis has ``A = BᵀW``). Only ``R`` belongs to the adapter; ``B`` is shared by all on a basis.
 
+A base correction (PiSSA, MiLoRA, OLoRA) is one too, with ``R = -I``: see ``of_correction``.
+
 A record holds ``[layer][module in MODULES order][r, r]`` of ``s·R``, zero where a target is absent
 and zero-padded where its own rank is smaller (bases are nested, so padding changes nothing).
 """
@@ -21,7 +23,7 @@ from shoal.adapters.families.tiles import (
     gather_whole,
 )
 from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group, Target
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.weights import AdapterWeights, Correction
 
 # Of a basis that an upload brings; adapters on larger ones are served as ``lora``. A basis takes
 # device memory at its rank for every layer and module, and that has to be set aside at start.
@@ -47,6 +49,18 @@ def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
         own = r_matrix.shape[0]
         scaled = r_matrix.to(torch.float64) * weights.scales[target]
         table[target.layer, MODULES.index(target.module), :own, :own] = scaled.to(out.dtype)
+
+
+def of_correction(correction: Correction) -> AdapterWeights:
+    """The ``core`` adapter that a base correction is: ``R = -I``, so ``-s·(y0 B) Bᵀ``."""
+    turned = -torch.eye(max(correction.ranks.values()))
+    return AdapterWeights(
+        format=correction.method,
+        family="core",
+        tensors={target: (turned[:rank, :rank],) for target, rank in correction.ranks.items()},
+        scales=correction.scales,
+        basis_id=correction.basis_id,
+    )
 
 
 def reference(

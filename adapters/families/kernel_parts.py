@@ -12,12 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shoal.adapters.families import fold, lora
+from shoal.adapters.families import fold, lora, scale
 from shoal.adapters.families.core import CoreBasis
+from shoal.adapters.families.spectral import SpectralPart
 from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group
 from shoal.kernels.core_apply.kernel import core_apply
 from shoal.kernels.fold_sum.kernel import fold_sum
 from shoal.kernels.grouped_matmul.kernel import TileTable, expand, shrink
+from shoal.kernels.scale_outputs.kernel import scale_outputs
 
 # Divides every record's start (a unit's); no load is wider than 16 elements.
 ALIGNMENT = 16
@@ -39,6 +41,41 @@ class TablePart(Protocol):
     ) -> None:
         """Add the deltas to ``y (tokens, n_group)``; ``made``: what ``before`` returned."""
         ...
+
+
+class TablesScale:
+    """All tokens of a step whose adapters have row scales."""
+
+    def __init__(self, addresses: Tensor, shape: BaseShape, arena: Tensor) -> None:
+        """``addresses``: ``(tokens,)`` int64, where a token's section starts; -1 elsewhere."""
+        self._addresses = addresses
+        self._arena = arena
+        self._offsets = {
+            (layer, group): scale.record_offset(shape, layer, group)
+            for layer in range(shape.num_layers)
+            for group in GROUPS
+        }
+        self._alignment = math.gcd(ALIGNMENT, *self._offsets.values())
+        # A table that was never filled, in a step that is run to compile, holds zeros: a section at
+        # the arena's start. It must lie inside; where it does not, no such adapter is resident.
+        self._fits = scale.packed_elements(shape) <= arena.numel()
+
+    def before(self, layer: int, group: Group, x: Tensor) -> None:
+        """Nothing."""
+
+    def apply(
+        self, layer: int, group: Group, made: Tensor | None, y: Tensor, *, early: bool
+    ) -> None:
+        """Scale these tokens' rows of ``y``, which hold ``y0``."""
+        if not self._fits:
+            return
+        scale_outputs(
+            y,
+            self._arena,
+            self._addresses,
+            offset=self._offsets[layer, group],
+            alignment=self._alignment,
+        )
 
 
 class TablesFold:
@@ -200,3 +237,21 @@ class TablesCore:
                 max_rank=self._max_rank,
                 alignment=self._alignment,
             )
+
+
+class TablesSpectral:
+    """The spectral tokens of one step: in torch, and valid for that step alone."""
+
+    def __init__(self, part: SpectralPart) -> None:
+        self._part = part
+
+    def before(self, layer: int, group: Group, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def apply(
+        self, layer: int, group: Group, made: Tensor | None, y: Tensor, *, early: bool
+    ) -> None:
+        """Add the deltas to ``y``."""
+        assert made is not None
+        self._part.apply(layer, group, made, y)

@@ -2,7 +2,9 @@
 
 A record holds ``[layer][group][ A: (m, r, d_in), Bt: (r, n_group) ]`` for the m modules of a group:
 the ``A`` of each module one below the other, then ``s·Bᵀ`` of each module side by side; zero where
-a target is absent, zero-padded where its own rank is smaller.
+a target is absent, zero-padded where its own rank is smaller. Row scales (DoRA's ``g``) multiply
+the delta as well, ``s·(x Aᵀ) (g ⊙ B)ᵀ``, so they are folded into ``B``; what they do to ``y0`` is
+``scale.py``'s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,6 +58,8 @@ def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
                     a, b = weights.tensors[target]
                     a_rows[i, : a.shape[0]] = a.to(out.dtype)
                     scaled = b.to(torch.float64) * weights.scales[target]
+                    if target in weights.row_scales:
+                        scaled *= weights.row_scales[target].to(torch.float64)[:, None]
                     bt[: a.shape[0], columns] = scaled.T.to(out.dtype)
 
 
@@ -78,6 +82,8 @@ def reference(
         if target in weights.tensors:
             a, b = (factor.to(y0.dtype) for factor in weights.tensors[target])
             delta[:, columns] = weights.scales[target] * (x.to(y0.dtype) @ a.T) @ b.T
+            if target in weights.row_scales:
+                delta[:, columns] *= weights.row_scales[target].to(y0.dtype)
     return delta
 
 

@@ -85,6 +85,13 @@ class Tokens:
         elif part.dtype != tensor.dtype:
             tensor.narrow(0, self.start, self.count).copy_(part)
 
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        """Make ``values`` their rows of ``tensor``."""
+        if self.index is not None:
+            tensor.index_copy_(0, self.index, values.to(tensor.dtype))
+        else:
+            tensor.narrow(0, self.start, self.count).copy_(values)
+
     def add(self, tensor: Tensor, delta: Tensor) -> None:
         """Add ``delta`` to their rows of ``tensor``, rounding once."""
         if self.index is not None and delta.dtype == tensor.dtype:

@@ -16,22 +16,39 @@ from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.formats.config_fields import CONFIG_FILE, Config
 from shoal.adapters.formats.container import printable
 from shoal.adapters.formats.keys import (
+    SHARED_PREFIX,
     NamedTensor,
     group_by_target,
     refusal,
     split_name,
+    split_shared,
     tensor_name,
 )
 from shoal.adapters.spec import BaseShape, Target
+from shoal.adapters.spectral_basis import SpectralBasis
 from shoal.adapters.weights import AdapterWeights, WeightOf
+
+# LoHa's r² and LoKr's k1·k2. PEFT's default LoKr (r = 8) on a 4096 x 4096 weight has 512.
+PRODUCT_RANK_MAX = 512
+
+
+NO_ELEMENTS = (
+    "has no elements: an adapter whose shards were not gathered before it was saved (ZeRO-3, FSDP) "
+    "has lost its weights"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class RawAdapter:
-    """A file's content: the config as parsed, the tensors by target and kind."""
+    """A file's content: the config as parsed, the tensors by target and kind.
+
+    Attributes:
+        shared: tensors that belong to no module, by what follows ``base_model.``.
+    """
 
     config: Config
     targets: Mapping[Target, Mapping[str, NamedTensor]]
+    shared: Mapping[str, NamedTensor] = field(default_factory=dict)
 
     def part(self, target: Target, kind: str) -> NamedTensor:
         """A tensor that must be there.
@@ -46,12 +63,24 @@ class RawAdapter:
 
     def matrix(self, target: Target, kind: str) -> NamedTensor:
         """Like `part`, and must have two axes."""
-        found = self.part(target, kind)
-        if found.tensor.ndim != 2:
-            raise AdapterRejected(
-                found.name, f"shape {list(found.tensor.shape)} must have two axes"
-            )
-        return found
+        return _with_two_axes(self.part(target, kind))
+
+    def shared_matrix(self, kind: str) -> NamedTensor:
+        """A tensor of no module that must be there and have two axes.
+
+        Raises:
+            AdapterRejected: it is missing, or has another number of axes; names it.
+        """
+        found = self.shared.get(kind)
+        if found is None:
+            raise AdapterRejected(SHARED_PREFIX + kind, "is missing")
+        return _with_two_axes(found)
+
+
+def _with_two_axes(named: NamedTensor) -> NamedTensor:
+    if named.tensor.ndim != 2:
+        raise AdapterRejected(named.name, f"shape {list(named.tensor.shape)} must have two axes")
+    return named
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +93,8 @@ class ReadContext:
         canonical: the base's own basis.
         max_bases: how many uploaded bases may be known.
         max_bytes: limit for the tensors of one adapter in memory.
+        max_rank: of the explicit factors that a product of small matrices may stand for.
+        spectral: the base's singular vectors, where they can be had.
     """
 
     shape: BaseShape
@@ -72,6 +103,8 @@ class ReadContext:
     canonical: Basis
     max_bases: int
     max_bytes: int
+    max_rank: int = PRODUCT_RANK_MAX
+    spectral: SpectralBasis | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +117,9 @@ class Format:
         kinds: every tensor kind a file may hold; includes the markers.
         peft_types: values of ``peft_type`` that fit these tensors.
         read: raises AdapterRejected, or returns weights after its last refusal and side effect.
+        shared: what a file may hold besides, as ``base_model.<kind>``.
+        empty: whether tensors may have sizes of zero: modules that were left with rank 0.
+        integers: kinds that hold indices; all others hold floating-point numbers.
     """
 
     name: str
@@ -91,6 +127,9 @@ class Format:
     kinds: frozenset[str]
     peft_types: frozenset[str]
     read: Callable[[RawAdapter, ReadContext], AdapterWeights]
+    shared: re.Pattern[str] | None = None
+    empty: bool = False
+    integers: frozenset[str] = frozenset()
 
 
 def check_shape(named: NamedTensor, *expected: int) -> Tensor:
@@ -152,8 +191,15 @@ class FormatRegistry:
                 f"is {printable(str(peft_type))}, but the tensors are those of {chosen.name}; "
                 f"must be {' or '.join(sorted(chosen.peft_types))}",
             )
-        targets = group_by_target(tensors, chosen.kinds, chosen.name, context.shape)
-        weights = chosen.read(RawAdapter(config, targets), context)
+        shared, rest = split_shared(tensors, chosen.shared)
+        for name, tensor in tensors.items():
+            if not tensor.numel() and not (chosen.empty and name in rest):
+                raise AdapterRejected(printable(name), f"shape {list(tensor.shape)} {NO_ELEMENTS}")
+            if tensor.is_floating_point() == (split_name(name)[1] in chosen.integers):
+                held = "integers" if tensor.is_floating_point() else "floating-point numbers"
+                raise AdapterRejected(printable(name), f"is {tensor.dtype}, must hold {held}")
+        targets = group_by_target(rest, chosen.kinds, chosen.name, context.shape)
+        weights = chosen.read(RawAdapter(config, targets, shared), context)
         check_scaled(weights)
         return weights
 
@@ -177,7 +223,7 @@ def check_scaled(weights: AdapterWeights) -> None:
     limit = torch.finfo(torch.float32).max
     for target, parts in weights.tensors.items():
         scale = abs(weights.scales[target])
-        largest = max(float(part.abs().max()) for part in parts)
+        largest = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
         if not scale <= limit or not scale * largest <= limit:
             raise AdapterRejected(
                 str(target), f"scale {scale:g} times the largest value {largest:g} overflows"

@@ -7,11 +7,12 @@ by name.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.formats.container import finite_number, printable
 from shoal.adapters.formats.patterns import Pattern, parse_pattern
+from shoal.adapters.weights import CORRECTION_METHODS, CorrectionMethod
 
 CONFIG_FILE = "adapter_config.json"
 # PEFT's EVA writes one pattern for every module. Patterns with quantifiers cost up to a millisecond
@@ -29,10 +30,8 @@ _REFUSED_ALWAYS: Mapping[str, str] = {
     "target_parameters": "adapters on raw parameters are not served; must be null",
     "fan_in_fan_out": "the base stores (d_out, d_in) linears; must be false",
     "megatron_config": "is not served; must be null",
-    "base_correction": "it was trained on a residual base, which is not served; must be absent",
 }
 _REFUSED_LORA: Mapping[str, str] = {
-    "use_dora": "DoRA is not served; must be false",
     "lora_bias": "biases are not served; must be false",
     "use_qalora": "QA-LoRA is not served; must be false",
     "use_bdlora": "block-diagonal LoRA is not served; must be null",
@@ -44,6 +43,14 @@ _REFUSED_LORA: Mapping[str, str] = {
 }
 # Initialisations that leave the base as it is; the others move a part of it into the adapter.
 _INIT_KEEPS_BASE = ("gaussian", "orthogonal", "eva", "mica")
+# What moved can be found again from the base alone. Of the others it depends on a random state
+# (pissa_niter_*), on data (corda, lora_ga) or on a quantiser (loftq).
+_INIT_EXACT: Mapping[str, CorrectionMethod] = {"pissa": "pissa", "olora": "olora"}
+_CONVERT = (
+    "PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=<the adapter as it was "
+    "initialised>) converts it to plain LoRA; an adapter for a base that is itself the residual "
+    "says true"
+)
 
 
 def field(name: str) -> str:
@@ -72,6 +79,14 @@ def get_rank(config: Config, name: str, default: int) -> int:
     return value
 
 
+def get_seed(config: Config, name: str, default: int) -> int:
+    """What a random generator starts from."""
+    value = config.get(name, default)
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise AdapterRejected(field(name), "must be an integer from 0 to below 2^62")
+    return value
+
+
 def get_number(config: Config, name: str, default: float) -> float:
     """A finite number."""
     number = finite_number(config.get(name, default))
@@ -80,26 +95,96 @@ def get_number(config: Config, name: str, default: float) -> float:
     return number
 
 
-def check_common(config: Config) -> None:
-    """Refuse what no format serves (biases, replaced modules, residual bases, …)."""
+class BaseCorrection(NamedTuple):
+    """What was taken out of the base before training.
+
+    Attributes:
+        method: how it was chosen.
+        rank: its rank on every module; None where it is that of the module's adapter.
+    """
+
+    method: CorrectionMethod
+    rank: int | None
+
+
+def check_common(config: Config, *, correction: bool = False) -> None:
+    """Refuse what no format serves (biases, replaced modules, …).
+
+    Args:
+        correction: whether the format reads ``base_correction``; refused otherwise.
+    """
     bias = config.get("bias")
     if bias not in (None, "none"):
         raise AdapterRejected(field("bias"), "trained biases are not served; must be none")
     _refuse_set(config, _REFUSED_ALWAYS)
+    if not correction and is_set(config.get("base_correction")):
+        raise AdapterRejected(
+            field("base_correction"), "is served with plain LoRA and DoRA only; must be absent"
+        )
 
 
 def check_lora(config: Config) -> None:
-    """Refuse LoRA variants, and initialisations that change the base weights."""
+    """Refuse LoRA variants, and whatever changes the base weights."""
+    check_variants(config)
+    if get_bool(config, "use_dora", False):
+        raise AdapterRejected(
+            field("use_dora"), "DoRA is served with plain LoRA only; must be false"
+        )
+    changed = get_correction(config)
+    if changed is not None:
+        raise AdapterRejected(
+            field("init_lora_weights"),
+            f"{changed.method} trains on changed base weights, which is served with plain LoRA "
+            "and DoRA only",
+        )
+
+
+def check_variants(config: Config) -> None:
+    """Refuse LoRA variants whose tensors or base differ."""
     _refuse_set(config, _REFUSED_LORA)
+
+
+def get_correction(config: Config) -> BaseCorrection | None:
+    """What was taken out of the base: from ``init_lora_weights`` or our own ``base_correction``.
+
+    ``base_correction`` is an object with ``method`` (pissa, milora or olora) and optionally ``r``.
+    It is for adapters whose config cannot say what they are: MiLoRA's is that of plain LoRA.
+
+    Raises:
+        AdapterRejected: an initialisation that cannot be repeated, a malformed
+            ``base_correction``, or one that contradicts the initialisation.
+    """
     init = config.get("init_lora_weights", True)
-    if init is None or isinstance(init, bool) or init in _INIT_KEEPS_BASE:
-        return
-    raise AdapterRejected(
-        field("init_lora_weights"),
-        f"{printable(str(init))} trains on changed base weights, which is not served; must be "
-        f"true, false, {', '.join(_INIT_KEEPS_BASE)} (PEFT's save_pretrained(…, "
-        "path_initial_model_for_weight_conversion=…) converts such an adapter)",
-    )
+    found = None
+    if isinstance(init, str) and init in _INIT_EXACT:
+        found = BaseCorrection(_INIT_EXACT[init], None)
+    elif not (init is None or isinstance(init, bool) or init in _INIT_KEEPS_BASE):
+        raise AdapterRejected(
+            field("init_lora_weights"),
+            f"{printable(str(init))} trains on a base that was changed in a way that cannot be "
+            f"repeated from the weights alone; must be true, false, "
+            f"{', '.join((*_INIT_KEEPS_BASE, *_INIT_EXACT))}. {_CONVERT}",
+        )
+    told = config.get("base_correction")
+    if not is_set(told):
+        return found
+    where = field("base_correction")
+    if not isinstance(told, dict) or set(told) - {"method", "r"}:
+        raise AdapterRejected(where, "must be an object with method and, if need be, r")
+    method = told.get("method")
+    if method not in CORRECTION_METHODS:
+        raise AdapterRejected(
+            f"{where}.method",
+            f"{printable(str(method))} must be {' or '.join(CORRECTION_METHODS)}",
+        )
+    if found is not None and found.method != method:
+        raise AdapterRejected(
+            f"{where}.method", f"{method} contradicts init_lora_weights {found.method}"
+        )
+    rank = told.get("r")
+    if rank is not None and (type(rank) is not int or not 1 <= rank < 1 << 31):
+        raise AdapterRejected(f"{where}.r", "must be a positive integer")
+    return BaseCorrection(cast(CorrectionMethod, method), rank)
 
 
 def _refuse_set(config: Config, refused: Mapping[str, str]) -> None:
@@ -121,6 +206,24 @@ class LoraScaling:
         self._ranks = _patterns(config, "rank_pattern")
         self._alphas = _patterns(config, "alpha_pattern")
 
+    def told_rank(self, path: str) -> int:
+        """The rank that the config gives a module whose tensors do not show it.
+
+        Raises:
+            AdapterRejected: overlapping rank patterns give it two, or one that is no rank.
+        """
+        ranks = {value for pattern, value in self._ranks if pattern.matches(path)}
+        rank = ranks.pop() if ranks else float(self._rank or 8)
+        if ranks or rank < 1 or rank != int(rank):
+            raise AdapterRejected(
+                field("rank_pattern"), f"must give {path} one positive integer: it sets its scale"
+            )
+        return int(rank)
+
+    def may_be_zero(self, path: str) -> bool:
+        """Whether a rank pattern gives this module no rank at all."""
+        return any(value == 0 and pattern.matches(path) for pattern, value in self._ranks)
+
     def scale(self, path: str, rank: int, tensor: str) -> float:
         """The multiplier of ``B A``.
 
@@ -134,6 +237,8 @@ class LoraScaling:
             AdapterRejected: the rank is none that the config gives this module, or overlapping
                 alpha patterns give it two values.
         """
+        if rank < 1:
+            raise AdapterRejected(tensor, "has rank 0")
         ranks = {value for pattern, value in self._ranks if pattern.matches(path)}
         if not ranks and self._rank is not None:
             ranks = {float(self._rank)}

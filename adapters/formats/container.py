@@ -38,7 +38,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of indices. A format says which of its tensors may hold them.
+INTEGER_DTYPES: Mapping[str, torch.dtype] = {"I32": torch.int32}
+_ALL_DTYPES = {**DTYPES, **INTEGER_DTYPES}
+_DTYPE_NAMES = {dtype: name for name, dtype in _ALL_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +140,16 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------- reading
 
 
-def read_tensors(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    file: BinaryIO, size: int, where: str, *, empty: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a whole safetensors file.
 
     Args:
         file: positioned at its start.
         size: its length in bytes; at most this much memory is used for tensors.
         where: the file to name in errors.
+        empty: whether sizes of zero are accepted.
 
     Returns:
         Tensors on the CPU that own their memory, and the metadata.
@@ -153,7 +159,7 @@ def read_tensors(file: BinaryIO, size: int, where: str) -> tuple[dict[str, Tenso
             dtype, overlapping or missing bytes, NaN or Inf. Names the tensor.
     """
     header, data_start = read_header(file, size, where)
-    entries, metadata = parse_header(header, size - data_start, where)
+    entries, metadata = parse_header(header, size - data_start, where, empty=empty)
     tensors = {}
     for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
         raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
@@ -185,14 +191,14 @@ def read_header(file: BinaryIO, size: int, where: str) -> tuple[bytes, int]:
 
 
 def parse_header(
-    header: bytes, data_bytes: int, where: str
+    header: bytes, data_bytes: int, where: str, *, empty: bool = False
 ) -> tuple[dict[str, Entry], dict[str, str]]:
     """Validate a safetensors header against the number of tensor bytes that follow it."""
     parsed = parse_json(header, f"{where} header")
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AdapterRejected(f"{where}: __metadata__", "must map strings to strings")
-    entries = {name: _parse_entry(name, value) for name, value in parsed.items()}
+    entries = {name: _parse_entry(name, value, empty) for name, value in parsed.items()}
     expected = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != expected:
@@ -211,18 +217,21 @@ def parse_header(
     return entries, metadata
 
 
-def _parse_entry(name: str, value: object) -> Entry:
+def _parse_entry(name: str, value: object, empty: bool) -> Entry:
     where = printable(name)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise AdapterRejected(where, "its header entry must hold dtype, shape and data_offsets")
     dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in _ALL_DTYPES:
         raise AdapterRejected(
             where, f"dtype {printable(str(dtype_name))} must be one of {', '.join(DTYPES)}"
         )
-    dtype = DTYPES[dtype_name]
-    if not _is_sizes(shape) or len(shape) > SHAPE_DIMS_MAX or 0 in shape:
+    dtype = _ALL_DTYPES[dtype_name]
+    if not _is_sizes(shape) or len(shape) > SHAPE_DIMS_MAX or (0 in shape and not empty):
         raise AdapterRejected(where, f"shape must be at most {SHAPE_DIMS_MAX} sizes above zero")
+    # Beside a zero, no bytes bound the other sizes, and torch multiplies them for its strides.
+    if 0 in shape and math.prod(filter(None, shape)) > 1 << 48:
+        raise AdapterRejected(where, "shape must be of at most 2^48 in all beside a zero")
     if not _is_sizes(offsets) or len(offsets) != 2:
         raise AdapterRejected(where, "data_offsets must be two byte offsets")
     num_bytes = math.prod(shape) * dtype.itemsize
@@ -251,7 +260,7 @@ def tensor_chunks(
     """The bytes of a safetensors file, the same for the same content.
 
     Args:
-        tensors: float32, float16 or bfloat16; any device and strides.
+        tensors: float32, float16, bfloat16 or int32; any device and strides.
         metadata: written with sorted keys.
 
     Yields:

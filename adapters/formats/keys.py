@@ -1,6 +1,7 @@
 """Names of adapter tensors: which target of the base they belong to, and what they are there.
 
-Grammar: ``base_model.model.<module path>.<kind>[.weight]``. The trailing ``.weight`` is optional,
+Grammar: ``base_model.model.<module path>.<kind>[.weight]``, and ``base_model.<kind>[.weight]`` for
+what the modules of some formats share. The trailing ``.weight`` is optional,
 because which tensors carry it depends on the PEFT release that wrote the file. A name that fits no
 adaptable module of the base is refused here with the reason; nothing is dropped.
 """
@@ -16,6 +17,7 @@ from shoal.adapters.formats.container import printable
 from shoal.adapters.spec import MODULES, BaseShape, Target
 
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
 
 # The authors' LoRA-XS module is named `default_lora_latent_mapping`. PEFT below 0.18 removes
 # `.default` anywhere in a key when it saves, and so cuts into that name; PEFT from 0.18 does not.
@@ -32,17 +34,22 @@ _MODULE_PATH = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(self_attn|mlp)\
 _REASONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (
-        (r"lora_magnitude_vector", "DoRA magnitudes are not served"),
-        (r"\.lora_E$", "AdaLoRA is not served"),
+        (r"lora_magnitude_vector", "DoRA magnitudes are served beside lora_A and lora_B alone"),
+        (r"\.lora_E$", "AdaLoRA's lora_E is served beside lora_A and lora_B alone"),
         (r"\.lora_diag$", "KaSA is not served: it removes singular components of the base"),
         (r"lora_velora_embed|lora_monteclora", "this LoRA variant is not served"),
         (r"lora_embedding_[AB]$", "adapted embeddings are not served"),
         (r"token_adapter", "replaced embedding rows (trainable tokens) are not served"),
+        (
+            r"lora_[AB]_vec|lora_A_anti_vec|lora_pair_mask|lora_[AB]_shared",
+            "is of a PRoLoRA or MoS checkpoint with factors still shared, and no file says how; "
+            "the adapter_model.bin that their trainers save at the end holds plain LoRA: use that",
+        ),
         (r"\.bias$", "biases are not served: they replace or extend those of the shared base"),
         (r"(embed_tokens|lm_head)", "embeddings and the output head are not adaptable"),
         (r"base_layer", "replaced base weights are not served"),
         (r"norm", "normalisation weights are not adaptable"),
-        (r"vera_|tinylora_|psoft_|ia3_|oft_|hra_|lokr_|hada_|randlora_", "is not served"),
+        (r"psoft_|ia3_|oft_|hra_|randlora_", "is not served"),
     )
 )
 
@@ -73,6 +80,32 @@ def split_name(name: str) -> tuple[str, str]:
         return official[1].removeprefix(PREFIX), OFFICIAL_LATENT
     path, _, kind = name.rpartition(".")
     return path.removeprefix(PREFIX), kind
+
+
+def split_shared(
+    tensors: Mapping[str, Tensor], shared: re.Pattern[str] | None
+) -> tuple[dict[str, NamedTensor], dict[str, Tensor]]:
+    """Take out what belongs to no module: ``base_model.<kind>`` where the pattern fits the kind.
+
+    Returns:
+        Those by kind, and the other tensors.
+
+    Raises:
+        AdapterRejected: one given under two spellings; names the tensor.
+    """
+    taken: dict[str, NamedTensor] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        kind = name.removesuffix(".weight").removeprefix(SHARED_PREFIX)
+        if shared is None or not name.startswith(SHARED_PREFIX) or not shared.fullmatch(kind):
+            rest[name] = tensor
+        elif kind in taken:
+            raise AdapterRejected(
+                printable(name), f"the same tensor is also given as {taken[kind].name}"
+            )
+        else:
+            taken[kind] = NamedTensor(name, tensor)
+    return taken, rest
 
 
 def group_by_target(

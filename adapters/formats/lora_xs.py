@@ -14,8 +14,9 @@ Source: MohammadrezaBanaei/LoRA-XS (arXiv 2405.17604).
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,13 +66,21 @@ PROBE_ERROR_MAX = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class _Factors:
-    """One target of an official file; ``b`` is float32."""
+class Factors:
+    """One target: ``ΔW = s b r a``.
+
+    Attributes:
+        a: ``(r, d_in)``.
+        b: ``(d_out, r)``, float32.
+        r: ``(r, r)``.
+        stored: the same delta as plain LoRA's ``A`` and ``B``, for when nothing is shared: made
+            only then.
+    """
 
     a: Tensor
     b: Tensor
     r: Tensor
-    stored_b: Tensor
+    stored: Callable[[], tuple[Tensor, Tensor]]
 
 
 def _read(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
@@ -101,7 +110,7 @@ def _refuse_kinds(raw: RawAdapter, allowed: set[str], kinds: set[str]) -> None:
 
 def _read_official(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
     scaling = LoraScaling(raw.config)
-    factors: dict[Target, _Factors] = {}
+    factors: dict[Target, Factors] = {}
     scales = {}
     for target in raw.targets:
         dims = context.shape.dims[target.module]
@@ -112,24 +121,44 @@ def _read_official(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
         r = check_shape(named, rank, rank)
         a = check_shape(raw.part(target, "lora_A"), rank, dims.d_in)
         b = check_shape(raw.part(target, "lora_B"), dims.d_out, rank)
-        factors[target] = _Factors(a, b.float(), r, b)
+        factors[target] = Factors(a, b.float(), r, partial(_product, r, a, b))
         scales[target] = scaling.scale(module_path(target), rank, named.name)
+    return place("lora_xs", factors, scales, context)
+
+
+def place(
+    name: str,
+    factors: Mapping[Target, Factors],
+    scales: Mapping[Target, float],
+    context: ReadContext,
+) -> AdapterWeights:
+    """An adapter that brings its frozen factors, on a basis or, exactly, as ``lora``.
+
+    Args:
+        name: the format.
+        factors: per target; all else about them has been checked.
+        scales: per target.
+        context: its store may get a further basis.
+
+    Raises:
+        AdapterRejected: what would be served overflows.
+    """
     if not _are_lora_xs(factors, context.weight_of):
-        return _explicit(factors, scales)
+        return _explicit(name, factors, scales)
     for known in _known(context):
         placed = _place(factors, known)
         if placed is not None:
-            return AdapterWeights("lora_xs", "core", placed, scales, known.id)
+            return AdapterWeights(name, "core", placed, scales, known.id)
     own = make_basis(
         {target: each.b for target, each in factors.items()},
         kind="uploaded",
         base_digest=context.shape.digest,
     )
     kept = {target: (each.r,) for target, each in factors.items()}
-    weights = AdapterWeights("lora_xs", "core", kept, scales, own.id)
+    weights = AdapterWeights(name, "core", kept, scales, own.id)
     check_scaled(weights)  # the last refusal, before the one side effect
     if own.rank > core.RANK_MAX or not context.bases.add(own, limit=context.max_bases):
-        return _explicit(factors, scales)
+        return _explicit(name, factors, scales)
     return weights
 
 
@@ -142,7 +171,7 @@ def _known(context: ReadContext) -> Iterator[Basis]:
 
 
 @torch.no_grad()
-def _are_lora_xs(factors: Mapping[Target, _Factors], weight_of: WeightOf) -> bool:
+def _are_lora_xs(factors: Mapping[Target, Factors], weight_of: WeightOf) -> bool:
     """Whether on every target ``B`` is orthonormal and ``A`` is ``BᵀW``."""
     for target, each in factors.items():
         if not orthonormality_error(each.b) <= ORTHONORMALITY_ERROR_MAX:
@@ -155,7 +184,7 @@ def _are_lora_xs(factors: Mapping[Target, _Factors], weight_of: WeightOf) -> boo
     return True
 
 
-def _place(factors: Mapping[Target, _Factors], known: Basis) -> dict[Target, tuple[Tensor]] | None:
+def _place(factors: Mapping[Target, Factors], known: Basis) -> dict[Target, tuple[Tensor]] | None:
     """Each target's ``R`` in a known basis, or None when some target's ``B`` is not in it."""
     if any(
         target not in known.factors or known.factors[target].shape[0] != each.b.shape[0]
@@ -197,18 +226,18 @@ def _rotation(known: Tensor, b: Tensor) -> Tensor | None:
     return q[:leading]
 
 
-def _explicit(factors: Mapping[Target, _Factors], scales: dict[Target, float]) -> AdapterWeights:
-    """The same delta as plain LoRA: ``B`` as stored and ``R A``."""
-    tensors = {
-        target: ((each.r.double() @ each.a.double()).float(), each.stored_b)
-        for target, each in factors.items()
-    }
+def _explicit(
+    name: str, factors: Mapping[Target, Factors], scales: Mapping[Target, float]
+) -> AdapterWeights:
+    tensors = {target: each.stored() for target, each in factors.items()}
     for target, (product, _) in tensors.items():
         if not bool(torch.isfinite(product).all()):
-            raise AdapterRejected(
-                str(target), "the product of lora_latent_mapping and lora_A overflows"
-            )
-    return AdapterWeights("lora_xs", "lora", tensors, scales)
+            raise AdapterRejected(str(target), "the product of its latent matrix and A overflows")
+    return AdapterWeights(name, "lora", tensors, scales)
+
+
+def _product(r: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return (r.double() @ a.double()).float(), b
 
 
 # -------------------------------------------------------------------------------------- compact

@@ -11,11 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from shoal.adapters.basis import Basis, probe
+from shoal.adapters.formats import svf, svft
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.formats.container import tensor_chunks, write_atomically
 from shoal.adapters.formats.keys import OFFICIAL_LATENT, module_path, tensor_name
 from shoal.adapters.formats.lora_xs import COMPACT_LATENT, PROBE
+from shoal.adapters.formats.spectral_files import PROBE as SVD_PROBE
 from shoal.adapters.spec import MODULES, BaseShape, Target
+from shoal.adapters.spectral_basis import SpectralBasis, sigma_probe
 from shoal.adapters.weights import WeightOf
 
 ExtraConfig = Mapping[str, object] | None
@@ -176,3 +179,60 @@ def _target_modules(targets: list[Target], shape: BaseShape) -> list[str]:
     if len(targets) == len(modules) * shape.num_layers:
         return modules
     return [module_path(target) for target in targets]
+
+
+def write_svf(
+    directory: Path,
+    vectors: Mapping[Target, Tensor],
+    *,
+    basis: SpectralBasis,
+    settings: ExtraConfig = None,
+    extra_config: ExtraConfig = None,
+) -> None:
+    """Write SVF (`svf.py`).
+
+    Args:
+        vectors: per target ``(k,)``, logits unless ``settings`` says otherwise.
+        basis: the base's singular vectors; probes of them go into the file.
+        settings: ``vector``, ``max_mult`` and ``renormalise``, where they are not the defaults.
+    """
+    tensors = {}
+    for target, vector in vectors.items():
+        _expect(target, vector, min(basis.shape.dims[target.module]))
+        tensors[tensor_name(target, svf.VECTOR)] = vector
+        tensors[tensor_name(target, SVD_PROBE)] = sigma_probe(basis.sigma(target), target)
+    config = {"peft_type": "SVF", "basis": {"id": basis.id}, **(settings or {})}
+    _write(directory, tensors, config, vectors, basis.shape, extra_config)
+
+
+def write_svft(
+    directory: Path,
+    entries: Mapping[Target, tuple[Tensor, Tensor, Tensor]],
+    *,
+    basis: SpectralBasis,
+    gates: Mapping[Target, Tensor] | None = None,
+    s_pre: Mapping[Target, Tensor] | None = None,
+    extra_config: ExtraConfig = None,
+) -> None:
+    """Write SVFT (`svft.py`).
+
+    Args:
+        entries: per target the rows and columns (int32) and the values of M, ``(e,)``.
+        basis: the base's singular vectors, whose signs the entries are in; probed as for SVF.
+        gates: per target ``(1,)``, before the sigmoid; where absent, the values are final.
+        s_pre: per target ``(n,)``: the singular values that training kept.
+    """
+    tensors = {}
+    for target, (rows, columns, values) in entries.items():
+        for part in (rows, columns):
+            _expect(target, part, len(values))
+        tensors[tensor_name(target, svft.ROWS)] = rows
+        tensors[tensor_name(target, svft.COLUMNS)] = columns
+        tensors[tensor_name(target, svft.VALUES)] = values
+        tensors[tensor_name(target, SVD_PROBE)] = basis.probe(target)
+        if gates is not None and target in gates:
+            tensors[tensor_name(target, svft.GATE)] = gates[target]
+        if s_pre is not None and target in s_pre:
+            tensors[tensor_name(target, svft.S_PRE)] = s_pre[target]
+    config = {"peft_type": "SVFT", "basis": {"id": basis.id}}
+    _write(directory, tensors, config, entries, basis.shape, extra_config)

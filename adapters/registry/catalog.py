@@ -44,6 +44,8 @@ class Content:
         digest: sha256 (hex) of the canonical record.
         bytes: length of the canonical record.
         packed_elements: elements it takes in the device bank.
+        basis_id: what its family's matrices are written in; not that of a base correction, which
+            is in the record.
     """
 
     digest: str

@@ -238,7 +238,8 @@ class DeviceRunner:
 
     def _replay(self, key: GraphKey) -> _Captured:
         captured = self._graphs.get(key)
-        if captured is None and self._use_graphs and len(self._graphs) < GRAPHS_MAX:
+        wanted = self._use_graphs and key.active.capturable and len(self._graphs) < GRAPHS_MAX
+        if captured is None and wanted:
             self._rehearse(key)
             try:
                 captured = self._capture(key)

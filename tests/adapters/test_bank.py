@@ -1,19 +1,30 @@
 """The bank: what is loaded where is what rows get, and nothing else."""
 
 import threading
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from shoal.adapters import bank as bank_module
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank, _Load
+from shoal.adapters.bank import AdapterBank, _Load
 from shoal.adapters.basis import Basis
 from shoal.adapters.families.core import CoreBasis
 from shoal.adapters.packing import PackedAdapter, pack_adapter
-from shoal.adapters.spec import GROUPS, BaseShape, Dims, Family, Group, RowAdapter, Slot
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.spec import (
+    GROUPS,
+    UNIT_ELEMENTS,
+    BaseShape,
+    Dims,
+    Family,
+    Group,
+    RowAdapter,
+    Slot,
+    Target,
+)
+from shoal.adapters.weights import AdapterWeights, Correction
 
 SHAPE = BaseShape(
     name="tiny",
@@ -29,7 +40,7 @@ SHAPE = BaseShape(
         "down_proj": Dims(32, 48),
     },
 )
-FAMILIES: tuple[Family, ...] = ("core", "fold", "lora")
+FAMILIES = ("core", "fold", "lora", "lora, corrected", "lora, scaled")
 
 
 def make_bank(capacity_bytes: int = 1 << 20) -> AdapterBank:
@@ -46,13 +57,14 @@ def make_bank(capacity_bytes: int = 1 << 20) -> AdapterBank:
     return bank
 
 
-def make_adapter(family: Family, seed: int, rank: int = 4) -> PackedAdapter:
+def make_adapter(kind: str, seed: int, rank: int = 4) -> PackedAdapter:
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
-    tensors: dict = {}
+    family = cast(Family, kind.partition(",")[0])
+    tensors: dict[Target, tuple[Tensor, ...]] = {}
     for target in SHAPE.targets():
         d_out, d_in = SHAPE.dims[target.module]
         if family == "core":
@@ -64,7 +76,13 @@ def make_adapter(family: Family, seed: int, rank: int = 4) -> PackedAdapter:
     scales = dict.fromkeys(tensors, 1.0)
     basis_id = "basis" if family == "core" else None
     weights = AdapterWeights("test", family, tensors, scales, basis_id)
-    return pack_adapter(weights, SHAPE, f"{family}-{seed}", torch.float32)
+    if kind == "lora, corrected":
+        correction = Correction("pissa", "basis", dict.fromkeys(tensors, rank), scales)
+        weights = replace(weights, correction=correction)
+    elif kind == "lora, scaled":
+        g = {target: 1 + rand(SHAPE.dims[target.module].d_out) for target in tensors}
+        weights = replace(weights, row_scales=g)
+    return pack_adapter(weights, SHAPE, f"{kind}-{seed}", torch.float32)
 
 
 def place(packed: PackedAdapter, unit: int) -> RowAdapter:
@@ -86,7 +104,7 @@ def outputs(bank: AdapterBank, rows: list[tuple[RowAdapter | None, int]]) -> dic
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loading_a_slot_again_changes_only_its_rows(family: Family) -> None:
+def test_loading_a_slot_again_changes_only_its_rows(family: str) -> None:
     bank = make_bank()
     first, second, third = (make_adapter(family, seed) for seed in range(3))
     units = place(first, 0).slot.num_units
@@ -105,7 +123,7 @@ def test_loading_a_slot_again_changes_only_its_rows(family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reusing_a_step_never_reuses_what_a_slot_held(family: Family) -> None:
+def test_reusing_a_step_never_reuses_what_a_slot_held(family: str) -> None:
     """The same rows after a load must be worked out again, although they compare equal."""
     bank = make_bank()
     first, second = make_adapter(family, 0), make_adapter(family, 1)
@@ -122,7 +140,7 @@ def test_reusing_a_step_never_reuses_what_a_slot_held(family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_memory_that_holds_no_record_never_matters(family: Family) -> None:
+def test_memory_that_holds_no_record_never_matters(family: str) -> None:
     """The arena is NaN but for the records; the last record ends where the arena does."""
     bank = make_bank()
     first, second = make_adapter(family, 0), make_adapter(family, 1)

@@ -1,19 +1,30 @@
 """A mixed step against each adapter's own plain formula, in float64."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
-from shoal.adapters.families import core, fold, lora, tiles
+from shoal.adapters.families import core, fold, lora, scale, tiles
 from shoal.adapters.packing import pack_adapter
-from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Dims, Family, RowAdapter, Slot, Target
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.spec import (
+    GROUPS,
+    MODULES,
+    UNIT_ELEMENTS,
+    BaseShape,
+    Dims,
+    Family,
+    Group,
+    RowAdapter,
+    Slot,
+    Target,
+)
+from shoal.adapters.weights import AdapterWeights, Correction
 
 # Nothing divides anything: group widths 46, 26, 70, 26.
 SHAPE = BaseShape(
@@ -98,6 +109,51 @@ def make_weights(
     return AdapterWeights("test", family, tensors, scales, basis_id)
 
 
+def with_correction(
+    weights: AdapterWeights, rank: int, basis_id: str, modules: tuple[str, ...] = MODULES
+) -> AdapterWeights:
+    """As trained on a residual base, in some of its modules; ranks differ between them."""
+    ranks = {
+        target: min(1 + (rank - 1) // (1 + target.layer), *SHAPE.dims[target.module])
+        for target in weights.tensors
+        if target.module in modules
+    }
+    scales = {target: 1.0 + 0.1 * i for i, target in enumerate(ranks)}
+    correction = Correction("olora", basis_id, ranks, scales)
+    return replace(weights, correction=correction)
+
+
+def with_row_scales(
+    weights: AdapterWeights, shape: BaseShape, modules: tuple[str, ...] = MODULES
+) -> AdapterWeights:
+    """DoRA, in some of its modules."""
+    rand = random(len(modules))
+    g = {
+        target: 1 + 0.5 * rand(shape.dims[target.module].d_out)
+        for target in weights.tensors
+        if target.module in modules
+    }
+    return replace(weights, row_scales=g)
+
+
+def expected_delta(
+    weights: AdapterWeights, shape: BaseShape, layer: int, group: Group, x: Tensor, y0: Tensor
+) -> Tensor:
+    """What the adapter adds to ``y0``, from the definition of each of its sections."""
+
+    def factors(basis_id: str | None) -> Mapping[Target, Tensor]:
+        return BASES[shape.name][basis_id].factors if basis_id else {}
+
+    inputs = (shape, layer, group, x, y0)
+    delta = REFERENCES[weights.family](weights, *inputs, factors(weights.basis_id))
+    if weights.row_scales:
+        delta = delta + scale.reference(weights, *inputs, {})
+    if weights.correction is not None:
+        correction = core.of_correction(weights.correction)
+        delta = delta + core.reference(correction, *inputs, factors(correction.basis_id))
+    return delta
+
+
 @dataclass
 class Loaded:
     """A bank with adapters in it, placed with gaps."""
@@ -147,16 +203,8 @@ class Loaded:
                         assert torch.equal(y[part], y0[part])
                         continue
                     weights = self.weights[adapter]
-                    expected = y0[part].double() + REFERENCES[weights.family](
-                        weights,
-                        self.shape,
-                        layer,
-                        group,
-                        x[part].double(),
-                        y0[part].double(),
-                        BASES[self.shape.name][weights.basis_id].factors
-                        if weights.basis_id
-                        else {},
+                    expected = y0[part].double() + expected_delta(
+                        weights, self.shape, layer, group, x[part].double(), y0[part].double()
                     )
                     error = (y[part].double() - expected).norm() / expected.norm()
                     assert error < 1e-5, (layer, group, adapter.spec)
@@ -177,6 +225,17 @@ def all_kinds(shape: BaseShape = SHAPE) -> list[AdapterWeights]:
         *(make("lora", r, 100 + r) for r in (1, 2, 3, 8, 16)),
         make("lora", 8, 120, skip=some),
         make("lora", 8, 121, ranks={"gate_proj": 0, "k_proj": 2}),
+        *(
+            with_correction(make("lora", r, 130 + r), size, basis_id)
+            for r, size, basis_id in ((8, 8, "basis-a"), (4, 16, "basis-a"), (16, 5, "basis-b"))
+        ),
+        with_correction(make("lora", 8, 150, skip=some), 8, "basis-b", ("v_proj", "down_proj")),
+        with_correction(make("lora", 4, 151, ranks={"q_proj": 0}), 4, "basis-a"),
+        with_correction(make("lora", 0, 152), 6, "basis-a"),  # nothing but the correction
+        *(with_row_scales(make("lora", r, 160 + r), shape) for r in (1, 8, 16)),
+        with_row_scales(make("lora", 8, 180, skip=some), shape, ("v_proj", "down_proj")),
+        with_row_scales(make("lora", 4, 181, ranks={"q_proj": 0}), shape),
+        with_row_scales(make("lora", 0, 182), shape),  # nothing but the scales
     ]
 
 
@@ -196,6 +255,60 @@ def test_a_mixed_step_equals_each_row_alone(seed: int, shape: BaseShape) -> None
     if seed % 2:  # in any order, not only decode rows first
         rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     loaded.check(rows, seed)
+
+
+def test_a_correction_is_taken_from_y0_and_not_from_what_was_added_to_it() -> None:
+    """By hand: B is the first unit vector, and the LoRA adds 100 to the output it takes away."""
+    target = Target(0, "o_proj")
+    d_out, d_in = SHAPE.dims["o_proj"]
+    unit = torch.eye(d_out)[:, :1]
+    basis = Basis(id="unit", rank=1, factors={target: unit}, kind="uploaded")
+    a = torch.zeros(1, d_in)
+    a[0, 0] = 100.0
+    weights = AdapterWeights(
+        "lora",
+        "lora",
+        {target: (a, unit)},
+        {target: 1.0},
+        correction=Correction("olora", "unit", {target: 1}, {target: 0.5}),
+    )
+    loaded = Loaded()
+    loaded.bank.add_basis(basis)
+    adapter = loaded.add(weights)
+    plain = loaded.add(make_weights("lora", 4, 1))
+    x, y0 = torch.zeros(3, d_in), torch.ones(3, d_out)
+    x[:, 0] = 1.0
+    for rows in (
+        [(adapter, 3)],
+        [(adapter, 1), (plain, 1), (adapter, 1)],
+        [(None, 2), (adapter, 1)],
+    ):
+        step = loaded.bank.step(rows)
+        assert step is not None
+        y = y0.clone()
+        step.apply(0, "o", x, y)
+        # 1 - 0.5 + 100; had the 100 come first: 101 - 0.5 * 101
+        assert y[2].tolist() == [100.5] + [1.0] * (d_out - 1)
+
+
+def test_row_scales_multiply_y0_and_the_delta_once_each() -> None:
+    """By hand: g (y0 + delta), not g (g y0 + delta) nor g y0 + delta."""
+    target = Target(1, "down_proj")
+    d_out, d_in = SHAPE.dims["down_proj"]
+    factors = (torch.eye(1, d_in), torch.ones(d_out, 1))
+    g = torch.linspace(0.5, 3.0, d_out)
+    weights = AdapterWeights(
+        "dora", "lora", {target: factors}, {target: 2.0}, row_scales={target: g}
+    )
+    loaded = Loaded()
+    adapter = loaded.add(weights)
+    step = loaded.bank.step([(adapter, 1), (None, 1)])
+    assert step is not None
+    x, y = torch.zeros(2, d_in), torch.full((2, d_out), 10.0)
+    x[:, 0] = 3.0
+    step.apply(1, "down", x, y)
+    torch.testing.assert_close(y[0], g * (10.0 + 2.0 * 3.0))
+    assert torch.equal(y[1], torch.full((d_out,), 10.0))
 
 
 @pytest.mark.parametrize("index", range(len(all_kinds())))

@@ -1,15 +1,19 @@
 """LoRA and rsLoRA as PEFT writes them, and everything that only looks like them."""
 
+import math
 import re
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 
 from shoal.adapters.errors import AdapterRejected
+from shoal.adapters.formats.config_fields import LoraScaling
 from shoal.adapters.formats.patterns import parse_pattern
 from shoal.adapters.formats.writing import write_lora
 from shoal.adapters.record import to_record
@@ -72,10 +76,8 @@ def test_overlapping_alpha_patterns_are_refused_unless_equal(golden: Any) -> Non
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("lora_dora", "lora_magnitude_vector: DoRA"),
         ("lora_head", r"lm_head\.weight: .*output head"),
         ("lora_bias", r"lora_B\.bias: biases"),
-        ("lora_olora", "init_lora_weights: olora trains on changed base weights"),
     ],
 )
 def test_variants_that_peft_writes_are_refused(golden: Any, case: str, message: str) -> None:
@@ -88,7 +90,7 @@ def test_variants_that_peft_writes_are_refused(golden: Any, case: str, message: 
     [
         *(
             ("init_lora_weights", name)
-            for name in ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", "new", 3)
+            for name in ("pissa_niter_4", "corda", "lora_ga", "loftq", "new", 3)
         ),
         ("use_dora", True),
         ("lora_bias", True),
@@ -107,7 +109,12 @@ def test_variants_that_peft_writes_are_refused(golden: Any, case: str, message: 
         ("fan_in_fan_out", True),
         ("bias", "lora_only"),
         ("bias", ["none"]),
-        ("base_correction", {"method": "pissa", "r": 4}),
+        ("base_correction", {"method": "pissa", "r": 17}),
+        ("base_correction", {"method": "pissa", "r": 0}),
+        ("base_correction", {"method": "pissa", "rank": 4}),
+        ("base_correction", {"method": "corda"}),
+        ("base_correction", {"r": 4}),
+        ("base_correction", "pissa"),
         ("r", 5),
         ("r", 1.5),
         ("r", -1),
@@ -146,7 +153,6 @@ def test_initialisations_that_keep_the_base_are_served(golden: Any, init: object
     ("name", "shape", "message"),
     [
         (f"{Q0}.lora_C.weight", (4, 4), "is not a tensor of a lora adapter"),
-        (f"{Q0}.lora_E", (4, 1), "AdaLoRA"),
         (f"{Q0}.lora_diag", (4,), "KaSA"),
         (f"{Q0}.bias", (16,), "biases"),
         (f"{Q0}.base_layer.bias", (16,), "biases"),
@@ -249,6 +255,41 @@ def test_every_accepted_pattern_means_what_it_means_to_re(text: str, path: str) 
     pattern = parse_pattern(text)
     if pattern is not None:
         assert pattern.matches(path) == bool(re.match(rf"(.*\.)?({text})$", path))
+
+
+NAMES = st.sampled_from(["q_proj", "layers.1.self_attn.q_proj", r"layers\.\d+\.mlp.*", "^x", "1.*"])
+
+
+@given(
+    rank=st.integers(1, 9),
+    alpha=st.integers(0, 64) | st.floats(0.1, 100),
+    rslora=st.booleans(),
+    ranks=st.dictionaries(NAMES, st.integers(1, 9), max_size=2),
+    alphas=st.dictionaries(NAMES, st.integers(1, 64), max_size=2),
+)
+def test_scale_is_pefts_or_there_is_none(
+    rank: int, alpha: float, rslora: bool, ranks: dict[str, int], alphas: dict[str, int]
+) -> None:
+    config = {"r": rank, "lora_alpha": alpha, "use_rslora": rslora}
+    scaling = LoraScaling(config | {"rank_pattern": ranks, "alpha_pattern": alphas})
+
+    def outcome(path: str, rank: int) -> float | None:
+        try:
+            return scaling.scale(path, rank, "x")
+        except AdapterRejected:
+            return None
+
+    def matching(keys: Iterable[str], path: str) -> list[str]:
+        return [key for key in keys if re.match(rf"(.*\.)?({key})$", path)]
+
+    for path in PATHS:
+        theirs = ranks.get(get_pattern_key(ranks, path), rank)
+        numerator = alphas.get(get_pattern_key(alphas, path), alpha)
+        scale = numerator / math.sqrt(theirs) if rslora else numerator / theirs
+        unclear = len({alphas[key] for key in matching(alphas, path)}) > 1
+        assert outcome(path, theirs) == (None if unclear else scale)
+        if len(matching(ranks, path)) < 2:  # else saving has lost which one was meant
+            assert all(outcome(path, other) is None for other in range(10) if other != theirs)
 
 
 @pytest.mark.parametrize(

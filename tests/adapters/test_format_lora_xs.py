@@ -388,7 +388,7 @@ def test_probe_tolerates_rounding_only(golden: Any, compact: Path) -> None:
         ({"lora_alpha": True}, "lora_alpha"),
         ({"base_correction": {"method": "pissa", "r": 4}}, "base_correction"),
         ({"bias": "all"}, "bias"),
-        ({"use_dora": True}, "use_dora: DoRA is not served"),
+        ({"use_dora": True}, "use_dora: DoRA is served with plain LoRA only"),
         ({"alpha_pattern": {"q_proj": 80}}, "alpha_pattern: must be absent"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern: must be absent"),
         ({"peft_type": "LORA"}, "does not belong to peft_type LORA"),

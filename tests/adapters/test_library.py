@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shoal.adapters import library as library_module
-from shoal.adapters.basis import Basis, BasisStore, compute_basis
+from shoal.adapters.basis import Basis, BasisStore, compute_basis, make_basis
 from shoal.adapters.errors import (
     AdapterConflict,
     AdapterError,
@@ -35,6 +35,7 @@ from shoal.adapters.registry.errors import RecordDamaged
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import LocalStore
 from shoal.adapters.spec import BaseShape, Dims, Family, Target
+from shoal.adapters.weights import AdapterWeights, Correction
 
 SHAPE = BaseShape(
     "tiny",
@@ -169,6 +170,66 @@ def test_an_adapter_outlives_the_canonical_basis_it_was_made_with(
     spec = library.stage(library.resolve("a"))
     assert told == [spec.basis_id] == [CANONICAL.id]
     library.unstage(spec)
+
+
+def upload_corrected(
+    library: AdapterLibrary, basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AdapterInfo:
+    """A LoRA that was trained on a residual base; its format has kept the basis."""
+    target = Target(1, "up_proj")
+    correction = Correction("milora", basis.id, {target: 3}, {target: 1.0})
+    factors = (torch.ones(2, 16), torch.ones(24, 2))
+    weights = AdapterWeights(
+        "lora", "lora", {target: factors}, {target: 1.0}, correction=correction
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(library_module, "read_adapter", lambda files, **context: weights)
+        return upload(library, "a", adapter(tmp_path, 1))
+
+
+def test_the_basis_of_a_correction_is_announced_with_its_adapter(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    basis = make_basis(
+        {t: f[:, :3].flip(1) for t, f in CANONICAL.factors.items()},
+        kind="uploaded",
+        base_digest=SHAPE.digest,
+    )
+    bases = BasisStore(places(f"sqlite:///{tmp_path}/registry.db").bases)
+    bases.add(basis)
+    before, after = HostTier(1 << 20), HostTier(1 << 20)
+    told: list[tuple[str, int]] = []
+    library = open_library(
+        bases=bases, host=before, on_basis=lambda basis: told.append((basis.id, len(before)))
+    )
+    info = upload_corrected(library, basis, tmp_path, monkeypatch)
+    assert (info.family, info.basis_id) == ("lora", None)
+    assert told == [(basis.id, 0)], "before the engine can be asked to run it"
+    told.clear()
+    library = open_library(host=after, on_basis=lambda basis: told.append((basis.id, len(after))))
+    spec = library.stage(library.resolve("a"))
+    assert told == [(basis.id, 0)]
+    assert [section.basis_id for section in spec.sections] == [basis.id, None]
+    assert spec == before.get(info.digest).spec
+    assert torch.equal(before.get(info.digest).data, after.get(info.digest).data)
+    library.unstage(spec)
+
+
+def test_a_corrected_adapter_outlives_the_canonical_basis_and_fails_alone_without_it(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_corrected(open_library(), CANONICAL, tmp_path, monkeypatch)
+    other = compute_basis(WEIGHTS.__getitem__, SHAPE, 6)
+    told: list[str] = []
+    library = open_library(canonical=other, on_basis=lambda basis: told.append(basis.id))
+    library.unstage(library.stage(library.resolve("a")))
+    assert told == [CANONICAL.id]
+    (places(f"sqlite:///{tmp_path}/registry.db").bases / f"{CANONICAL.id}.safetensors").unlink()
+    host = HostTier(1 << 20)
+    library = open_library(canonical=other, host=host)
+    with pytest.raises(RecordDamaged, match=f"basis {CANONICAL.id} cannot be read"):
+        library.stage(library.resolve("a"))
+    assert len(host) == 0, "what is in the host tier can be staged"
 
 
 def upload_official(library: AdapterLibrary, name: str, tmp_path: Path) -> AdapterInfo:

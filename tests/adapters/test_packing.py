@@ -1,13 +1,15 @@
 """Records are laid out as documented, with the scale folded in."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from shoal.adapters.errors import AdapterRejected
-from shoal.adapters.families import core, fold, lora
+from shoal.adapters.families import core, fold, lora, scale
 from shoal.adapters.packing import make_spec, pack_adapter
-from shoal.adapters.spec import BaseShape, Dims, Target
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape, Dims, Section, Target
+from shoal.adapters.weights import AdapterWeights, Correction
 
 SHAPE = BaseShape(
     name="tiny",
@@ -113,3 +115,91 @@ def test_values_that_overflow_the_banks_dtype_are_refused() -> None:
     assert pack_adapter(weights, SHAPE, "d", torch.bfloat16).data.isfinite().all()
     with pytest.raises(AdapterRejected, match=r"overflow torch\.float16"):
         pack_adapter(weights, SHAPE, "d", torch.float16)
+
+
+def corrected(rank_k: int = 2, rank_up: int = 6) -> AdapterWeights:
+    """A LoRA of rank 1 on two targets whose base was corrected at other ranks."""
+    return AdapterWeights(
+        "lora",
+        "lora",
+        {K1: (torch.ones(1, 6), torch.ones(3, 1)), UP0: (torch.ones(1, 6), torch.ones(8, 1))},
+        {K1: 1.0, UP0: 1.0},
+        correction=Correction("olora", "c", {K1: rank_k, UP0: rank_up}, {K1: 0.5, UP0: 2.0}),
+    )
+
+
+def test_a_correction_is_a_core_section_of_its_own_before_the_familys() -> None:
+    weights = corrected()
+    packed = pack_adapter(weights, SHAPE, "d", torch.float32)
+    spec = packed.spec
+    assert spec == make_spec(weights, SHAPE, "d")
+    # 2 layers of 7 modules of 6 x 6 take 504 elements: one unit.
+    assert spec.sections == (Section("core", 6, 0, "c"), Section("lora", 1, 1))
+    assert (spec.family, spec.rank, spec.basis_id) == ("lora", 1, None)
+    assert spec.packed_elements == UNIT_ELEMENTS + lora.packed_elements(SHAPE, 1)
+    table = packed.data[:504].view(2, 7, 6, 6)
+    assert torch.equal(table[1, 1, :2, :2], -0.5 * torch.eye(2))
+    assert torch.equal(table[0, 5], -2.0 * torch.eye(6))
+    assert table.count_nonzero() == 8
+    assert packed.data[504:UNIT_ELEMENTS].count_nonzero() == 0
+    alone = dataclasses.replace(weights, correction=None)
+    own = pack_adapter(alone, SHAPE, "d", torch.float32)
+    assert torch.equal(packed.data[UNIT_ELEMENTS:], own.data)
+    assert own.spec.extra == ()
+
+
+def test_sections_start_at_units_however_long_they_are() -> None:
+    large = dataclasses.replace(SHAPE, num_layers=5)
+    packed = pack_adapter(corrected(), large, "d", torch.float32)
+    assert UNIT_ELEMENTS < 5 * 7 * 36
+    assert [section.unit for section in packed.spec.sections] == [0, 2]
+    assert packed.spec.packed_elements == 2 * UNIT_ELEMENTS + lora.packed_elements(large, 1)
+
+
+def test_row_scales_are_kept_less_one_and_folded_into_b() -> None:
+    a, b = torch.randn(2, 6), torch.randn(3, 2)
+    up = (torch.randn(2, 6), torch.randn(8, 2))
+    g = torch.tensor([1.5, 1.0, 0.25])
+    weights = AdapterWeights(
+        "dora", "lora", {K1: (a, b), UP0: up}, {K1: 4.0, UP0: 3.0}, row_scales={K1: g}
+    )
+    packed = pack_adapter(weights, SHAPE, "d", torch.float32)
+    assert packed.spec.sections == (Section("scale", 0, 0), Section("lora", 2, 1))
+    widths = 2 * (12 + 6 + 16 + 6)
+    offset = scale.record_offset(SHAPE, 1, "qkv")
+    assert torch.equal(packed.data[offset + 6 : offset + 9], g - 1)
+    assert packed.data[:UNIT_ELEMENTS].count_nonzero() == 2
+    assert scale.packed_elements(SHAPE) == widths
+    own = packed.data[UNIT_ELEMENTS:]
+    first = lora.record_offset(SHAPE, 2, 1, "qkv") + 3 * 2 * 6
+    bt = own[first : first + 2 * 12].view(2, 12)
+    torch.testing.assert_close(bt[:, 6:9], 4 * (g[:, None] * b).T)
+    first = lora.record_offset(SHAPE, 2, 0, "gate_up") + 2 * 2 * 6
+    assert torch.equal(own[first : first + 2 * 16].view(2, 16)[:, 8:], 3 * up[1].T)
+
+
+def test_row_scales_near_one_keep_their_digits_in_16_bits() -> None:
+    g = 1 + torch.linspace(1e-4, 2e-3, 3, dtype=torch.float64)
+    factors = (torch.zeros(1, 6), torch.zeros(3, 1))
+    weights = AdapterWeights("dora", "lora", {K1: factors}, {K1: 1.0}, row_scales={K1: g})
+    packed = pack_adapter(weights, SHAPE, "d", torch.bfloat16)
+    offset = scale.record_offset(SHAPE, 1, "qkv") + 6
+    stored = packed.data[offset : offset + 3].double()
+    torch.testing.assert_close(stored, g - 1, rtol=2**-8, atol=0)
+
+
+def test_a_correction_without_a_low_rank_part_still_counts() -> None:
+    weights = dataclasses.replace(corrected(), tensors={}, scales={})
+    spec = make_spec(weights, SHAPE, "d")
+    assert spec.sections == (Section("core", 6, 0, "c"), Section("lora", 0, 1))
+    assert pack_adapter(weights, SHAPE, "d", torch.float32).data.count_nonzero() == 8
+
+
+def test_a_spec_of_a_vast_correction_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*size: int) -> None:
+        raise AssertionError(size)
+
+    for name in ("eye", "zeros", "empty"):
+        monkeypatch.setattr(torch, name, fail)
+    spec = make_spec(corrected(rank_up=1 << 20), SHAPE, "d")
+    assert spec.packed_elements > 1 << 40

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from shoal.adapters.errors import AdapterError, AdapterRejected
 from shoal.adapters.record import to_record
 
-CASES = ["lora", "lora_patterns", "miss_mini", "xs_new_key"]
+CASES = [
+    "lora", "lora_patterns", "lora_dora", "lora_pissa", "adalora", "vera", "vera_drawn", "tinylora",
+    "miss_mini", "miss_output", "loha", "lokr", "xs_new_key",
+]  # fmt: skip
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 # One directory serves all examples: each overwrites the same two files.
 FUZZ = settings(
@@ -210,7 +213,9 @@ JSON = st.recursive(
     | st.sampled_from([0, 1, 4, -1, 10**400, 1 << 63])
     | st.floats(allow_nan=True)
     | st.text(max_size=6)
-    | st.sampled_from(["LORA", "MISS", "LORA_XS", "BONE", "mini", "bat", "F32", "BF16", "pissa"]),
+    | st.sampled_from(["LORA", "MISS", "LORA_XS", "BONE", "mini", "bat", "F32", "BF16", "pissa"])
+    | st.sampled_from(["LOHA", "LOKR", "output"])
+    | st.sampled_from([{"method": "milora"}, {"method": "olora", "r": 2}, "olora", ["q_proj"]]),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
     ),
@@ -220,7 +225,9 @@ FIELDS = st.sampled_from(
     [
         "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
         "init_weights", "init_lora_weights", "mini_r", "basis", "base_correction", "target_modules",
-        "modules_to_save", "use_dora", "fan_in_fan_out", "layer_replication",
+        "modules_to_save", "use_dora", "fan_in_fan_out", "layer_replication", "init_r", "u",
+        "exclude_modules", "layers_to_transform", "weight_tying", "save_projection",
+        "projection_prng_key", "projection_seed", "shard", "alpha",
     ]
 )  # fmt: skip
 
@@ -259,12 +266,14 @@ KINDS = st.sampled_from(
     [
         "lora_A.weight", "lora_B.weight", "lora_A", "miss_block", "bone_block", "basis_probe",
         "default_lora_latent_mapping.weight", "lora_latent_mapping.weight", "lora_E", "x.bias",
+        "lora_magnitude_vector", "vera_lambda_b", "tinylora_P", "hada_w1_a",
+        "hada_t1", "lokr_w1", "lokr_w2_a", "lokr_w2_b",
     ]
 )  # fmt: skip
 MODULES = st.sampled_from(
     ["0.self_attn.q_proj", "1.mlp.down_proj", "2.mlp.up_proj", "0.mlp.q_proj", "-1.mlp.up_proj"]
 )
-SIZES = st.lists(st.sampled_from([1, 4, 8, 16, 24]), max_size=3)
+SIZES = st.lists(st.sampled_from([0, 1, 4, 8, 16, 24]), max_size=3)
 
 
 @FUZZ

@@ -6,31 +6,35 @@ output and the tables; the kernels themselves are tested where they are.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
-from shoal.adapters.families import core, fold, lora
+from shoal.adapters.families import core, fold, lora, scale
 from shoal.adapters.families.joint_basis import BLOCK
 from shoal.adapters.packing import pack_adapter
 from shoal.adapters.spec import (
     GROUPS,
     MODULES,
+    UNIT_ELEMENTS,
     AdapterSpec,
     BaseShape,
     Dims,
     Family,
     Group,
     RowAdapter,
+    Section,
+    SectionKind,
     Slot,
     Target,
 )
 from shoal.adapters.tables import ActiveFamilies, Rows, StepParts, StepTables
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.weights import AdapterWeights, Correction
 
 # Group widths 218, 78, 226, 78: nothing divides anything, and ranks up to 64 fit.
 SHAPE = BaseShape(
@@ -97,11 +101,50 @@ def make_weights(
             tensors[target] = (rand(rank, d_out),)
         else:
             tensors[target] = (rand(rank, d_in), rand(d_out, rank))
-        scales[target] = 0.25 + 0.1 * len(tensors) / rank
+        scales[target] = 0.25 + 0.1 * len(tensors) / max(rank, 1)
     covered = None if basis_id is None else BASES[basis_id].factors
     if covered is not None:
         tensors = {target: parts for target, parts in tensors.items() if target in covered}
     return AdapterWeights("test", family, tensors, scales, basis_id)
+
+
+def with_correction(weights: AdapterWeights, basis_id: str, *ranks: int) -> AdapterWeights:
+    """As trained on a residual base; the ranks by turns over the targets of the basis."""
+    covered = [target for target in weights.tensors if target in BASES[basis_id].factors]
+    by_target = {
+        target: min(ranks[i % len(ranks)], *SHAPE.dims[target.module])
+        for i, target in enumerate(covered)
+    }
+    correction = Correction("milora", basis_id, by_target, dict.fromkeys(covered, 1.25))
+    return replace(weights, correction=correction)
+
+
+def with_row_scales(weights: AdapterWeights, *modules: str) -> AdapterWeights:
+    """DoRA, in some of its modules or all."""
+    rand = random(len(weights.tensors))
+    g = {
+        target: 1 + 0.5 * rand(SHAPE.dims[target.module].d_out)
+        for target in weights.tensors
+        if not modules or target.module in modules
+    }
+    return replace(weights, row_scales=g)
+
+
+def expected_delta(
+    weights: AdapterWeights, layer: int, group: Group, x: Tensor, y0: Tensor
+) -> Tensor:
+    """What the adapter adds to ``y0``, from the definition of each of its sections."""
+    inputs = (SHAPE, layer, group, x, y0)
+    factors = BASES[weights.basis_id].factors if weights.basis_id else {}
+    delta = REFERENCES[weights.family](weights, *inputs, factors)
+    if weights.row_scales:
+        delta = delta + scale.reference(weights, *inputs, {})
+    if weights.correction is not None:
+        correction = core.of_correction(weights.correction)
+        delta = delta + core.reference(
+            correction, *inputs, BASES[weights.correction.basis_id].factors
+        )
+    return delta
 
 
 def all_kinds() -> list[AdapterWeights]:
@@ -116,6 +159,16 @@ def all_kinds() -> list[AdapterWeights]:
         make_weights("fold", 8, 501, skip="gate_proj"),
         *(make_weights("lora", r, 600 + r) for r in (1, 5, 16, 64)),
         make_weights("lora", 8, 701, skip="k_proj"),
+        # On the joint basis, the other two wide; alone, beside and behind a low-rank part.
+        with_correction(make_weights("lora", 5, 710), "canonical", 16),
+        with_correction(make_weights("lora", 64, 711), "canonical", 64, 1, 33),
+        with_correction(make_weights("lora", 16, 712, skip="q_proj"), "second", 3, 16),
+        with_correction(make_weights("lora", 1, 713), "late", 8, 2),
+        with_correction(make_weights("lora", 8, 714), "large", 40),
+        with_correction(make_weights("lora", 0, 715), "small", 11),
+        *(with_row_scales(make_weights("lora", r, 720 + r)) for r in (1, 16, 64)),
+        with_row_scales(make_weights("lora", 8, 790, skip="k_proj"), "v_proj", "up_proj"),
+        with_row_scales(make_weights("lora", 0, 791)),
     ]
 
 
@@ -183,13 +236,12 @@ class Loaded:
             for adapter, length in rows:
                 part = slice(start, start + length)
                 start += length
-                if adapter is None or not adapter.spec.rank:
+                if adapter is None or not adapter.spec.packed_elements:
                     assert torch.equal(y[part], y0[part])
                     continue
                 weights = self.weights[adapter]
-                factors = BASES[weights.basis_id].factors if weights.basis_id else {}
-                expected = y0[part].double() + REFERENCES[weights.family](
-                    weights, SHAPE, layer, group, x[part].double(), y0[part].double(), factors
+                expected = y0[part].double() + expected_delta(
+                    weights, layer, group, x[part].double(), y0[part].double()
                 )
                 for actual in (y[part], reference[part]):
                     error = (actual.double() - expected).norm() / expected.norm()
@@ -273,6 +325,8 @@ def test_parts_serve_every_later_fill_of_their_key(
         *(make_weights("core", 40, 810 + s, basis_id="large") for s in range(3)),
         *(make_weights("fold", 16, 820 + s) for s in range(3)),
         *(make_weights("lora", 16, 830 + s) for s in range(3)),
+        *(with_row_scales(make_weights("lora", 15, 840 + s)) for s in range(3)),
+        *(with_correction(make_weights("lora", 14, 850 + s), "canonical", 8) for s in range(3)),
     ):
         adapter = loaded.add(weights)
         by_kind.setdefault((weights.family, weights.rank), []).append(adapter)
@@ -281,10 +335,10 @@ def test_parts_serve_every_later_fill_of_their_key(
         rows: list[tuple[RowAdapter | None, int]] = [(None, 1)] * turn
         for some in by_kind.values():
             rows += [(some[turn], 1), (some[0], 1), (some[0], 1 + 9 * turn)]
-        active = loaded.tables.fill(rows, 96)
-        parts = parts or loaded.tables.parts(active, 96)
-        assert active == ActiveFamilies(16, 8, ("large",), 64, 16, 16)
-        loaded.check(parts, rows, 96)
+        active = loaded.tables.fill(rows, 160)
+        parts = parts or loaded.tables.parts(active, 160)
+        assert active == ActiveFamilies(16, 8, ("large",), 64, 16, 16, scale=True)
+        loaded.check(parts, rows, 160)
 
 
 def test_a_step_of_base_rows_is_falsy_and_launches_nothing(loaded: Loaded) -> None:
@@ -298,10 +352,22 @@ def test_a_step_of_base_rows_is_falsy_and_launches_nothing(loaded: Loaded) -> No
         assert not parts.has_others
 
 
+@pytest.mark.parametrize("capacity", [4 << 10, 4 << 20])
+def test_a_step_that_is_run_to_compile_reads_nothing_beyond_the_arena(capacity: int) -> None:
+    """Its tables were never filled."""
+    bank = AdapterBank(SHAPE, capacity_bytes=capacity, device=CPU, dtype=torch.float32, joint=False)
+    parts = StepTables(bank, 8).parts(ActiveFamilies(fold_rank=16, lora_rank=16, scale=True), 8)
+    for group in GROUPS:
+        dims = SHAPE.group_dims(group)
+        made = parts.before(1, group, torch.ones(8, dims.d_in))
+        parts.apply(1, group, made, torch.ones(8, dims.d_out), early=False)
+
+
 def test_the_key_says_no_more_than_what_is_launched(
     loaded: Loaded, adapters: list[RowAdapter]
 ) -> None:
-    spec = {(a.spec.family, a.spec.basis_id, a.spec.rank): a for a in adapters}
+    spec = {(a.spec.family, a.spec.basis_id, a.spec.rank): a for a in adapters if not a.spec.extra}
+    extra = {a.spec.extra[0]: a for a in adapters if a.spec.extra}
 
     def key(*kinds: tuple[str, str | None, int]) -> ActiveFamilies:
         return loaded.tables.fill([(spec[kind], 1) for kind in kinds], 4)  # type: ignore[index]
@@ -316,6 +382,15 @@ def test_the_key_says_no_more_than_what_is_launched(
     assert key(("fold", None, 4), ("fold", None, 24)) == ActiveFamilies(fold_rank=32)
     assert key(("lora", None, 64), (*canonical, 8)) == ActiveFamilies(16, 8, lora_rank=64)
     assert len({key((*canonical, 8)), key((*canonical, 16)), key((*canonical, 32))}) == 2
+
+    def key_of(kind: SectionKind, rank: int, basis_id: str | None = None) -> ActiveFamilies:
+        return loaded.tables.fill([(extra[Section(kind, rank, 0, basis_id)], 1)], 4)
+
+    assert key_of("core", 16, "canonical") == ActiveFamilies(16, 8, lora_rank=16)
+    assert key_of("core", 64, "canonical") == ActiveFamilies(0, 8, ("canonical",), 64, lora_rank=64)
+    assert key_of("core", 8, "late") == ActiveFamilies(0, 8, ("late",), 16, lora_rank=16)
+    assert key_of("core", 11, "small") == ActiveFamilies(64, 1)  # no low-rank part
+    assert key_of("scale", 0) == ActiveFamilies(scale=True)  # the last one added has rank 0
 
 
 def test_without_a_joint_basis_everything_is_wide() -> None:
@@ -346,7 +421,7 @@ def test_equal_rows_are_written_once(
 def test_a_prompt_step_launches_programs_for_its_rows_only(
     loaded: Loaded, adapters: list[RowAdapter]
 ) -> None:
-    rows = [(a, 33) for a in adapters if a.spec.family != "core"]
+    rows = [(a, 33) for a in adapters if a.spec.family != "core" and not a.spec.extra]
     tokens = sum(n for _, n in rows)
     active = loaded.tables.fill(rows, tokens)
     parts = loaded.tables.parts(active, tokens, max_rows=len(rows))

@@ -236,7 +236,10 @@ def make_adapter(
             weight = base.weight(module)
             key = f"base_model.model.{module}"
             parts = _one(kind, module, weight, rank, noise, strength)
-            stored = {name: part.to(dtype) for name, part in parts.items()}
+            stored = {
+                name: part.to(dtype) if part.is_floating_point() else part
+                for name, part in parts.items()
+            }
             # Of what the file holds, rounding included.
             deltas[module] = _delta(kind, module, weight, stored, scale)
             tensors |= {key + suffix: part.contiguous() for suffix, part in stored.items()}
@@ -251,8 +254,10 @@ def make_adapter(
 
 
 def _config(kind: str, rank: int) -> dict[str, object]:
-    """The scale of all but MiSS is 2 (alpha = 2 r)."""
+    """The scale of LoRA and LoRA-XS is 2 (alpha = 2 r), of the others 1."""
     config: dict[str, object] = {"r": rank, "bias": "none", "inference_mode": True}
+    if kind in ("svf", "svft"):
+        return config | {"peft_type": kind.upper()}
     if kind in ("miss", "mini"):
         mini = kind == "mini"
         return config | {
@@ -294,6 +299,22 @@ def _one(
             a = a + 0.3 * noise(rank, d_in) / d_in**0.5
         parts = {".lora_A.weight": a.float(), ".lora_B.weight": b.float()}
         return parts | {".default_lora_latent_mapping.weight": r}
+    if kind == "svf":
+        sigma = torch.linalg.svdvals(weight)
+        probe = sigma @ _seeded("sigma", module, len(sigma), 4)
+        return {".svf_vector": 4 * strength * noise(len(sigma)), ".svd_probe": probe.float()}
+    if kind == "svft":  # `rank` entries a component, anywhere, some of them twice
+        u, sigma, _ = torch.linalg.svd(weight, full_matrices=False)
+        k = len(sigma)
+        places = (noise(2, rank * k).abs() * k).long() % k
+        probe = _signed(u, module).T @ _seeded("probe", module, d_out, 4)
+        return {
+            ".svft_rows": places[0].int(),
+            ".svft_cols": places[1].int(),
+            ".svft_values": 0.6 * strength * sigma.mean().float() * noise(rank * k) / rank**0.5,
+            ".svft_gate": noise(1),
+            ".svd_probe": probe.float(),
+        }
     if kind in ("miss", "mini"):
         return {".miss_block": 0.1 * strength * noise(rank, 2 if kind == "mini" else d_out)}
     a, b = noise(rank, d_in) / d_in**0.5, 0.3 * strength * noise(d_out, rank)
@@ -308,6 +329,19 @@ def _delta(
     if kind in ("miss", "mini"):
         d = parts[".miss_block"].double()
         return d.repeat(1, d_out // d.shape[1])[torch.arange(d_in) % d.shape[0]].T
+    if kind == "svf":
+        u, sigma, vt = torch.linalg.svd(weight, full_matrices=False)
+        kept = sigma * torch.sigmoid(parts[".svf_vector"]).double()
+        return u * kept @ vt * (sigma.sum() / kept.sum()) - weight
+    if kind == "svft":
+        u, sigma, _ = torch.linalg.svd(weight, full_matrices=False)
+        u = _signed(u, module)
+        m = torch.zeros(len(sigma), len(sigma), dtype=torch.float64)
+        places = (parts[".svft_rows"].long(), parts[".svft_cols"].long())
+        m.index_put_(places, parts[".svft_values"].double(), accumulate=True)
+        # V from W and U, as W V = U Σ.
+        vt = (u / sigma).T @ weight
+        return torch.sigmoid(parts[".svft_gate"].double()) * u @ m @ vt
     if kind == "compact_xs":
         r = parts[".lora_latent_mapping.weight"].double()
         b = _signed(torch.linalg.svd(weight).U[:, : r.shape[0]], module)

@@ -6,11 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
-from shoal.adapters.families import core, fold, lora
+from shoal.adapters.families import core, fold, lora, scale
 from shoal.adapters.packing import PackedAdapter
-from shoal.adapters.spec import GROUPS, AdapterSpec, BaseShape, Dims, Group, RowAdapter, Slot
+from shoal.adapters.spec import (
+    GROUPS,
+    UNIT_ELEMENTS,
+    AdapterSpec,
+    BaseShape,
+    Dims,
+    Group,
+    RowAdapter,
+    Section,
+    Slot,
+)
 from shoal.adapters.tables import ActiveFamilies, StepTables
 
 SMOLLM2 = {
@@ -33,6 +43,7 @@ ODD = {
 }
 KINDS = [("core", r) for r in (1, 4, 8, 16, 24)]
 KINDS += [("fold", r) for r in (1, 4, 7, 16)] + [("lora", r) for r in (1, 3, 8, 16)]
+KINDS += [(kind, r) for kind in ("lora corrected", "lora scaled") for r in (3, 16)]
 TOLERANCES = [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
 Rows = list[tuple[RowAdapter | None, int]]
 
@@ -60,10 +71,20 @@ def make_banks(
     gpu.arena.fill_(float("nan"))
     torch.cuda.synchronize()
     adapters, unit = [], 1
-    for i, (family, rank) in enumerate(KINDS * 2):
-        elements = {"core": core, "fold": fold, "lora": lora}[family].packed_elements(shape, rank)
+    for i, (kind, rank) in enumerate(KINDS * 2):
+        layout = {"core": core, "fold": fold}.get(kind, lora)
+        family = kind.partition(" ")[0]
         basis_id = "basis" if family == "core" else None
-        spec = AdapterSpec(f"{i}", family, rank, basis_id, elements)  # type: ignore[arg-type]
+        extra: tuple[Section, ...] = ()
+        start = 0  # of the family's own section
+        if kind == "lora corrected":
+            extra = (Section("core", 16, 0, "basis"),)
+            start = -(-core.packed_elements(shape, 16) // UNIT_ELEMENTS)
+        elif kind == "lora scaled":
+            extra = (Section("scale", 0),)
+            start = -(-scale.packed_elements(shape) // UNIT_ELEMENTS)
+        elements = start * UNIT_ELEMENTS + layout.packed_elements(shape, rank)
+        spec = AdapterSpec(f"{i}", family, rank, basis_id, elements, extra, start)  # type: ignore[arg-type]
         adapter = RowAdapter(spec, Slot(unit, -(-elements // UNIT_ELEMENTS)))
         unit += adapter.slot.num_units + 1
         data = (torch.randn(elements, generator=generator) * 0.3).to(dtype)

@@ -15,9 +15,15 @@ from torch import Tensor
 from shoal.adapters.base import base_digest
 from shoal.adapters.basis import Basis, compute_basis, make_basis, save_basis
 from shoal.adapters.formats.keys import module_path
-from shoal.adapters.formats.writing import write_compact_lora_xs, write_lora, write_miss
+from shoal.adapters.formats.writing import (
+    write_compact_lora_xs,
+    write_lora,
+    write_miss,
+    write_svf,
+)
 from shoal.adapters.library import places
-from shoal.adapters.spec import MODULES, Target
+from shoal.adapters.spec import MODULES, UNIT_ELEMENTS, Target
+from shoal.adapters.spectral_basis import SpectralBasis
 from shoal.server.cli import adapters
 from shoal.server.cli.adapters_check import compress
 from shoal.server.model.config import ModelConfig
@@ -93,6 +99,38 @@ class Tiny:
         }
         return self.write("bat", {"peft_type": "MISS", "r": 4, "init_weights": "bat"}, tensors)
 
+    def residual(self, method: str) -> Path:
+        """LoRA on one module, trained on what PiSSA, OLoRA or MiLoRA leaves of the base."""
+        said = {"init_lora_weights": method}
+        if method == "milora":
+            said = {"base_correction": {"method": method}}
+        ab = {Target(0, "q_proj"): (self.noise(2, 16), self.noise(16, 2))}
+        write_lora(self.folder / method, ab, alpha=3, rank=2, shape=self.shape)
+        return self.configured(method, **said)
+
+    def dora(self) -> Path:
+        source = self.lora()
+        tensors = load_file(source / "adapter_model.safetensors")
+        for layer in range(2):
+            key = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_magnitude_vector"
+            tensors[key] = 1 + self.noise(16, 1)[:, 0].abs()
+        save_file(tensors, source / "adapter_model.safetensors")
+        return self.configured("lora", use_dora=True)
+
+    def svf(self) -> Path:
+        basis = SpectralBasis(self.decoder.weight_of, self.shape, self.folder / "own")
+        vectors = {
+            Target(1, "k_proj"): self.noise(8, 1)[:, 0],
+            Target(0, "up_proj"): torch.ones(16),
+        }
+        write_svf(self.folder / "svf", vectors, basis=basis)
+        return self.folder / "svf"
+
+    def configured(self, name: str, **changes: Any) -> Path:
+        path = self.folder / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return self.folder / name
+
     def write(self, name: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
         folder = self.folder / name
         folder.mkdir()
@@ -153,19 +191,22 @@ def test_check_says_what_a_lora_costs(tiny: Tiny, run: Run) -> None:
     assert said["scale"] == "1.5"
     assert "basis" not in said
     files = snapshot(tiny.folder / "lora").values()
-    assert said["on disk"] == f"{sum(map(len, files)):,} bytes"
+    assert said["on disk"].startswith(f"{sum(map(len, files)):,} bytes, as a record ")
+    assert said["base"] == "needs a base of these shapes; made for base"
+    assert said["served"] == "lora r=2"
     # A of every module and Bᵀ of every group, rank 2, two layers.
     elements = 2 * 2 * (16 * 3 + 32 + 16 + 16 + 16 * 2 + 48 + 24 + 16)
-    assert (
-        said["packed"] == f"{2 * elements:,} bytes in bfloat16, {4 * elements:,} bytes in float32"
-    )
-    assert f"{2 * elements:,} bytes in bfloat16" in said["decode"]
+    units = -(-elements // UNIT_ELEMENTS) * UNIT_ELEMENTS
+    assert said["packed"] == f"{2 * units:,} bytes in bfloat16, {4 * units:,} bytes in float32"
+    assert said["decode"].startswith(f"a row reads {2 * elements:,} bytes a step in bfloat16, and")
+    assert f"takes {elements:,} multiply-adds" in said["decode"]
 
 
 def test_check_says_what_a_miss_costs(tiny: Tiny, run: Run) -> None:
     said = fields(run("check", tiny.miss())[1])
     assert (said["family"], said["format"], said["rank"]) == ("fold", "miss", "4")
-    assert said["targets"] == f"14: layers 0-1: {' '.join(MODULES)}"
+    assert said["targets"] == "14: 7 modules x 2 layers"
+    assert said["launches"] == "fold r=4: two for each fused weight"
 
 
 def test_check_names_the_basis(tiny: Tiny, run: Run) -> None:
@@ -173,6 +214,8 @@ def test_check_names_the_basis(tiny: Tiny, run: Run) -> None:
     assert (said["family"], said["format"]) == ("core", "lora_xs, compact layout")
     assert said["basis"].startswith("canonical (")
     assert said["basis"].endswith("rank 8")
+    assert said["base"].startswith("needs the weights it was trained on")
+    assert "all such rows together" in said["decode"]
     official = tiny.official()
     said = fields(run("check", official)[1])
     assert said["format"] == "lora_xs, official layout"
@@ -217,6 +260,55 @@ def test_check_prints_the_refusal(tiny: Tiny, run: Run) -> None:
     assert "shoal adapters convert --merge" in fields(out)["rule"]
     said = fields(run("check", pickled(tiny.lora()))[1])
     assert said["where"] == "file adapter_model.bin"
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "milora"])
+def test_check_says_what_is_taken_out_of_the_base(tiny: Tiny, run: Run, method: str) -> None:
+    said = fields(run("check", tiny.residual(method))[1])
+    assert (said["family"], said["format"], said["rank"]) == ("lora", "lora", "2")
+    assert said["served"] == f"{method} as core r=2 + lora r=2"
+    known = "canonical (" if method == "pissa" else "of its correction, kept as a further one ("
+    assert said["basis"].startswith(known)
+    assert said["base"].startswith("needs the weights it was trained on")
+
+
+def test_check_says_that_dora_scales_outputs(tiny: Tiny, run: Run) -> None:
+    said = fields(run("check", tiny.dora())[1])
+    assert (said["family"], said["format"]) == ("lora", "dora")
+    assert said["served"] == "scale of every output + lora r=2"
+    assert said["launches"].startswith("scale of every output: one for each fused weight; lora")
+
+
+def test_check_computes_the_svds_that_svf_needs(tiny: Tiny, run: Run) -> None:
+    code, out, err = run("check", tiny.svf())
+    said = fields(out)
+    assert (code, said["family"], said["format"]) == (0, "spectral", "svf")
+    assert "computing 2 SVDs of base once" in err
+    assert said["basis"].startswith("the singular vectors of base (svd-")
+    assert said["rank"] == "8, 16"
+    assert "16 entries a module" in said["served"]
+    # Of the two modules that it changes: U and V.
+    assert f"together {2 * (8 * (8 + 16) + 16 * (24 + 16)):,} of the base's" in said["decode"]
+
+
+def test_check_says_the_same_as_json(tiny: Tiny, run: Run) -> None:
+    code, out, _ = run("check", tiny.compact(), "--json")
+    said = json.loads(out)
+    assert (code, said["served"], said["family"], said["rank"]) == (0, True, "core", 4)
+    assert (said["ranks"], said["scales"], said["num_targets"]) == ([4], [2.0], 14)
+    elements = 2 * 7 * 4 * 4
+    assert said["row_bytes"] == 2 * elements
+    outputs = 2 * (16 + 8 + 8 + 16 + 24 + 24 + 16)
+    assert said["shared_bytes"] == 2 * 4 * outputs
+    assert said["multiply_adds"] == 2 * 4 * outputs + elements
+    assert said["bank_bytes"] == {"bfloat16": 2048, "float32": 4096}
+    assert said["sections"] == [
+        {"section": "core r=4", "launches": "none, where its basis has columns of the joint one"}
+    ]
+    code, out, _ = run("check", tiny.bat(), "--json")
+    said = json.loads(out)
+    assert (code, said["served"]) == (1, False)
+    assert said["where"] == "adapter_config.json: init_weights"
 
 
 def test_check_survives_whatever_the_files_hold(tiny: Tiny, run: Run) -> None:
@@ -283,6 +375,52 @@ def test_convert_takes_a_pickle_of_any_name(tiny: Tiny, run: Run) -> None:
     assert run("check", tiny.folder / "out")[0] == 0
 
 
+def test_convert_projects_onto_the_base_s_basis(tiny: Tiny, run: Run) -> None:
+    out = tiny.folder / "xs"
+    code, said, _ = run("convert", tiny.lora(), out, "--to", "lora-xs", "--rank", "8")
+    assert code == 0
+    lines = said.splitlines()
+    errors = {words[0]: float(words[-1]) for words in map(str.split, lines[1:-1])}
+    assert set(errors) == {"layers.0.q_proj", "layers.1.q_proj", "in"}
+    assert f"lora-xs r=8, 2 targets, relative error {errors['in']:.4f}" in lines[-1]
+    assert 0 < errors["in"] < 1
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["basis"]["rank"]) == ("LORA_XS", 8)
+    # What is written is served, and is what the numbers say.
+    said = fields(run("check", out)[1])
+    assert (said["family"], said["basis"][:9]) == ("core", "canonical")
+    assert run("convert", tiny.folder / "lora", tiny.folder / "one", "--merge")[0] == 0
+    assert run("convert", out, tiny.folder / "two", "--merge")[0] == 0
+    one, two = (
+        load_model(tiny.folder / name, device="cpu", dtype=torch.float32) for name in ("one", "two")
+    )
+    for layer in range(2):
+        target = Target(layer, "q_proj")
+        delta = one.weight_of(target) - tiny.decoder.weight_of(target)
+        error = (one.weight_of(target) - two.weight_of(target)).norm() / delta.norm()
+        assert float(error) == pytest.approx(errors[str(target)], abs=1e-4)
+
+
+def test_projecting_back_and_forth_loses_nothing(tiny: Tiny, run: Run) -> None:
+    assert run("convert", tiny.compact(), tiny.folder / "lora", "--to", "lora")[0] == 0
+    code, said, _ = run(
+        "convert", tiny.folder / "lora", tiny.folder / "xs", "--to", "lora-xs", "--rank", "4"
+    )
+    assert code == 0
+    assert "relative error 0.0000" in said.splitlines()[-1]
+    sizes = [
+        sum(map(len, snapshot(tiny.folder / name).values())) for name in ("compact", "lora", "xs")
+    ]
+    assert sizes[2] < sizes[1]
+
+
+def test_projecting_needs_a_rank_that_the_basis_has(tiny: Tiny, run: Run) -> None:
+    code, _, err = run("convert", tiny.lora(), tiny.folder / "xs", "--to", "lora-xs", "--rank", "9")
+    assert code == 1
+    assert "--rank 9 exceeds the basis' 8" in err
+    assert not (tiny.folder / "xs").exists()
+
+
 @pytest.mark.parametrize("make", ["miss", "compact", "official"])
 def test_convert_to_lora_keeps_what_merging_gives(tiny: Tiny, run: Run, make: str) -> None:
     source = getattr(tiny, make)()
@@ -300,6 +438,40 @@ def test_convert_to_lora_keeps_what_merging_gives(tiny: Tiny, run: Run, make: st
         weight = merged.weight_of(target)
         torch.testing.assert_close(again.weight_of(target), weight, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(weight, tiny.decoder.weight_of(target))
+
+
+@pytest.mark.parametrize("make", ["pissa", "olora", "milora"])
+def test_a_residual_base_becomes_rank_of_plain_lora(tiny: Tiny, run: Run, make: str) -> None:
+    source = tiny.residual(make)
+    assert run("convert", source, tiny.folder / "plain", "--to", "lora")[0] == 0
+    said = fields(run("check", tiny.folder / "plain")[1])
+    assert (said["rank"], said["served"]) == ("4", "lora r=4")
+    for name, path in (("one", source), ("two", tiny.folder / "plain")):
+        assert run("convert", path, tiny.folder / name, "--merge")[0] == 0
+    one, two = (
+        load_model(tiny.folder / name, device="cpu", dtype=torch.float32) for name in ("one", "two")
+    )
+    target = Target(0, "q_proj")
+    torch.testing.assert_close(one.weight_of(target), two.weight_of(target), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", ["dora", "svf"])
+def test_what_is_not_low_rank_is_merged_only(tiny: Tiny, run: Run, make: str) -> None:
+    source, out = getattr(tiny, make)(), tiny.folder / "out"
+    code, _, err = run("convert", source, out, "--to", "lora")
+    assert code == 1
+    assert f"{make} is not low-rank" in err
+    assert "hint: `shoal adapters convert --merge`" in err
+    assert run("convert", source, out, "--merge")[0] == 0
+    merged = load_model(out, device="cpu", dtype=torch.float32)
+    changed = {
+        target
+        for target in tiny.shape.targets()
+        if not torch.equal(merged.weight_of(target), tiny.decoder.weight_of(target))
+    }
+    both = {Target(0, "q_proj"), Target(1, "q_proj")}
+    assert changed == (both if make == "dora" else {Target(1, "k_proj")})  # a constant z is 1
+    assert run("convert", source, tiny.folder / "xs", "--to", "lora-xs", "--rank", "8")[0] == 0
 
 
 def test_convert_merges_bat_into_a_base_that_loads(tiny: Tiny, run: Run) -> None:

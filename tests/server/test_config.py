@@ -107,6 +107,7 @@ def test_keys_are_not_printed() -> None:
         ({"api_key": ("",)}, "--api-key"),
         ({"served_model_name": ""}, "--served-model-name"),
         ({"max_body_bytes": 0}, "--max-body-bytes"),
+        ({"spectral_memory": -1}, "--spectral-memory"),
     ],
 )
 def test_a_broken_field_is_named_with_its_value_and_rule(broken: dict[str, Any], flag: str) -> None:
@@ -246,3 +247,10 @@ def test_a_full_device_is_refused() -> None:
     full = MemoryFacts(total_bytes=8 * GIB, free_bytes=0)
     with pytest.raises(ValueError, match=r"--gpu-memory-utilization is 0\.9: .* 0 blocks"):
         plan_engine(ServeConfig(), device="cuda", model=MODEL, memory=full)
+
+
+def test_singular_vectors_have_room_on_a_cpu_and_on_cuda_when_asked_for() -> None:
+    assert ServeConfig().spectral_bytes("cpu") == GIB
+    assert ServeConfig().spectral_bytes("cuda") == 0
+    assert ServeConfig(spectral_memory=0).spectral_bytes("cpu") == 0
+    assert parse("--spectral-memory", "3GiB").spectral_bytes("cuda") == 3 * GIB

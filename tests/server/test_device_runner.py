@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.adapters.bank import UNIT_ELEMENTS, AdapterBank
+from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
-from shoal.adapters.families import core, fold, lora
+from shoal.adapters.families import core, fold, lora, scale
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.packing import PackedAdapter
 from shoal.adapters.slots import SlotTable
-from shoal.adapters.spec import AdapterSpec, BaseShape
+from shoal.adapters.spec import UNIT_ELEMENTS, AdapterSpec, BaseShape, Section
 from shoal.server.engine.plan import DeviceLost, Pending, Runner, StepPlan
 from shoal.server.engine.request import Request, SamplingParams
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
@@ -61,6 +61,12 @@ KINDS: list[tuple[str, int, str | None]] = [
     ("core", 20, "late"),  # no columns are left for its basis
     *(("fold", rank, None) for rank in (4, 7, 16)),
     *(("lora", rank, None) for rank in (3, 16, 24)),
+]
+# Of LoRA adapters: what comes before their own section. The first is fused, the second wide.
+EXTRA: list[tuple[int, Section]] = [
+    (8, Section("core", 16, 0, "canonical")),
+    (3, Section("core", 20, 0, "late")),
+    *((rank, Section("scale", 0)) for rank in (5, 16)),
 ]
 DEVICES = [
     "cpu",
@@ -132,14 +138,31 @@ def bases(shape: BaseShape, dtype: torch.dtype) -> Iterator[Basis]:
 
 def adapters(shape: BaseShape, dtype: torch.dtype) -> list[PackedAdapter]:
     generator = torch.Generator().manual_seed(4)
-    made = []
-    for i, (family, rank, basis_id) in enumerate(KINDS * 2):
-        layout = {"core": core, "fold": fold, "lora": lora}[family]
-        elements = layout.packed_elements(shape, rank)
-        strength = {"core": 1.0, "fold": 0.05, "lora": 0.15}[family]
-        data = torch.randn(elements, generator=generator) * strength
-        spec = AdapterSpec(f"{i:064x}", family, rank, basis_id, elements)  # type: ignore[arg-type]
+    layouts = {
+        "core": core.packed_elements,
+        "fold": fold.packed_elements,
+        "lora": lora.packed_elements,
+        "scale": lambda shape, rank: scale.packed_elements(shape),
+    }
+    strengths = {"core": 1.0, "fold": 0.05, "lora": 0.15, "scale": 0.3}
+    made: list[PackedAdapter] = []
+
+    def draw(kind: str, rank: int) -> torch.Tensor:
+        elements = layouts[kind](shape, rank)
+        return torch.randn(elements, generator=generator) * strengths[kind]
+
+    def add(data: torch.Tensor, family: str, rank: int, basis_id: str | None, *rest: Any) -> None:
+        spec = AdapterSpec(f"{len(made):064x}", family, rank, basis_id, len(data), *rest)  # type: ignore[arg-type]
         made.append(PackedAdapter(spec, data.to(dtype)))
+
+    for family, rank, basis_id in KINDS * 2:
+        add(draw(family, rank), family, rank, basis_id)
+    for rank, section in EXTRA * 2:
+        before = draw(section.kind, section.rank)
+        unit = -(-len(before) // UNIT_ELEMENTS)
+        gap = torch.zeros(unit * UNIT_ELEMENTS - len(before))
+        own = draw("lora", rank)
+        add(torch.cat([before, gap, own]), "lora", rank, None, (section,), unit)
     return made
 
 

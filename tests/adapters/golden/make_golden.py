@@ -5,8 +5,9 @@ them changes; the official LoRA-XS layout is built with scikit-learn's Truncated
 do, and its deltas come from the formula. Needs ``peft`` and ``scikit-learn``.
 
 Writes ``base.safetensors`` (the adaptable weights of a tiny random Llama), and per case a directory
-as a user would upload it plus, unless it is to be refused, ``<case>.delta.safetensors``: float32
-``ΔW`` by module path, computed in float64.
+as a user would upload it plus ``<case>.delta.safetensors``: float32 ``ΔW`` by module path, computed
+in float64. Cases without one are to be refused, or changed by the tests: what they compute is
+compared with PEFT itself (``test_peft_parity.py``).
 """
 
 import json
@@ -16,7 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, MissConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    TinyLoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from sklearn.decomposition import TruncatedSVD
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,7 +63,9 @@ def save_deltas(case: str, deltas: dict[str, torch.Tensor]) -> None:
     )
 
 
-def peft_case(case: str, config, *, adapter_name: str = "default", refused: bool = False) -> None:
+def peft_case(
+    case: str, config, *, adapter_name: str = "default", delta: bool = True, masks=None
+) -> None:
     """Write one adapter with PEFT, and the change that PEFT's own merge makes."""
     model = get_peft_model(make_base(), config, adapter_name=adapter_name)
     torch.manual_seed(2)
@@ -62,9 +74,11 @@ def peft_case(case: str, config, *, adapter_name: str = "default", refused: bool
             parameter.data = torch.randn_like(parameter) * 0.3 + (
                 1.0 if "magnitude" in name else 0.0
             )
+    if masks is not None:
+        model.peft_config["default"].rank_pattern = masks
     model.save_pretrained(HERE / case)
     (HERE / case / "README.md").unlink(missing_ok=True)
-    if refused:
+    if not delta:
         return
     merged = adaptable(model.double().merge_and_unload())
     before = adaptable(make_base().double())
@@ -83,6 +97,26 @@ def bone_case() -> None:
     renamed = {name.replace(".miss_", ".bone_"): value for name, value in tensors.items()}
     save_file(renamed, HERE / "bone/adapter_model.safetensors", metadata={"format": "pt"})
     shutil.copy(HERE / "miss.delta.safetensors", HERE / "bone.delta.safetensors")
+
+
+def shards_case() -> None:
+    """The MiSS paper's equation 3: rows of D, each repeated over one shard of the outputs."""
+    rank = 5
+    rng = np.random.default_rng(7)
+    tensors, deltas = {}, {}
+    for name, weight in adaptable(make_base()).items():
+        d_out, d_in = weight.shape
+        d = rng.standard_normal((rank, d_in))
+        tensors[f"base_model.model.{name}.miss_block"] = torch.from_numpy(d).float()
+        sizes = [len(shard) for shard in np.array_split(np.arange(d_out), rank)]
+        deltas[name] = torch.from_numpy(np.repeat(d, sizes, axis=0))
+    (HERE / "miss_output").mkdir()
+    config = MissConfig(r=rank, target_modules=ALL, task_type="CAUSAL_LM", inference_mode=True)
+    config.save_pretrained(HERE / "miss_output")
+    path = HERE / "miss_output/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shard": "output"}, indent=2))
+    save_file(tensors, HERE / "miss_output/adapter_model.safetensors", metadata={"format": "pt"})
+    save_deltas("miss_output", deltas)
 
 
 def xs_case(case: str, *, latent: str, seed: int = 42, rank: int = 4, alike: bool = False) -> None:
@@ -130,9 +164,13 @@ def main() -> None:
     peft_case("miss", MissConfig(r=4, **common))
     peft_case("miss_ragged", MissConfig(r=5, **common))
     peft_case("miss_mini", MissConfig(r=4, mini_r=4, init_weights="mini", **common))
-    peft_case("miss_bat", MissConfig(r=4, init_weights="bat", **common), refused=True)
+    peft_case("miss_bat", MissConfig(r=4, init_weights="bat", **common), delta=False)
     peft_case("miss_named", MissConfig(r=3, target_modules=["v_proj"]), adapter_name="weight")
     bone_case()
+    shards_case()
+
+    peft_case("loha", LoHaConfig(r=2, alpha=3, **common))
+    peft_case("lokr", LoKrConfig(r=2, alpha=3, **common))
 
     peft_case("lora", LoraConfig(r=4, lora_alpha=6, **common))
     peft_case("lora_rs", LoraConfig(r=4, lora_alpha=6, use_rslora=True, **common))
@@ -153,10 +191,26 @@ def main() -> None:
         ),
     )
     one = {"r": 2, "target_modules": ["q_proj"]}
-    peft_case("lora_dora", LoraConfig(use_dora=True, **one), refused=True)
-    peft_case("lora_head", LoraConfig(modules_to_save=["lm_head"], **one), refused=True)
-    peft_case("lora_bias", LoraConfig(lora_bias=True, **one), refused=True)
-    peft_case("lora_olora", LoraConfig(init_lora_weights="olora", **one), refused=True)
+    peft_case("lora_dora", LoraConfig(use_dora=True, **one), delta=False)
+    peft_case("lora_pissa", LoraConfig(init_lora_weights="pissa", **one), delta=False)
+    peft_case(
+        "adalora",
+        AdaLoraConfig(init_r=3, total_step=9, target_modules=["q_proj", "v_proj"]),
+        masks={
+            "model.layers.0.self_attn.q_proj.lora_E": [True, False, True],
+            "model.layers.1.self_attn.v_proj.lora_E": [False, False, False],
+        },
+        delta=False,
+    )
+    peft_case("vera", VeraConfig(r=3, target_modules=["q_proj", "up_proj"]), delta=False)
+    peft_case(
+        "vera_drawn",
+        VeraConfig(r=3, target_modules=["q_proj", "up_proj"], save_projection=False),
+        delta=False,
+    )
+    peft_case("tinylora", TinyLoraConfig(u=3, target_modules=["v_proj", "up_proj"]), delta=False)
+    peft_case("lora_head", LoraConfig(modules_to_save=["lm_head"], **one), delta=False)
+    peft_case("lora_bias", LoraConfig(lora_bias=True, **one), delta=False)
 
     xs_case("xs_new_key", latent=".default_lora_latent_mapping.weight")
     xs_case("xs_old_key", latent="_lora_latent_mapping.weight")
