@@ -42,7 +42,7 @@ from shoal.server.engine.plan import Runner
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.http.services import Services
 from shoal.server.model import gemms
-from shoal.server.model.attention import AttentionName, choose_attention, resolve_attention
+from shoal.server.model.attention import AttentionName, resolve_attention
 from shoal.server.model.attention_xformers import XformersAttention, check_model
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
@@ -106,7 +106,6 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
             spare_rows=gemms.SPARE_ROWS if joint else 0,
             progress=partial(bars, "loading weights"),
         )
-    decoder.begin_attention = choose_attention(attention, device)
     clock.lap("model")
     tokenizer = Tokenizer.load(path)
     clock.lap("tokenizer")

@@ -1,12 +1,10 @@
-"""Attention over the paged cache: one small interface, and its implementations.
+"""Attention over the paged cache: what ``--attention`` names, and attention in torch.
 
-A backend is told about a step once (``begin``), where it prepares indices and masks, and is then
-called once per layer. The torch backend is the reference for every other, and the one CPUs use;
-the triton backend runs the kernels of ``shoal.kernels.paged_attention``.
+The torch backend is told about a step once, where it prepares indices and masks, and is then called
+once per layer. It is the plain runner's and the reference for every other. On a GPU the fused step
+(``fused.py``) launches the kernels of ``shoal.kernels.paged_attention``, or xformers', itself.
 """
 
-from collections.abc import Callable
-from itertools import accumulate
 from typing import Literal, Protocol
 
 import torch
@@ -14,13 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shoal.kernels.errors import TritonMissing
-from shoal.kernels.launching import kernel_runs_on, require_triton
-from shoal.kernels.paged_attention.kernel import launch_paged_decode, launch_paged_prefill
-from shoal.server.model.attention_xformers import (
-    XformersUnusable,
-    load_xformers,
-    xformers_attention,
-)
+from shoal.kernels.launching import require_triton
+from shoal.server.model.attention_xformers import XformersUnusable, load_xformers
 from shoal.server.model.batch import Batch
 from shoal.server.model.kv_cache import KVCache
 
@@ -65,8 +58,6 @@ class StepAttention(Protocol):
 
 
 AttentionName = Literal["triton", "xformers", "torch"]
-# Prepares a step. The cache is written by the calls that follow, not here.
-BeginAttention = Callable[[Batch, KVCache], StepAttention]
 
 
 def resolve_attention(name: str, device: torch.device) -> AttentionName:
@@ -77,7 +68,7 @@ def resolve_attention(name: str, device: torch.device) -> AttentionName:
     """
     if name == "torch" or (name == "auto" and device.type == "cpu"):
         return "torch"
-    if not (kernel_runs_on(device) if name == "triton" else device.type != "cpu"):
+    if device.type == "cpu":
         raise ValueError(f"--attention is {name!r}: must be torch or auto on a CPU")
     if name == "xformers":
         try:
@@ -94,122 +85,13 @@ def resolve_attention(name: str, device: torch.device) -> AttentionName:
     return "triton"
 
 
-def choose_attention(name: str, device: torch.device) -> BeginAttention:
-    """The backend of that name.
-
-    Raises:
-        ValueError: as ``resolve_attention``.
-    """
-    resolved = resolve_attention(name, device)
-    if resolved == "xformers":
-        return xformers_attention
-    return triton_attention if resolved == "triton" else torch_attention
-
-
 def torch_attention(batch: Batch, kv: KVCache) -> StepAttention:
-    """The plain torch backend, on any device.
+    """Prepare a step, on any device. The cache is written by the calls that follow, not here.
 
     Decode rows are sorted by context, cut into groups of similar length and computed a group at a
     time; prompt chunks one row at a time, with causal SDPA where nothing precedes the chunk.
     """
     return _TorchAttention(batch, kv)
-
-
-def triton_attention(batch: Batch, kv: KVCache) -> StepAttention:
-    """The kernels of this project, on a GPU (on a CPU in Triton's interpreter).
-
-    The rows' lengths are copied to the device here, once per step, without waiting for it.
-    """
-    device = batch.input_ids.device
-    starts = accumulate(batch.query_lens[batch.num_decode_rows :], initial=0)
-    sizes = torch.tensor([*batch.context_lens, *starts], dtype=torch.int32)
-    if device.type != "cpu":
-        sizes = sizes.pin_memory().to(device, non_blocking=True)
-    rows = len(batch.context_lens)
-    return PagedAttention(
-        kv,
-        slot_mapping=batch.slot_mapping,
-        block_tables=batch.block_tables,
-        context_lens=sizes[:rows],
-        query_starts=sizes[rows:],
-        num_decode_rows=batch.num_decode_rows,
-    )
-
-
-class PagedAttention:
-    """A step over lengths and tables on the device.
-
-    No launch depends on their values, so that one made of static tensors can be captured in a
-    graph and replayed after they have been rewritten. Rows of a graph that a step does not use
-    have context 0 (decode) or no tokens (chunks), and write their keys to a spare block.
-
-    Args:
-        kv: the cache.
-        slot_mapping: ``(tokens,)`` int64, as in ``Batch``.
-        block_tables: ``(rows, widest)`` int32 or int64, decode rows first.
-        context_lens: ``(rows,)`` int32.
-        query_starts: ``(rows - num_decode_rows + 1,)`` int32: first token of each chunk, counted
-            from the first chunk's; the last entry is where the last chunk ends.
-        num_decode_rows: how many leading rows, and tokens, are one-token rows.
-    """
-
-    def __init__(
-        self,
-        kv: KVCache,
-        *,
-        slot_mapping: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        query_starts: Tensor,
-        num_decode_rows: int,
-    ) -> None:
-        self._kv = kv
-        self._slots = slot_mapping
-        self._tables = block_tables
-        self._contexts = context_lens
-        self._starts = query_starts
-        self._decode = num_decode_rows
-
-    def __call__(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """See ``StepAttention``."""
-        self._kv.write(layer, self._slots, k, v)
-        keys, values = self._kv.keys[layer], self._kv.values[layer]
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (tokens, heads, head_dim)
-        n = self._decode
-        launch_paged_decode(
-            q[:n],
-            keys,
-            values,
-            self._tables[:n],
-            self._contexts[:n],
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            out=out[:n],
-        )
-        launch_paged_prefill(
-            q[n:],
-            keys,
-            values,
-            self._tables[n:],
-            self._contexts[n:],
-            self._starts,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            out=out[n:],
-        )
-        return out.flatten(1)
 
 
 class _Group:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.server.model.batch import Batch
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.kv_cache import KVCache
 
@@ -203,34 +202,3 @@ class XformersAttention:
             op=op,
         )
         return out[0].flatten(1, 2)
-
-
-class _StepAttention:
-    def __init__(self, batch: Batch, kv: KVCache) -> None:
-        self._batch, self._kv = batch, kv
-        self._attend = XformersAttention(
-            kv,
-            block_tables=batch.block_tables,
-            query_lens=batch.query_lens,
-            context_lens=batch.context_lens,
-            num_decode_rows=batch.num_decode_rows,
-        )
-
-    def __call__(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        self._kv.write(layer, self._batch.slot_mapping, k, v)
-        return self._attend(layer, q, scale, window, softcap)
-
-
-def xformers_attention(batch: Batch, kv: KVCache) -> _StepAttention:
-    """The ``BeginAttention`` of this backend."""
-    return _StepAttention(batch, kv)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shoal.adapters.spec import GROUPS, Group, Target
-from shoal.server.model.attention import BeginAttention, StepAttention, torch_attention
+from shoal.server.model.attention import StepAttention, torch_attention
 from shoal.server.model.batch import AppliesAdapters, Batch
 from shoal.server.model.config import ModelConfig, ModelError, Rope
 from shoal.server.model.kv_cache import KVCache
@@ -33,7 +33,6 @@ class Decoder(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        begin_attention: BeginAttention = torch_attention,
         spare_rows: int = 0,
     ) -> None:
         """Allocate uninitialised weights; ``load_weight`` fills them.
@@ -46,7 +45,6 @@ class Decoder(nn.Module):
         self.config = config
         self.device = torch.device(device)
         self.dtype = dtype
-        self.begin_attention = begin_attention
         self.embed = _weight(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
             Layer(config, i, device, dtype, spare_rows) for i in range(config.num_layers)
@@ -66,7 +64,7 @@ class Decoder(nn.Module):
         Returns:
             Hidden states after the final norm, ``(tokens, hidden)`` in the model's dtype.
         """
-        attend = self.begin_attention(batch, kv)
+        attend = torch_attention(batch, kv)
         rotations = {rope: _rotation(batch.positions, *f) for rope, f in self._ropes.items()}
         x = F.embedding(batch.input_ids, self.embed)  # (tokens, hidden)
         if self._embedding_scale != 1.0:

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from shoal.kernels.paged_attention.kernel import paged_prefill
-from shoal.server.model.attention import torch_attention
 from shoal.server.model.kv_cache import KVCache
 
 HIDDEN, FFN, LAYERS, EOS = 48, 80, 2, 1
@@ -115,7 +114,6 @@ def any_runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("shoal.server.assemble.runs_fused", lambda *_: request.param != "plain")
     if request.param == "fused, attention by lengths":
         monkeypatch.setattr("shoal.server.assemble.resolve_attention", lambda *_: "xformers")
-        monkeypatch.setattr("shoal.server.assemble.choose_attention", lambda *_: torch_attention)
         monkeypatch.setattr("shoal.server.assemble.check_model", lambda *_: None)
         monkeypatch.setattr("shoal.server.assemble.XformersAttention", AttentionByLengths)
 
