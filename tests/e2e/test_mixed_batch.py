@@ -1,6 +1,7 @@
 """The whole engine against naive generation with merged weights (fp32, greedy, exact ids)."""
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -34,7 +35,11 @@ def config(tiny: object, folder: Path, **change: object) -> ServeConfig:
     fields = {
         "model": str(tiny.path),  # type: ignore[attr-defined]
         "registry": f"sqlite:///{folder / 'registry.db'}",
-        "device": "cpu",
+        # On a card: SHOAL_TEST_DEVICE=cuda, for the plain and the fused runner.
+        "device": os.environ.get("SHOAL_TEST_DEVICE", "cpu"),
+        "dtype": "float32",
+        "gpu_memory_utilization": 0.2,
+        "spectral_memory": 64 << 20,
         "basis_rank": 16,
         "max_model_len": 128,
         "block_size": 4,
