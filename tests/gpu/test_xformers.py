@@ -10,9 +10,9 @@ from shoal.server.engine.plan import Row
 from shoal.server.engine.request import SamplingParams
 from shoal.server.model.attention import torch_attention
 from shoal.server.model.attention_xformers import (
+    XformersAttention,
     XformersUnusable,
     load_xformers,
-    xformers_attention,
 )
 from shoal.server.model.batch import Batch
 from shoal.server.model.config import ModelConfig
@@ -76,8 +76,19 @@ def test_it_attends_like_torch(shapes: list[tuple[int, int]], window: int | None
         data = torch.randn_like(kv._data).bfloat16() if data is None else data
         kv._data.copy_(data)
         batch = Batch.from_rows(rows, block_tokens=BLOCK, device=device)
-        begin = torch_attention if device == "cpu" else xformers_attention
         q, k, v = torch.split(qkv.to(device, dtype), [HEADS, KV_HEADS, KV_HEADS], dim=1)
-        step = begin(batch, kv)
-        got[device] = step(0, q, k, v, scale=DIM**-0.5, window=window, softcap=None).float().cpu()
+        if device == "cpu":
+            step = torch_attention(batch, kv)
+            out = step(0, q, k, v, scale=DIM**-0.5, window=window, softcap=None)
+        else:
+            kv.write(0, batch.slot_mapping, k, v)
+            attend = XformersAttention(
+                kv,
+                block_tables=batch.block_tables,
+                query_lens=batch.query_lens,
+                context_lens=batch.context_lens,
+                num_decode_rows=batch.num_decode_rows,
+            )
+            out = attend(0, q, DIM**-0.5, window, None)
+        got[device] = out.float().cpu()
     torch.testing.assert_close(got["cuda"], got["cpu"], rtol=2e-2, atol=1e-2)

@@ -81,7 +81,7 @@ def test_every_split_is_part_of_the_sum() -> None:
     shapes = set()
     for config in (
         ProjectConfig(1, 64),
-        ProjectConfig(3, 128),
+        ProjectConfig(3, 128, num_stages=2),
         ProjectConfig(99, 256, num_stages=2, tile=16),
     ):
         mixed = launch_core_project(x, a, rows, modules=modules, matrix=matrix, config=config)
