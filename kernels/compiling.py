@@ -171,7 +171,7 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (silu_mul_kernel, "*fp16", {**FUSED, **SILU, "ACTIVATION": "gelu_tanh"}),
     (silu_mul_kernel, "*bf16", {**USUAL, **SILU}),
     (silu_mul_kernel, "*bf16", {**WIDER, **SILU}),
-    (silu_mul_kernel, "*bf16", {**MADE, **SILU}),
+    (silu_mul_kernel, "*bf16", {**MADE, **SILU, "TILE": 64, "BLOCK_N": 64, "num_warps": 4}),
     (silu_mul_kernel, "*bf16", {**BARE, **SILU, "ACTIVATION": "gelu", "TILE": 1}),
     (rope_kv_kernel, "*fp16", {**FUSED, **ROPE, "num_warps": 8}),
     (rope_kv_kernel, "*bf16", {**USUAL, **ROPE}),

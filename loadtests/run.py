@@ -24,6 +24,7 @@ from shoal.loadtests.client import (
 )
 from shoal.loadtests.report import last_line, record, save, table
 from shoal.loadtests.stats import Sample
+from shoal.loadtests.uploads import UploadFigures, adapter_folders, upload_all
 from shoal.loadtests.workload import Lengths, Workload, plan_requests
 
 OBJECTIVES = ("ttft", "tpot", "e2el")
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base-url", default="http://127.0.0.1:8000", help="server under test")
     add("--api-key", help="bearer token, if the server wants one")
+    add("--upload", type=Path, metavar="DIR",
+        help="first upload each adapter folder in DIR under the folder's name")  # fmt: skip
     add("--adapters", default="", metavar="PATTERN,...",
         help="adapter names or globs to draw from, e.g. 'load-*'; empty is base only")  # fmt: skip
     add("--max-adapters", type=int, help="use only the first N adapters that match")
@@ -67,16 +70,27 @@ def run(args: argparse.Namespace) -> int:
         objectives = _objectives(args.goodput)
         if args.save_dir:  # now, and not when the run is over and would be lost
             _make_folder(args.save_dir)
-        return asyncio.run(_run(args, workload, objectives))
+        folders = adapter_folders(args.upload) if args.upload else []
+        return asyncio.run(_run(args, workload, objectives, folders))
     except (ValueError, ServerError, httpx.HTTPError) as problem:
         print(f"error: {args.base_url}: {problem}", file=sys.stderr)
         return 2
 
 
-async def _run(args: argparse.Namespace, workload: Workload, objectives: dict[str, float]) -> int:
+async def _run(
+    args: argparse.Namespace,
+    workload: Workload,
+    objectives: dict[str, float],
+    folders: Sequence[Path],
+) -> int:
     from tqdm import tqdm  # not above: the offline benchmark does without it
 
+    uploads: UploadFigures | None = None
     async with connect(args.base_url, args.api_key) as client:
+        if folders:
+            with tqdm(total=len(folders), unit="adapter", file=sys.stderr, disable=None) as bar:
+                uploads = await upload_all(client, folders, bar.update)
+            print(uploads)
         base, *names = await list_models(client)
         adapters = match_adapters(names, args.adapters, args.max_adapters)
         vocabulary = await prompt_vocabulary(client, base)
@@ -104,6 +118,7 @@ async def _run(args: argparse.Namespace, workload: Workload, objectives: dict[st
         "model": base,
         "adapters_used": used,
         "adapters_registered": len(names),
+        "uploads": asdict(uploads) if uploads else None,
         "max_concurrency": args.max_concurrency,
         "seed": args.seed,
         "machine": f"{platform.machine()} {platform.system()}",

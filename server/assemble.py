@@ -5,7 +5,6 @@ It owns the order of start-up and of shutdown; each part's behaviour is in its o
 """
 
 import gc
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from shoal.adapters.basis import Basis, BasisStore, canonical_basis
 from shoal.adapters.families import core
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterLibrary, places
-from shoal.adapters.random_basis import random_basis
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape
 from shoal.adapters.spectral_basis import SpectralBasis
@@ -47,6 +45,7 @@ from shoal.server.model.attention_xformers import XformersAttention, check_model
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
 from shoal.server.model.device_runner import RunnerLimits
+from shoal.server.model.dummy import dummy_basis
 from shoal.server.model.fused import defers_norms
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.pull import resolve_model
@@ -212,19 +211,18 @@ def bases_cache() -> Path:
 def _shape_and_basis(config: ServeConfig, path: Path, decoder: Decoder) -> tuple[BaseShape, Basis]:
     """What adapters must fit, and the basis that they share."""
     if config.load_format == "dummy":
-        digest = dummy_digest(decoder.config, decoder.device, decoder.dtype)
-        shape = decoder.config.base_shape(config.base_name, digest)
         with Bars() as bars:
-            progress = partial(bars, "drawing a basis")
-            return shape, random_basis(shape, config.basis_rank, decoder.device, progress=progress)
+            return dummy_basis(
+                decoder.config,
+                config.base_name,
+                config.basis_rank,
+                decoder.device,
+                decoder.dtype,
+                partial(bars, "drawing a basis"),
+            )
     shape = decoder.config.base_shape(config.base_name, base_digest(path))
     weight_of = exact_weight_of(decoder, path)
     return shape, load_canonical_basis(weight_of, shape, config.basis_rank)
-
-
-def dummy_digest(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Identity of random weights: neither their basis nor their adapters are the real base's."""
-    return hashlib.sha256(f"dummy {device.type} {dtype} {config}".encode()).hexdigest()
 
 
 def _open_library(

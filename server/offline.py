@@ -21,13 +21,13 @@ from shoal.adapters.families.joint_basis import CANONICAL_COLUMNS
 from shoal.adapters.families.joint_basis import COLUMNS as JOINT_COLUMNS
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.slots import SlotTable
-from shoal.adapters.spec import GROUPS, UNIT_ELEMENTS, AdapterSpec, BaseShape, Family
+from shoal.adapters.spec import GROUPS, UNIT_ELEMENTS, AdapterSpec, BaseShape
 from shoal.adapters.tables import ActiveFamilies
 from shoal.server.engine.plan import Runner
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.device_runner import NO_FAMILIES, RunnerLimits
-from shoal.server.model.dummy import random_decoder
+from shoal.server.model.dummy import DummyFamily, adapter_std, random_decoder
 from shoal.server.model.fused import defers_norms
 from shoal.server.model.gemms import SPARE_ROWS
 from shoal.server.model.kv_cache import KVCache
@@ -38,10 +38,6 @@ from shoal.server.model.starting import make_device_runner, measure_gemms
 
 BASIS_ID = "random"
 GIB = 1 << 30
-# Deltas about half as large as what they are added to, with weights of standard deviation 0.02:
-# large enough to change greedy tokens, small enough to keep activations where they are.
-DELTA = 0.5
-WEIGHT_STD = 0.02
 # Tokens that a request may have; what a server with room for a few hundred of them would say.
 MODEL_LEN = 8192
 # For uploads on their way; several of the largest records.
@@ -71,7 +67,7 @@ class OfflineConfig:
     device: str = "auto"
     dtype: str = "auto"
     fused: bool | None = None
-    family: Family = "core"
+    family: DummyFamily = "core"
     rank: int = 16
     resident: int = 0
     spare: int = 0
@@ -279,12 +275,7 @@ class OfflineEngine:
 
     def _fill(self, bank: AdapterBank) -> None:
         """Random numbers in every record at once; making 100,000 files would take hours."""
-        rank = self.config.rank
-        std = {
-            "core": DELTA / rank**0.5,  # R (r, r) turns r projections into r
-            "fold": DELTA * WEIGHT_STD,  # r sums of d_in / r inputs, like d_in inputs
-            "lora": (DELTA * WEIGHT_STD / rank**0.5) ** 0.5,  # the same std in A and in B
-        }[self.config.family]
+        std = adapter_std(self.config.family, self.config.rank)
         generator = torch.Generator(self.device).manual_seed(self.config.seed + 1)
         for part in torch.split(bank.arena, 1 << 28):  # 2^32 elements at once fail in places
             part.normal_(0.0, std, generator=generator)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shoal.adapters.basis import Basis, probe
+from shoal.adapters.basis import Basis, probes
 from shoal.adapters.formats import svf, svft
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.formats.container import tensor_chunks, write_atomically
@@ -46,11 +46,12 @@ def write_compact_lora_xs(
         extra_config: further fields, e.g. ``base_correction``; may not replace one of ours.
     """
     tensors = {}
+    probed = probes(basis)  # kept: of many files on one basis, only the first waits for them
     for target, latent in r.items():
         own = min(rank, *shape.dims[target.module])
         _expect(target, latent, own, own)
         tensors[f"{tensor_name(target, COMPACT_LATENT)}.weight"] = latent
-        tensors[tensor_name(target, PROBE)] = probe(basis.factors[target][:, :own], target)
+        tensors[tensor_name(target, PROBE)] = probed[target][:own]
     config = {
         "peft_type": "LORA_XS",
         "r": rank,

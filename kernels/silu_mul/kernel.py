@@ -92,15 +92,15 @@ def default_config(core: Epilogue | None, tokens: int) -> TileConfig:
     """The launch parameters, with or without adapters."""
     if core is None:  # one contiguous run of 16 bytes per thread
         return TileConfig(1, 1024, 4)
+    # Swept inside a captured decode step of Llama-3.1-8B (H100, 16 and 32 columns).
+    if isinstance(core, MixedEpilogue):
+        if tokens <= 64:
+            return TileConfig(16, 64, 4)
+        if core.mixed.shape[-1] > 16:
+            return TileConfig(64, 64, 4)
+        if tokens <= 160:
+            return TileConfig(16, 128, 4)
     if tokens <= PROMPT_TOKENS:
-        # Swept inside a captured decode step of Llama-3.1-8B (H100, 16 and 32 columns).
-        if isinstance(core, MixedEpilogue):
-            if tokens <= 64:
-                return TileConfig(16, 64, 4)
-            if core.mixed.shape[-1] > 16:
-                return TileConfig(64, 64, 4)
-            if tokens <= 160:
-                return TileConfig(16, 128, 4)
         return TileConfig(16, 256, 8)
     return default_tile(core, tokens)
 
