@@ -144,7 +144,7 @@ def _report(args: argparse.Namespace) -> Report:
         num_targets=len(weights.tensors),
         targets=describe(weights.tensors, shape),
         made_for=printable(told) if isinstance(told, str) and told else None,
-        needs=_needs(weights),
+        needs=_needs(weights, look.corrected),
         basis=basis,
         sections=[
             {"section": _section(section, weights), "launches": launches(section)}
@@ -163,8 +163,9 @@ def _report(args: argparse.Namespace) -> Report:
     )
 
 
-def _needs(weights: "AdapterWeights") -> str:
-    exact = weights.basis_id is not None or weights.row_scales or weights.correction is not None
+def _needs(weights: "AdapterWeights", corrected: bool) -> str:
+    # A correction may have become factors of the adapter: they are of this base all the same.
+    exact = weights.basis_id is not None or weights.row_scales or corrected
     return "the weights it was trained on" if exact else "a base of these shapes"
 
 
