@@ -166,7 +166,7 @@ class AdapterBank:
 
         Raises:
             AdapterTooLarge: they exceed what is left of ``spectral_bytes``. Nothing was added.
-            OSError: see ``SpectralBasis.factors``.
+            OSError: see ``SpectralBasis.factors``. Nothing was added.
         """
         if all(target in self._singular for target in targets):
             return
@@ -180,13 +180,13 @@ class AdapterBank:
                     f"{self._spectral_left} are left of what this server has for them "
                     "(--spectral-memory)"
                 )
-            for target in missing:
-                self._singular.add(target, basis.factors(target))
-                if self._spectral_left is not None:
-                    taken = factors_elements(self.shape, target) * self.dtype.itemsize
-                    self._spectral_left -= taken
+            made = {t: self._singular.copied(basis.factors(t)) for t in missing}
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
+            # Last: whoever finds them there, without the lock, may use them at once.
+            self._singular.keep(made)
+            if self._spectral_left is not None:
+                self._spectral_left -= size
 
     def spectral_part(self, segments: Mapping[int, Sequence[Segment]]) -> SpectralPart:
         """What applies ``spectral`` sections; ``segments`` by rank, in token order."""
