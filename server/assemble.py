@@ -132,7 +132,7 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
     spectral = None
     if spectral_bytes and config.load_format != "dummy":
         spectral = SpectralBasis(exact_weight_of(decoder, path), shape, bases_cache())
-    library = _open_library(config, decoder, shape, basis, bank, host, dtype, spectral)
+    library = _open_library(config, path, decoder, shape, basis, bank, host, dtype, spectral)
     try:
         clock.lap("adapters")
         runner = _runner(config, plan, decoder, bank, host, basis, attention)
@@ -230,6 +230,7 @@ def dummy_digest(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
 def _open_library(
     config: ServeConfig,
+    path: Path,
     decoder: Decoder,
     shape: BaseShape,
     basis: Basis,
@@ -242,7 +243,8 @@ def _open_library(
     if config.registry is None:
         platformdirs.user_data_path("shoal").mkdir(parents=True, exist_ok=True)
     bases = BasisStore(places(registry_url, config.store).bases)
-    if config.load_format != "dummy":
+    dummy = config.load_format == "dummy"
+    if not dummy:
         # Kept beside the adapters that are written in it: should this machine's cache be lost and
         # the basis come out a rounding error apart, they still find the one they were stored with.
         bases.add(basis)
@@ -251,7 +253,8 @@ def _open_library(
         registry_url=registry_url,
         store_url=config.store,
         shape=shape,
-        weight_of=decoder.weight_of,
+        # What uploads are compared with, and what is kept for them, is the checkpoint's.
+        weight_of=decoder.weight_of if dummy else exact_weight_of(decoder, path),
         canonical=basis,
         bases=bases,
         host=host,
