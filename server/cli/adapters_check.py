@@ -199,6 +199,15 @@ def _fields(report: Report) -> dict[str, str]:
         "scale": _distinct(report.scales),
         "base": f"needs {report.needs}{made_for}",
         **({"basis": report.basis} if report.basis else {}),
+        # On CUDA there is none of it unless asked for.
+        **(
+            {
+                "server": f"needs --spectral-memory {report.shared_bytes} in bfloat16, "
+                "twice that in float32; adapters that change the same modules share it"
+            }
+            if report.family == "spectral"
+            else {}
+        ),
         "served": " + ".join(each["section"] for each in report.sections),
         "on disk": f"{report.file_bytes:,} bytes, as a record {report.record_bytes:,}",
         "packed": ", ".join(

@@ -312,6 +312,8 @@ def test_check_computes_the_svds_that_svf_needs(tiny: Tiny, run: Run) -> None:
     assert (code, said["family"], said["format"]) == (0, "spectral", "svf")
     assert "computing 2 SVDs of base once" in err
     assert said["basis"].startswith("the singular vectors of base (svd-")
+    vectors = 2 * (8 * (8 + 16) + 16 * (24 + 16))
+    assert said["server"].startswith(f"needs --spectral-memory {vectors} in bfloat16")
     assert said["rank"] == "8, 16"
     assert "16 entries a module" in said["served"]
     # Of the two modules that it changes: U and V.
