@@ -131,7 +131,9 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
     host = HostTier(config.host_adapter_memory)
     spectral = None
     if spectral_bytes and config.load_format != "dummy":
-        spectral = SpectralBasis(exact_weight_of(decoder, path), shape, bases_cache())
+        spectral = SpectralBasis(
+            exact_weight_of(decoder, path), shape, bases_cache(), admit=bank.check_spectral
+        )
     library = _open_library(config, path, decoder, shape, basis, bank, host, dtype, spectral)
     try:
         clock.lap("adapters")
