@@ -212,8 +212,9 @@ WORDS = st.sampled_from(
     ]
 )  # fmt: skip
 PATTERNS = st.dictionaries(KEYS, NUMBERS, max_size=3)
-CORRECTIONS = st.fixed_dictionaries(
-    {"method": WORDS}, optional={"r": NUMBERS | st.none(), "x": NUMBERS}
+METHODS = st.sampled_from(["pissa", "olora", "milora"])
+CORRECTIONS = st.fixed_dictionaries({"method": METHODS}, optional={"r": st.integers(1, 9)}) | (
+    st.fixed_dictionaries({"method": WORDS}, optional={"r": NUMBERS | st.none(), "x": NUMBERS})
 )
 MASKS = st.dictionaries(
     st.sampled_from([f"{path}.lora_E" for path in PATHS]),
@@ -245,7 +246,10 @@ DECIDING = {
     "megatron_config": JSON,
 }  # fmt: skip
 # What most files stay valid with.
-SCALING = sorted({"lora_alpha", "alpha", "use_rslora", "alpha_pattern", "max_mult", "renormalise"})
+SCALING = sorted(
+    {"lora_alpha", "alpha", "use_rslora", "alpha_pattern", "max_mult", "renormalise"}
+    | {"init_lora_weights", "base_correction", "init_r", "vector", "use_dora"}
+)
 DTYPES = st.sampled_from(
     ["F32", "F16", "BF16", "F64", "I32", "I64", "U8", "BOOL", "F8_E4M3", "X", "f32"]
 )
