@@ -144,54 +144,80 @@ class Script:
 
 
 def serve(
-    config: ServeConfig, made: Mapping[str, Made], monkeypatch: pytest.MonkeyPatch
+    config: ServeConfig,
+    made: Mapping[str, Made],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    restart: bool = False,
 ) -> dict[str, Served]:
     """Upload everything, serve each adapter alone, and then all of them in one batch.
+
+    Args:
+        restart: whether another server takes over after the uploads, with what is on the disk.
 
     Returns:
         Of each name: ``<name> alone`` and ``<name> mixed``.
     """
-    script = Script(monkeypatch)
-    served: dict[str, Served] = {}
+    if not restart:
+        with assemble(config) as services:
+            return _serve(services, _upload(services, made), made, Script(monkeypatch))
     with assemble(config) as services:
-        infos: dict[str, AdapterInfo | None] = {}
+        _upload(services, made)
+    with assemble(config) as services:
+        library = services.library
+        infos = {name: library.resolve(name) if e.served else None for name, e in made.items()}
+        return _serve(services, infos, made, Script(monkeypatch))
+
+
+def _upload(services: Services, made: Mapping[str, Made]) -> dict[str, AdapterInfo | None]:
+    infos: dict[str, AdapterInfo | None] = {}
+    for name, each in made.items():
+        info = services.library.upload(name, each.files) if each.served else None
+        assert info is None or (info.format, info.family) == each.served, name
+        infos[name] = info
+    return infos
+
+
+def _serve(
+    services: Services,
+    infos: Mapping[str, AdapterInfo | None],
+    made: Mapping[str, Made],
+    script: Script,
+) -> dict[str, Served]:
+    served: dict[str, Served] = {}
+
+    async def alone() -> None:
         for name, each in made.items():
-            info = services.library.upload(name, each.files) if each.served else None
-            assert info is None or (info.format, info.family) == each.served, name
-            infos[name] = info
+            most = 3 * len(each.alone[0]) // 4
+            run = script.run(services, infos[name], f"{name} alone", each.alone, most)
+            served[f"{name} alone"] = await run
+        assert script.together == 1
 
-        async def alone() -> None:
-            for name, each in made.items():
-                most = 3 * len(each.alone[0]) // 4
-                run = script.run(services, infos[name], f"{name} alone", each.alone, most)
-                served[f"{name} alone"] = await run
-            assert script.together == 1
+    async def mixed() -> None:
+        # Prompts of many lengths: those of one token, and those that the scheduler cuts up.
+        runs = {
+            f"{name} mixed": script.run(
+                services,
+                infos[name],
+                f"{name} mixed",
+                each.mixed,
+                1 + number % (len(each.mixed[0]) // 2),
+            )
+            for number, (name, each) in enumerate(made.items())
+        }
+        results = await asyncio.gather(*runs.values())
+        served.update(zip(runs, results, strict=True))
+        assert script.together == len(made), "no step served everything at once"
 
-        async def mixed() -> None:
-            # Prompts of many lengths: those of one token, and those that the scheduler cuts up.
-            runs = {
-                f"{name} mixed": script.run(
-                    services,
-                    infos[name],
-                    f"{name} mixed",
-                    each.mixed,
-                    1 + number % (len(each.mixed[0]) // 2),
-                )
-                for number, (name, each) in enumerate(made.items())
-            }
-            results = await asyncio.gather(*runs.values())
-            served.update(zip(runs, results, strict=True))
-            assert script.together == len(made), "no step served everything at once"
+    async def both() -> None:
+        await services.engine.start()
+        try:
+            await alone()
+            await mixed()
+        finally:
+            await services.engine.stop()
 
-        async def both() -> None:
-            await services.engine.start()
-            try:
-                await alone()
-                await mixed()
-            finally:
-                await services.engine.stop()
-
-        asyncio.run(both())
+    asyncio.run(both())
     return served
 
 

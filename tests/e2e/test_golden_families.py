@@ -100,6 +100,12 @@ def test_float32(
     assert wrong(serve(config(odd, tmp_path), made, monkeypatch)) == {}
 
 
+def test_float32_after_a_restart(
+    odd: Base, made: dict[str, Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert wrong(serve(config(odd, tmp_path), made, monkeypatch, restart=True)) == {}
+
+
 def test_bfloat16_files_over_a_float32_base(
     odd: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
