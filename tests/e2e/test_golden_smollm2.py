@@ -69,7 +69,9 @@ def test_float32(
     # The canonical basis may come from the user's cache, but nothing is left there.
     monkeypatch.setattr(
         "shoal.server.assemble.SpectralBasis",
-        lambda weight_of, shape, _: SpectralBasis(weight_of, shape, tmp_path / "svd"),
+        lambda weight_of, shape, _, **more: SpectralBasis(
+            weight_of, shape, tmp_path / "svd", **more
+        ),
     )
     settings = ServeConfig(
         model=str(path),
