@@ -69,8 +69,8 @@ class StepAdapters:
 class AdapterBank:
     """All resident adapters of a device: one arena of units, and the bases they need.
 
-    ``load``, ``wait_loads`` and ``step`` belong to the engine thread; ``add_basis``, ``has_basis``
-    and ``add_spectral`` may be called from any thread.
+    ``load``, ``wait_loads`` and ``step`` belong to the engine thread; ``add_basis``, ``has_basis``,
+    ``add_spectral`` and ``check_spectral`` may be called from any thread.
 
     Attributes:
         joint: the bases that have columns behind the base weights; None on a CPU unless asked for.
@@ -166,27 +166,37 @@ class AdapterBank:
 
         Raises:
             AdapterTooLarge: they exceed what is left of ``spectral_bytes``. Nothing was added.
-            OSError: see ``SpectralBasis.factors``.
+            OSError: see ``SpectralBasis.factors``. Nothing was added.
         """
         if all(target in self._singular for target in targets):
             return
         with self._bases_lock:
-            missing = [target for target in targets if target not in self._singular]
-            elements = sum(factors_elements(self.shape, target) for target in missing)
-            size = elements * self.dtype.itemsize
-            if self._spectral_left is not None and size > self._spectral_left:
-                raise AdapterTooLarge(
-                    f"the singular vectors of {len(missing)} modules take {size} bytes; "
-                    f"{self._spectral_left} are left of what this server has for them "
-                    "(--spectral-memory)"
-                )
-            for target in missing:
-                self._singular.add(target, basis.factors(target))
-                if self._spectral_left is not None:
-                    taken = factors_elements(self.shape, target) * self.dtype.itemsize
-                    self._spectral_left -= taken
+            missing, size = self._missing(targets)
+            made = {t: self._singular.copied(basis.factors(t)) for t in missing}
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
+            # Last: whoever finds them there, without the lock, may use them at once.
+            self._singular.keep(made)
+            if self._spectral_left is not None:
+                self._spectral_left -= size
+
+    def check_spectral(self, targets: Collection[Target]) -> None:
+        """AdapterTooLarge when there is no room for the singular vectors of these targets."""
+        with self._bases_lock:
+            self._missing(targets)
+
+    def _missing(self, targets: Collection[Target]) -> tuple[list[Target], int]:
+        """Which of the targets have no singular vectors here yet, and the bytes of those."""
+        missing = [target for target in targets if target not in self._singular]
+        elements = sum(factors_elements(self.shape, target) for target in missing)
+        size = elements * self.dtype.itemsize
+        if self._spectral_left is not None and size > self._spectral_left:
+            raise AdapterTooLarge(
+                f"the singular vectors of {len(missing)} modules take {size} bytes; "
+                f"{self._spectral_left} are left of what this server has for them "
+                "(--spectral-memory)"
+            )
+        return missing, size
 
     def spectral_part(self, segments: Mapping[int, Sequence[Segment]]) -> SpectralPart:
         """What applies ``spectral`` sections; ``segments`` by rank, in token order."""

@@ -14,7 +14,7 @@ vectors are no property of the base, which is why probes are compared and not as
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from shoal.adapters.weights import WeightOf
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+Admit = Callable[[Collection[Target]], None]
 
 # A stored SVD must give the weight back, and be orthonormal, along this many seeded directions.
 _CHECKS = 2
@@ -65,6 +66,7 @@ class SpectralBasis:
         shape: BaseShape,
         folder: Path,
         progress: Progress | None = None,
+        admit: Admit | None = None,
     ) -> None:
         """Reads and computes nothing.
 
@@ -72,12 +74,14 @@ class SpectralBasis:
             weight_of: the checkpoint's weights, not rounded to what the server runs in.
             folder: a cache; bases of other digests may share it.
             progress: told by ``prepare`` of (targets done, targets to compute).
+            admit: asked by ``prepare`` before it computes anything; may raise AdapterTooLarge.
         """
         self.id = f"svd-{shape.digest[:60]}"
         self.shape = shape
         self._weight_of = weight_of
         self._folder = folder / self.id
         self._progress = progress
+        self._admit = admit
         self._lock = threading.Lock()
         # Small, and asked for by every upload.
         self._sigmas: dict[Target, Tensor] = {}
@@ -105,8 +109,14 @@ class SpectralBasis:
         V has the same sign, because ``W v_i = σ_i u_i``."""
         return self._small(target)[1]
 
-    def prepare(self, targets: Iterable[Target]) -> None:
-        """Have the SVDs of ``targets`` stored, one after the other, with progress."""
+    def prepare(self, targets: Collection[Target]) -> None:
+        """Have the SVDs of ``targets`` stored, one after the other, with progress.
+
+        Raises:
+            AdapterTooLarge: whoever is to use them has no room for them.
+        """
+        if self._admit is not None:
+            self._admit(targets)
         missing = [t for t in targets if t not in self._sigmas and not self._path(t).exists()]
         for done, target in enumerate(missing):
             self._tell(done, len(missing))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from shoal.adapters.spec import Family, Target
 
-# Returns the base weight ``(d_out, d_in)`` of a target, in the dtype and on the device it is
-# served from, in Hugging Face's row order (not GGUF's permuted q/k). Callers must not write to it.
+# Returns the base weight ``(d_out, d_in)`` of a target: the checkpoint's values, also where the
+# server runs in another dtype, on the device it is served from, in Hugging Face's row order (not
+# GGUF's permuted q/k). Callers must not write to it.
 WeightOf = Callable[[Target], Tensor]
 
 

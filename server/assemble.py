@@ -129,8 +129,10 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
     host = HostTier(config.host_adapter_memory)
     spectral = None
     if spectral_bytes and config.load_format != "dummy":
-        spectral = SpectralBasis(exact_weight_of(decoder, path), shape, bases_cache())
-    library = _open_library(config, decoder, shape, basis, bank, host, dtype, spectral)
+        spectral = SpectralBasis(
+            exact_weight_of(decoder, path), shape, bases_cache(), admit=bank.check_spectral
+        )
+    library = _open_library(config, path, decoder, shape, basis, bank, host, dtype, spectral)
     try:
         clock.lap("adapters")
         runner = _runner(config, plan, decoder, bank, host, basis, attention)
@@ -227,6 +229,7 @@ def _shape_and_basis(config: ServeConfig, path: Path, decoder: Decoder) -> tuple
 
 def _open_library(
     config: ServeConfig,
+    path: Path,
     decoder: Decoder,
     shape: BaseShape,
     basis: Basis,
@@ -239,7 +242,8 @@ def _open_library(
     if config.registry is None:
         platformdirs.user_data_path("shoal").mkdir(parents=True, exist_ok=True)
     bases = BasisStore(places(registry_url, config.store).bases)
-    if config.load_format != "dummy":
+    dummy = config.load_format == "dummy"
+    if not dummy:
         # Kept beside the adapters that are written in it: should this machine's cache be lost and
         # the basis come out a rounding error apart, they still find the one they were stored with.
         bases.add(basis)
@@ -248,7 +252,8 @@ def _open_library(
         registry_url=registry_url,
         store_url=config.store,
         shape=shape,
-        weight_of=decoder.weight_of,
+        # What uploads are compared with, and what is kept for them, is the checkpoint's.
+        weight_of=decoder.weight_of if dummy else exact_weight_of(decoder, path),
         canonical=basis,
         bases=bases,
         host=host,

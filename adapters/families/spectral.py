@@ -110,11 +110,15 @@ class DeviceFactors:
     def __contains__(self, target: Target) -> bool:
         return target in self._kept
 
-    def add(self, target: Target, factors: Factors) -> None:
-        """Copy U and V of a target; σ is in every adapter's M."""
+    def copied(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        """U and Vᵀ of a target, for ``keep``; σ is in every adapter's M. May be under way."""
         u = factors.u.to(self._device, self._dtype).contiguous()
         vt = factors.v.T.to(self._device, self._dtype).contiguous()
-        self._kept[target] = (u, vt)
+        return u, vt
+
+    def keep(self, made: Mapping[Target, tuple[Tensor, Tensor]]) -> None:
+        """Have what ``copied`` made, which must have arrived, be used from now on."""
+        self._kept.update(made)
 
     def get(self, layer: int, module: str) -> tuple[Tensor, Tensor] | None:
         """``U (d_out, k)`` and ``Vᵀ (k, d_in)``; None when no adapter changes the target."""

@@ -223,11 +223,12 @@ def check_scaled(weights: AdapterWeights) -> None:
     limit = torch.finfo(torch.float32).max
     for target, parts in weights.tensors.items():
         scale = abs(weights.scales[target])
-        largest = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
-        if not scale <= limit or not scale * largest <= limit:
-            raise AdapterRejected(
-                str(target), f"scale {scale:g} times the largest value {largest:g} overflows"
-            )
+        for part in parts:
+            largest = float(part.abs().max()) if part.numel() else 0.0
+            if not scale <= limit or not scale * largest <= limit:  # nor when it is NaN
+                raise AdapterRejected(
+                    str(target), f"scale {scale:g} times the largest value {largest:g} overflows"
+                )
 
 
 def registry_of(formats: Iterable[Format]) -> FormatRegistry:

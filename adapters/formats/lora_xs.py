@@ -61,7 +61,8 @@ ORTHONORMALITY_ERROR_MAX = 1e-2
 # itself (measured 1.2e-5 at 1e-5, 1.0e-6 at 1e-6); float32 rounding alone gives 5e-8.
 SPAN_ERROR_MAX = 1e-5
 OUTSIDE_MAX = 1e-6
-# Allowed relative difference of each row of a probe.
+# Allowed relative difference of each row of a probe; or what its dtype resolves, if that is more.
+# A flipped or swapped column differs by about 1.
 PROBE_ERROR_MAX = 1e-3
 
 
@@ -310,8 +311,9 @@ def _probe_failure(
     errors = iter(((given - wanted).norm(dim=1) / wanted.norm(dim=1)).tolist())
     for named in probes.values():
         worst = max(next(errors) for _ in range(named.tensor.shape[0]))
-        if not worst <= PROBE_ERROR_MAX:
-            return named.name, f"relative difference {worst:.1e}, allowed {PROBE_ERROR_MAX:.0e}"
+        allowed = max(PROBE_ERROR_MAX, torch.finfo(named.tensor.dtype).eps)
+        if not worst <= allowed:
+            return named.name, f"relative difference {worst:.1e}, allowed {allowed:.0e}"
     return None
 
 

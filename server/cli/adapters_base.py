@@ -142,7 +142,8 @@ def look_at(files: Mapping[str, Path]) -> Look:
     size = path.stat().st_size
     with path.open("rb") as file:
         header, start = read_header(file, size, WEIGHTS_FILE)
-    entries, _ = parse_header(header, size - start, WEIGHTS_FILE)
+    # Modules of rank 0 are the format's to judge.
+    entries, _ = parse_header(header, size - start, WEIGHTS_FILE, empty=True)
     config = read_json(files[CONFIG_FILE], CONFIG_FILE)
     layout: XsLayout | None = None
     if lora_xs.FORMAT.markers & {split_name(name)[1] for name in entries}:

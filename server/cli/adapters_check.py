@@ -144,7 +144,7 @@ def _report(args: argparse.Namespace) -> Report:
         num_targets=len(weights.tensors),
         targets=describe(weights.tensors, shape),
         made_for=printable(told) if isinstance(told, str) and told else None,
-        needs=_needs(weights),
+        needs=_needs(weights, look.corrected),
         basis=basis,
         sections=[
             {"section": _section(section, weights), "launches": launches(section)}
@@ -163,8 +163,9 @@ def _report(args: argparse.Namespace) -> Report:
     )
 
 
-def _needs(weights: "AdapterWeights") -> str:
-    exact = weights.basis_id is not None or weights.row_scales or weights.correction is not None
+def _needs(weights: "AdapterWeights", corrected: bool) -> str:
+    # A correction may have become factors of the adapter: they are of this base all the same.
+    exact = weights.basis_id is not None or weights.row_scales or corrected
     return "the weights it was trained on" if exact else "a base of these shapes"
 
 
@@ -198,6 +199,15 @@ def _fields(report: Report) -> dict[str, str]:
         "scale": _distinct(report.scales),
         "base": f"needs {report.needs}{made_for}",
         **({"basis": report.basis} if report.basis else {}),
+        # On CUDA there is none of it unless asked for.
+        **(
+            {
+                "server": f"needs --spectral-memory {report.shared_bytes} in bfloat16, "
+                "twice that in float32; adapters that change the same modules share it"
+            }
+            if report.family == "spectral"
+            else {}
+        ),
         "served": " + ".join(each["section"] for each in report.sections),
         "on disk": f"{report.file_bytes:,} bytes, as a record {report.record_bytes:,}",
         "packed": ", ".join(

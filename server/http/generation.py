@@ -240,7 +240,7 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
 
     try:
         try:
-            await services.lookup(stage)
+            await services.load(stage)
         except AdapterTooLarge as error:
             raise Overloaded(f"no room for adapter {info.name!r} just now: {error}") from error
         services.metrics.stage_latency.observe(time.monotonic() - began)

@@ -157,19 +157,26 @@ class Services:
     in_flight: int = field(default=0, init=False)
     started: int = field(default_factory=lambda: int(time.time()), init=False)
     _lookups: anyio.CapacityLimiter = field(init=False)
+    _loads: anyio.CapacityLimiter = field(init=False)
     _texts: anyio.CapacityLimiter = field(init=False)
     _uploads: anyio.CapacityLimiter = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.model_name, stats=self.engine.stats)
-        # Long texts and uploads keep a core busy: few at a time, never in the way of look-ups.
+        # Long texts and uploads keep a core busy: few at a time, never in the way of look-ups. Nor
+        # is what waits for a disk: the first adapter on singular vectors may need gigabytes.
         self._lookups = anyio.CapacityLimiter(8)
+        self._loads = anyio.CapacityLimiter(8)
         self._texts = anyio.CapacityLimiter(2)
         self._uploads = anyio.CapacityLimiter(2)
 
     async def lookup(self, call: Callable[[], T]) -> T:
         """Run a short blocking call in a thread."""
         return await anyio.to_thread.run_sync(call, limiter=self._lookups)
+
+    async def load(self, call: Callable[[], T]) -> T:
+        """Run what may have to read an adapter, or what it needs of the base, in a thread."""
+        return await anyio.to_thread.run_sync(call, limiter=self._loads)
 
     async def tokenize(self, call: Callable[[], T]) -> T:
         """Run the tokenizer on a long text in a thread."""

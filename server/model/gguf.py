@@ -9,7 +9,8 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,10 +108,16 @@ class GGUFFile:
         """
         for name in self._tensors:
             if name != _ROPE_DIVISORS:
-                data = self._read(name)
-                # Memory-mapped arrays are read-only, which torch does not accept silently.
-                data = data if data.flags.writeable else np.array(data)
-                yield self._hf_name(name), torch.from_numpy(data)
+                yield self._hf_name(name), self._tensor(name)
+
+    def readers(self) -> dict[str, Callable[[], Tensor]]:
+        """What reads each tensor, by the name that ``tensors`` gives it."""
+        return {self._hf_name(name): partial(self._tensor, name) for name in self._tensors}
+
+    def _tensor(self, name: str) -> Tensor:
+        data = self._read(name)
+        # Memory-mapped arrays are read-only, which torch does not accept silently.
+        return torch.from_numpy(data if data.flags.writeable else np.array(data))
 
     def _read(self, name: str) -> np.ndarray[Any, Any]:
         """One tensor as Hugging Face has it, dequantised to float32."""

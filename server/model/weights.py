@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from shoal.adapters.formats.keys import module_path
+from shoal.adapters.spec import Target
 from shoal.adapters.weights import WeightOf
 from shoal.server.model.config import ModelConfig, ModelError
 from shoal.server.model.decoder import Decoder
@@ -93,24 +95,48 @@ def load_model(
 def exact_weight_of(decoder: Decoder, path: Path) -> WeightOf:
     """``decoder.weight_of`` as the checkpoint has the weights, before ``decoder`` rounded them.
 
-    For what is derived from the weights and outlives the process, above all the canonical basis:
-    it must not depend on the dtype that one server happens to run in. Where loading rounded, the
-    first call reads the checkpoint again, in float32 to host memory.
+    For what is derived from the weights and outlives the process, above all bases: it must not
+    depend on the dtype that one server happens to run in. Where loading rounded, each call reads
+    its weight from the checkpoint again: nothing is kept.
 
     Args:
         decoder: made of ``path`` by ``load_model``.
 
     Returns:
-        Weights on the decoder's device.
+        Weights on the decoder's device, in the dtype they are stored in; they raise OSError when
+        the checkpoint cannot be read any more.
     """
     if decoder.dtype == torch.float32 or _is_stored_in(path, decoder.dtype):
         return decoder.weight_of
 
     @functools.cache
-    def exact() -> Decoder:
-        return load_model(path, device="cpu", dtype=torch.float32)
+    def readers() -> dict[str, Callable[[], Tensor]]:
+        if path.suffix == ".gguf":
+            return GGUFFile(path).readers()
+        return {
+            _text_name(name): functools.partial(_read_tensor, file, name)
+            for file in _safetensors_files(path)
+            for name in _names(file)
+        }
 
-    return lambda target: exact().weight_of(target).to(decoder.device)
+    def weight_of(target: Target) -> Tensor:
+        try:
+            return readers()[f"{module_path(target)}.weight"]().to(decoder.device)
+        except (ModelError, SafetensorError) as error:
+            raise OSError(str(error)) from error
+
+    return weight_of
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def _is_stored_in(path: Path, dtype: torch.dtype) -> bool:

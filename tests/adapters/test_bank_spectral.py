@@ -22,7 +22,7 @@ from shoal.adapters.spec import (
     Slot,
     Target,
 )
-from shoal.adapters.spectral_basis import SpectralBasis
+from shoal.adapters.spectral_basis import Factors, SpectralBasis
 from shoal.adapters.tables import StepTables
 from shoal.adapters.weights import AdapterWeights
 
@@ -227,6 +227,27 @@ def test_vectors_are_bounded_and_shared(tmp_path: Path) -> None:
         step.bank.add_spectral(step.basis, [Target(0, "down_proj"), *targets("up_proj")])
     assert Target(0, "up_proj") not in step.bank._singular
     step.bank.add_spectral(step.basis, targets("down_proj"))
+
+
+def test_vectors_are_there_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Step(tmp_path, spectral_bytes=2 * 4 * 26 * (35 + 26))
+    first, second = targets("down_proj")
+    right = step.basis.factors
+
+    def broken(target: Target) -> Factors:
+        # Another thread that asked now would be told that they have arrived.
+        assert first not in step.bank._singular
+        if target == second:
+            raise OSError("disk full")
+        return right(target)
+
+    monkeypatch.setattr(step.basis, "factors", broken)
+    with pytest.raises(OSError, match="disk full"):
+        step.bank.add_spectral(step.basis, [first, second])
+    monkeypatch.undo()
+    step.bank.add_spectral(step.basis, [first, second])  # and nothing has been counted
 
 
 def targets(module: str) -> list[Target]:

@@ -103,7 +103,7 @@ class Bank:
         self.factors = DeviceFactors(torch.device("cpu"), dtype)
         for target in SHAPE.targets():
             if target.module in known:
-                self.factors.add(target, FACTORS[target])
+                self.factors.keep({target: self.factors.copied(FACTORS[target])})
         self.next_unit = 2
 
     def load(self, weights: AdapterWeights) -> int:

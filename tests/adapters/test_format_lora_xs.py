@@ -379,6 +379,18 @@ def test_probe_tolerates_rounding_only(golden: Any, compact: Path) -> None:
         golden.read(golden.save(compact, tensors))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_in_16_bits_is_on_its_basis_and_no_other(
+    golden: Any, compact: Path, dtype: torch.dtype
+) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in golden.tensors(compact).items()}
+    assert golden.read(golden.save(compact, tensors)).basis_id == golden.canonical.id
+    swapped = golden.canonical.factors[Q0][:, [0, 1, 3, 2]]
+    tensors[f"{Q0_NAME}.basis_probe"] = probe(swapped, Q0).to(dtype)
+    with pytest.raises(AdapterRejected, match=r"q_proj\.basis_probe: does not match"):
+        golden.read(golden.save(compact, tensors))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -210,6 +210,13 @@ def test_values_that_overflow_are_refused(world: World) -> None:
         world.read(world.save(config | {"renormalise": False}, tensors))
 
 
+def test_a_factor_that_overflows_is_refused(world: World) -> None:
+    """Renormalising divides infinity by infinity: NaN, beside finite indices."""
+    write_svf(world.folder / "out", vectors(world), basis=world.basis, settings={"max_mult": 1e308})
+    with pytest.raises(AdapterRejected, match="times the largest value nan overflows"):
+        world.read(world.folder / "out")
+
+
 def test_limits_come_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """In files this small, names take more than what the vectors expand to."""
     monkeypatch.setattr(spectral_files, "ENTRY_BYTES", 1000)

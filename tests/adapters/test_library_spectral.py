@@ -97,6 +97,19 @@ def test_what_finds_no_room_leaves_no_name(world: World, svf: Path) -> None:
     opened.library.close()
 
 
+def test_nothing_is_computed_that_would_find_no_room(world: World, svf: Path) -> None:
+    def admit(asked: Collection[Target]) -> None:
+        opened.bank.check_spectral(asked)
+
+    folder = world.folder / "fresh"
+    basis = SpectralBasis(world.weight_of, world.shape, folder, admit=admit)
+    opened = Opened(world, basis, bytes_left=1000)
+    with pytest.raises(AdapterTooLarge, match=r"6 modules take \d+ bytes; 1000 are left"):
+        opened.library.upload("mine", adapter_files(svf))
+    assert not folder.exists()
+    opened.library.close()
+
+
 def test_a_server_without_vectors_refuses_and_says_what_would_help(world: World, svf: Path) -> None:
     opened = Opened(world, None)
     with pytest.raises(AdapterRejected, match="within --spectral-memory"):

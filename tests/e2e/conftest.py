@@ -153,9 +153,12 @@ class AttentionByLengths:
 
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyBase]:
-    """``make_base(architecture)``: one of ``ARCHITECTURES``."""
+    """``make_base(architecture)``: one of ``ARCHITECTURES``.
 
-    def make(name: str) -> TinyBase:
+    Options: ``dtype`` (of the checkpoint), and fields of its config.
+    """
+
+    def make(name: str, dtype: torch.dtype = torch.float32, **change: object) -> TinyBase:
         path = tmp_path_factory.mktemp(f"tiny-{name}")
         vocab = {"<unk>": 0, "<eos>": EOS}
         for piece in sorted(pre_tokenizers.ByteLevel.alphabet()):
@@ -182,7 +185,8 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyBas
             "bos_token_id": None,
             "pad_token_id": None,
             "initializer_range": 0.25,
-        } | ARCHITECTURES[name]
+        }
+        fields |= ARCHITECTURES[name] | change
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
         with torch.no_grad():  # as in a trained model: they start at zero, and at one
             for parameter_name, parameter in model.named_parameters():
@@ -190,7 +194,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyBas
                     parameter.normal_()
                 elif "norm" in parameter_name:
                     parameter.add_(0.3 * torch.randn_like(parameter))
-        model.save_pretrained(path)
+        model.to(dtype).save_pretrained(path)
         return TinyBase(path)
 
     return make
@@ -254,8 +258,8 @@ def make_adapter(
 def _config(kind: str, rank: int) -> dict[str, object]:
     """The scale of LoRA and LoRA-XS is 2 (alpha = 2 r), of the others 1."""
     config: dict[str, object] = {"r": rank, "bias": "none", "inference_mode": True}
-    if kind in ("svf", "svft"):
-        return config | {"peft_type": kind.upper()}
+    if kind.startswith("svf"):
+        return config | {"peft_type": kind.removesuffix("_kept").upper()}
     if kind in ("miss", "mini"):
         mini = kind == "mini"
         return config | {
@@ -282,7 +286,7 @@ def _one(
     d_out, d_in = weight.shape
     if kind.endswith("_xs"):
         rank = min(rank, d_out, d_in)
-        b = torch.linalg.svd(weight).U[:, :rank]
+        b = torch.linalg.svd(weight, full_matrices=False).U[:, :rank]
         if kind == "foreign_xs":  # not the top singular basis: it spans something of its own
             b = torch.linalg.qr(noise(d_out, rank).double()).Q
         elif kind == "rotated_xs":
@@ -301,6 +305,16 @@ def _one(
         sigma = torch.linalg.svdvals(weight)
         probe = sigma @ _seeded("sigma", module, len(sigma), 4)
         return {".svf_vector": 4 * strength * noise(len(sigma)), ".svd_probe": probe.float()}
+    if kind == "svft_kept":  # the `rank` leading components of W, on a diagonal, and no others
+        u, sigma, _ = torch.linalg.svd(weight, full_matrices=False)
+        probe = _signed(u, module).T @ _seeded("probe", module, d_out, 4)
+        return {
+            ".svft_rows": torch.arange(rank, dtype=torch.int32),
+            ".svft_cols": torch.arange(rank, dtype=torch.int32),
+            ".svft_values": strength * sigma[:rank].float() * noise(rank),
+            ".svft_s_pre": sigma[:rank].float(),
+            ".svd_probe": probe.float(),
+        }
     if kind == "svft":  # `rank` entries a component, anywhere, some of them twice
         u, sigma, _ = torch.linalg.svd(weight, full_matrices=False)
         k = len(sigma)
@@ -331,6 +345,10 @@ def _delta(
         u, sigma, vt = torch.linalg.svd(weight, full_matrices=False)
         kept = sigma * torch.sigmoid(parts[".svf_vector"]).double()
         return u * kept @ vt * (sigma.sum() / kept.sum()) - weight
+    if kind == "svft_kept":
+        u, _, vt = torch.linalg.svd(weight, full_matrices=False)
+        kept = (parts[".svft_s_pre"].double() + parts[".svft_values"].double())[:, None]
+        return u[:, : len(kept)] @ (kept * vt[: len(kept)]) - weight
     if kind == "svft":
         u, sigma, _ = torch.linalg.svd(weight, full_matrices=False)
         u = _signed(u, module)
@@ -342,7 +360,8 @@ def _delta(
         return torch.sigmoid(parts[".svft_gate"].double()) * u @ m @ vt
     if kind == "compact_xs":
         r = parts[".lora_latent_mapping.weight"].double()
-        b = _signed(torch.linalg.svd(weight).U[:, : r.shape[0]], module)
+        u = torch.linalg.svd(weight, full_matrices=False).U
+        b = _signed(u[:, : r.shape[0]], module)
         return scale * b @ r @ b.T @ weight
     a, b = parts[".lora_A.weight"].double(), parts[".lora_B.weight"].double()
     if kind == "lora":

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shoal.adapters import corrections
 from shoal.adapters.base import base_digest
 from shoal.adapters.basis import Basis, compute_basis, make_basis, save_basis
 from shoal.adapters.formats.keys import module_path
@@ -30,6 +31,7 @@ from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
 from shoal.server.model.weights import load_model
 
+GOLDEN = Path(__file__).parents[1] / "adapters" / "golden"
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32,
@@ -272,6 +274,31 @@ def test_check_says_what_is_taken_out_of_the_base(tiny: Tiny, run: Run, method: 
     assert said["base"].startswith("needs the weights it was trained on")
 
 
+def test_a_correction_without_a_basis_of_its_own_needs_the_same_base(
+    tiny: Tiny, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corrections, "BASES_MAX", 0)
+    said = fields(run("check", tiny.residual("milora"))[1])
+    assert said["served"] == "lora r=4"
+    assert said["base"].startswith("needs the weights it was trained on")
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+def test_check_of_every_golden_case(run: Run, case: str) -> None:
+    """Of files as PEFT and the authors write them; the base here has the same shapes."""
+    refusals = {
+        "lora_bias": "biases are not served",
+        "lora_head": "the output head are not adaptable",
+        "miss_bat": "bat multiplies the base weights",
+    }
+    code, out, err = run("check", GOLDEN / case)
+    assert code == (1 if case in refusals else 0), out + err
+    if case in refusals:
+        assert refusals[case] in fields(out)["rule"]
+    else:
+        assert fields(out)["served"]
+
+
 def test_check_says_that_dora_scales_outputs(tiny: Tiny, run: Run) -> None:
     said = fields(run("check", tiny.dora())[1])
     assert (said["family"], said["format"]) == ("lora", "dora")
@@ -285,6 +312,8 @@ def test_check_computes_the_svds_that_svf_needs(tiny: Tiny, run: Run) -> None:
     assert (code, said["family"], said["format"]) == (0, "spectral", "svf")
     assert "computing 2 SVDs of base once" in err
     assert said["basis"].startswith("the singular vectors of base (svd-")
+    vectors = 2 * (8 * (8 + 16) + 16 * (24 + 16))
+    assert said["server"].startswith(f"needs --spectral-memory {vectors} in bfloat16")
     assert said["rank"] == "8, 16"
     assert "16 entries a module" in said["served"]
     # Of the two modules that it changes: U and V.

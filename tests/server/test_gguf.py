@@ -21,7 +21,7 @@ from shoal.server.model.decoder import Decoder, rope_frequencies
 from shoal.server.model.gguf import GGUFFile
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.pull import smollm2_path
-from shoal.server.model.weights import load_model, read_config
+from shoal.server.model.weights import exact_weight_of, load_model, read_config
 
 HF: dict[str, Any] = {
     "vocab_size": 64,
@@ -171,8 +171,11 @@ def test_a_gguf_is_the_model_it_was_made_from(case: str, tmp_path: Path) -> None
     original = Decoder(config)
     for name, tensor in tensors.items():
         original.load_weight(name, tensor)
+    half = load_model(tmp_path / "m.gguf", device="cpu", dtype=torch.bfloat16)
+    exact = exact_weight_of(half, tmp_path / "m.gguf")
     for target in config.base_shape("x", "").targets():
         assert torch.equal(decoder.weight_of(target), original.weight_of(target))
+        assert torch.equal(exact(target), original.weight_of(target))
     ids = list(range(5, 25))
     torch.testing.assert_close(logits(decoder, ids), logits(original, ids), rtol=1e-4, atol=1e-4)
 

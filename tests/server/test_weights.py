@@ -166,6 +166,19 @@ def test_exact_weights_are_the_checkpoints_whatever_dtype_is_served(
         assert weight.data_ptr() == decoder.weight_of(Target(1, "k_proj")).data_ptr()
 
 
+def test_exact_weights_are_read_one_by_one(tmp_path: Path) -> None:
+    tensors = tensors_of(CONFIG)
+    write(tmp_path, CONFIG, tensors)
+    weight_of = exact_weight_of(load(tmp_path, dtype=torch.bfloat16), tmp_path)
+    target = Target(0, "up_proj")
+    first, again = weight_of(target), weight_of(target)
+    assert first.dtype == torch.float32
+    assert first.data_ptr() != again.data_ptr()  # neither kept, nor a view of a whole model
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(OSError, match="header"):
+        weight_of(target)
+
+
 def test_end_of_sequence_ids_come_from_both_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"eos_token_id": 5}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))

@@ -128,6 +128,30 @@ async def test_a_client_that_leaves_during_staging_leaves_no_pin(serve: Serve) -
         assert h.runner.steps == 0
 
 
+async def test_slow_staging_is_in_nobody_elses_way(serve: Serve) -> None:
+    async with serve() as h:
+        await h.upload("poet")
+        stage, may_go = h.library.stage, threading.Event()
+        began: list[None] = []
+
+        def slow(info: Any) -> Any:
+            began.append(None)
+            may_go.wait(5)
+            return stage(info)
+
+        h.library.stage = slow
+        async with anyio.create_task_group() as group:
+            for _ in range(20):
+                group.start_soon(Client({**LONG, "prompt": "x", "max_tokens": 1}).ask, h.app)
+            await until(lambda: len(began) >= 8)
+            with anyio.fail_after(2):
+                assert (await h.client.get("/v1/adapters/poet")).status_code == 200
+                assert (await h.upload("other", b"else")).status_code == 201
+                assert (await h.complete()).status_code == 200
+            may_go.set()
+        await until(h.all_given_back)
+
+
 async def test_a_client_that_leaves_during_an_upload_leaves_no_file(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
