@@ -1,6 +1,6 @@
 """``spectral`` adapters in the bank: beside the other families, and the vectors they share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from shoal.adapters.spec import (
     Target,
 )
 from shoal.adapters.spectral_basis import Factors, SpectralBasis
-from shoal.adapters.tables import StepTables
+from shoal.adapters.tables import StepParts, StepTables
 from shoal.adapters.weights import AdapterWeights
 
 SHAPE = BaseShape(
@@ -47,6 +47,18 @@ Rows = Sequence[tuple[RowAdapter | None, int]]
 def weight_of(target: Target) -> Tensor:
     generator = torch.Generator().manual_seed(10 * target.layer + MODULES.index(target.module))
     return torch.randn(*SHAPE.dims[target.module], generator=generator)
+
+
+Apply = Callable[[int, Group, Tensor, Tensor], None]
+
+
+def through_tables(parts: StepParts) -> Apply:
+    """What ``StepAdapters.apply`` is, of a step's tables."""
+
+    def apply(layer: int, group: Group, x: Tensor, y: Tensor) -> None:
+        parts.apply(layer, group, parts.before(layer, group, x), y, early=False)
+
+    return apply
 
 
 class Step:
@@ -156,20 +168,20 @@ class Step:
         return torch.cat(wanted)
 
     def check(self, rows: Rows, *, tables: bool = False) -> None:
-        applied = None
+        apply: Apply
         if tables:
             tokens = sum(count for _, count in rows)
             made = StepTables(self.bank, tokens)
-            active = made.fill(rows, tokens)
-            applied = made.parts(active, tokens)
+            apply = through_tables(made.parts(made.fill(rows, tokens), tokens))
         else:
-            applied = self.bank.step(rows)
-        assert applied is not None
+            step = self.bank.step(rows)
+            assert step is not None
+            apply = step.apply
         for layer in range(SHAPE.num_layers):
             for group in GROUPS:
                 x, y0 = self.inputs(layer, group, rows)
                 y = y0.clone()
-                applied.apply(layer, group, x, y)
+                apply(layer, group, x, y)
                 want = self.expected(layer, group, rows)
                 atol = 2e-5 * float(want.abs().max())
                 torch.testing.assert_close(y.double(), want, rtol=0, atol=atol)
@@ -212,7 +224,7 @@ def test_tables_follow_the_rows(tmp_path: Path) -> None:
         assert active
         assert not active.capturable
         x, y = step.inputs(0, "down", rows)
-        tables.parts(active, 4).apply(0, "down", x, y)
+        through_tables(tables.parts(active, 4))(0, "down", x, y)
         want = step.expected(0, "down", rows)
         torch.testing.assert_close(y.double(), want, rtol=0, atol=2e-5 * float(want.abs().max()))
     assert tables.fill([(None, 4)], 4).capturable
