@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, event, text, update
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import CreateIndex, CreateTable
 
 from shoal.adapters.errors import AdapterConflict, AdapterNameInvalid, AdapterNotFound
 from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RegistryUnavailable, SchemaTooNew
-from shoal.adapters.registry.tables import LIVE, METADATA, SCHEMA, SCHEMA_VERSION
+from shoal.adapters.registry.tables import SCHEMA, SCHEMA_VERSION
 
 BASE = "b" * 64
 
@@ -25,9 +23,12 @@ def content(seed: int | str) -> Content:
     return Content(digest, "core", "lora_xs", 8, 1000, 13_440, "f" * 64)
 
 
-@pytest.fixture
-def database() -> Iterator[Database]:
-    database = Database("sqlite://")
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    url = "sqlite://"
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres").new_schema()
+    database = Database(url)
     yield database
     database.close()
 
@@ -137,8 +138,8 @@ def test_same_content_is_the_version_it_already_is(catalog: Catalog) -> None:
     assert catalog.publish("b", content(1), created=30.0).version == 1
 
 
-def test_paging_a_thousand_names_skips_and_repeats_none(catalog: Catalog) -> None:
-    expected = sorted(f"{p}{n}" for p, n in itertools.product(("a-", "a.", "a_", "zz"), range(250)))
+def test_paging_hundreds_of_names_skips_and_repeats_none(catalog: Catalog) -> None:
+    expected = sorted(f"{p}{n}" for p, n in itertools.product(("a-", "a.", "a_", "zz"), range(60)))
     for name in random.Random(0).sample(expected, len(expected)):
         catalog.publish(name, content(name), created=0.0)
     for name in expected[::4]:
@@ -147,7 +148,7 @@ def test_paging_a_thousand_names_skips_and_repeats_none(catalog: Catalog) -> Non
     assert names(catalog, prefix="a_2") == [n for n in expected if n.startswith("a_2")]
     page, after = catalog.page(limit=1000)
     assert ([info.name for info in page], after) == (expected, None)
-    assert [info.version for info in page] == [2, 1, 1, 1] * 250
+    assert [info.version for info in page] == [2, 1, 1, 1] * 60
 
 
 def test_a_page_goes_on_after_a_name_that_has_been_deleted(catalog: Catalog) -> None:
@@ -292,16 +293,9 @@ def test_sqlite_is_set_up_to_survive_power_failures(tmp_path: Path) -> None:
     assert settings == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
 
-def test_the_tables_are_also_postgresqls() -> None:
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
-    sql = [str(CreateTable(table).compile(dialect=dialect)) for table in METADATA.sorted_tables]
-    sql.append(str(CreateIndex(LIVE).compile(dialect=dialect)))
-    assert 'name VARCHAR(128) COLLATE "C" NOT NULL' in "".join(sql)
-    assert "id BIGSERIAL NOT NULL" in "".join(sql)
-    assert sql[-1].endswith("WHERE deleted_at IS NULL")
-
-
-def test_every_look_up_searches_an_index(database: Database, catalog: Catalog) -> None:
+def test_every_look_up_searches_an_index() -> None:
+    database = Database("sqlite://")
+    catalog = Catalog(database, base_digest=BASE)
     catalog.publish("a", content(1), created=0.0)
     ran: list[tuple[str, object]] = []
 
@@ -325,3 +319,4 @@ def test_every_look_up_searches_an_index(database: Database, catalog: Catalog) -
             assert all(step.startswith(("SEARCH", "USE TEMP")) for step in steps), steps
             if "LIMIT" in statement:
                 assert not [step for step in steps if "TEMP" in step], "a page must not sort"
+    database.close()
