@@ -1,5 +1,6 @@
 """The databases that a catalog can live in: SQLite files, and schemas of a real PostgreSQL."""
 
+import hashlib
 import itertools
 import shutil
 import tempfile
@@ -11,7 +12,18 @@ from urllib.parse import quote
 
 import pytest
 
+from shoal.adapters.registry.catalog import Content
+from shoal.adapters.registry.database import Database
+
+BASE = "b" * 64
+
 _numbers = itertools.count()
+
+
+def content(seed: int | str) -> Content:
+    """Content like no other seed's."""
+    digest = hashlib.sha256(str(seed).encode()).hexdigest()
+    return Content(digest, "core", "lora_xs", 8, 1000, 13_440, "f" * 64)
 
 
 class PostgresServer:
@@ -71,3 +83,14 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/registry.db"
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.new_schema()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """An empty database of this process; in memory where it can be."""
+    url = "sqlite://"
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres").new_schema()
+    database = Database(url)
+    yield database
+    database.close()

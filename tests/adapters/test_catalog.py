@@ -1,36 +1,17 @@
 """The catalog's rules about names and versions, against a tiny model and edge by edge."""
 
-import hashlib
 import itertools
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, event, text, update
+from sqlalchemy import Engine, event, text
+from tests.adapters.databases import BASE, content
 
 from shoal.adapters.errors import AdapterConflict, AdapterNameInvalid, AdapterNotFound
-from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
+from shoal.adapters.registry.catalog import AdapterInfo, Catalog
 from shoal.adapters.registry.database import Database
-from shoal.adapters.registry.errors import RegistryUnavailable, SchemaTooNew
-from shoal.adapters.registry.tables import SCHEMA, SCHEMA_VERSION
-
-BASE = "b" * 64
-
-
-def content(seed: int | str) -> Content:
-    digest = hashlib.sha256(str(seed).encode()).hexdigest()
-    return Content(digest, "core", "lora_xs", 8, 1000, 13_440, "f" * 64)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest) -> Iterator[Database]:
-    url = "sqlite://"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("postgres").new_schema()
-    database = Database(url)
-    yield database
-    database.close()
+from shoal.adapters.registry.errors import RegistryUnavailable
 
 
 @pytest.fixture
@@ -254,18 +235,6 @@ def test_what_ships_never_overrides_a_users_choice(catalog: Catalog) -> None:
     catalog.delete("new", now=0.0)
     assert ship("new", 4) is None
     assert catalog.count() == 0
-
-
-def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/registry.db"
-    database = Database(url)
-    with database.write() as connection:
-        connection.execute(update(SCHEMA).values(version=SCHEMA_VERSION + 1))
-    database.close()
-    before = (tmp_path / "registry.db").read_bytes()
-    with pytest.raises(SchemaTooNew, match=f"schema version {SCHEMA_VERSION + 1}.*upgrade shoal"):
-        Database(url)
-    assert (tmp_path / "registry.db").read_bytes() == before
 
 
 @pytest.mark.parametrize("data", [b"hello, I am no database\n" * 100, b"\x00" * 8192])
