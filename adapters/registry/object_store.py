@@ -57,12 +57,13 @@ class ObjectStore:
         """See ``Store``. Always writes: the write costs what the check would."""
         self._call("pipe_file", self._path(digest), stored.encode(digest, data))
 
-    def put_many(self, records: Sequence[tuple[str, bytes]]) -> None:
+    def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
         """See ``Store``. The pack is built in memory."""
         encoded = [(digest, stored.encode(digest, data)) for digest, data in records]
         name = pack_name(encoded)
         self._call("pipe_file", f"{self._root}/packs/{name}", b"".join(pack_chunks(encoded)))
         self.packs.forget(name)
+        return name
 
     def get(self, digest: str) -> bytes:
         """See ``Store``. Bytes that are not what they should be are read again before that."""

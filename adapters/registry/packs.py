@@ -224,6 +224,23 @@ class Packs:
             self._indexes.pop(name, None)
             self._torn.discard(name)
 
+    def read(self, name: str, start: int, end: int | None) -> bytes:
+        """Bytes of a pack; see ``ReadRange``."""
+        return self._read(name, start, end)
+
+    def digests(self, name: str) -> Iterator[tuple[str, int]]:
+        """Digest and length of every record of a readable pack; reads the heads of its frames.
+
+        Raises:
+            FileNotFoundError: it is gone.
+        """
+        with self._lock:
+            index = self._indexes.get(name)
+        if index is None:
+            raise FileNotFoundError(name)
+        for start, length in zip(index.offsets, index.lengths, strict=True):
+            yield self._read(name, start, start + 32).hex(), length
+
     def _load(self, name: str) -> None:
         try:
             index = read_index(name, self._read)

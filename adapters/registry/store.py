@@ -52,8 +52,8 @@ class Store(Protocol):
         """
         ...
 
-    def put_many(self, records: Sequence[tuple[str, bytes]]) -> None:
-        """Keep all of these (digest, data) as one pack, or none of them.
+    def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
+        """Keep all of these (digest, data) as one pack, or none of them; returns its name.
 
         Raises:
             ValueError: more than a pack holds.
@@ -186,7 +186,7 @@ class LocalStore:
             for folder in (path.parent, path.parent.parent, self._records):
                 _sync_folder(folder)
 
-    def put_many(self, records: Sequence[tuple[str, bytes]]) -> None:
+    def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
         """See ``Store``."""
         encoded = [(digest, stored.encode(digest, data)) for digest, data in records]
         path = self._packs / pack_name(encoded)
@@ -194,6 +194,7 @@ class LocalStore:
             self._write(path, pack_chunks(encoded))
             _sync_folder(self._packs)
         self.packs.forget(path.name)
+        return path.name
 
     def get(self, digest: str) -> bytes:
         """See ``Store``."""
