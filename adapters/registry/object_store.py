@@ -55,13 +55,13 @@ class ObjectStore:
 
     def put(self, digest: str, data: bytes) -> None:
         """See ``Store``. Always writes: the write costs what the check would."""
-        self._call("pipe_file", self._path(digest), stored.encode(digest, data))
+        self._write(self._path(digest), stored.encode(digest, data))
 
     def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
         """See ``Store``. The pack is built in memory."""
         encoded = [(digest, stored.encode(digest, data)) for digest, data in records]
         name = pack_name(encoded)
-        self._call("pipe_file", f"{self._root}/packs/{name}", b"".join(pack_chunks(encoded)))
+        self._write(f"{self._root}/packs/{name}", b"".join(pack_chunks(encoded)))
         self.packs.forget(name)
         return name
 
@@ -115,6 +115,12 @@ class ObjectStore:
         except FileNotFoundError:
             return False
         return True
+
+    def _write(self, path: str, data: bytes) -> None:
+        try:
+            self._call("pipe_file", path, data)
+        except FileNotFoundError as error:
+            raise RegistryUnavailable(f"store {path!r}: no such bucket ({error})") from error
 
     def _get(self, digest: str) -> bytes:
         path = self._path(digest)
