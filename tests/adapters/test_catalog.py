@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, event, text
-from tests.adapters.databases import BASE, content
+from tests.adapters.databases import BASE, PostgresServer, content
 
 from shoal.adapters.errors import AdapterConflict, AdapterNameInvalid, AdapterNotFound
 from shoal.adapters.registry.catalog import AdapterInfo, Catalog
@@ -288,4 +288,54 @@ def test_every_look_up_searches_an_index() -> None:
             assert all(step.startswith(("SEARCH", "USE TEMP")) for step in steps), steps
             if "LIMIT" in statement:
                 assert not [step for step in steps if "TEMP" in step], "a page must not sort"
+    database.close()
+
+
+def test_look_ups_and_pages_use_the_indexes_of_postgresql(postgres: PostgresServer) -> None:
+    """With the planner as it is, and a few thousand rows."""
+    database = Database(postgres.new_schema())
+    catalog = Catalog(database, base_digest=BASE)
+    catalog.publish("template", content(0), created=0.0)
+    with database.write() as connection:
+        for table, columns, values in [
+            (
+                "adapters",
+                "id, owner, name, base_digest, active_version, next_version, live_from",
+                "n + 10, '', 'n' || n, base_digest, 1, 2, 1",
+            ),
+            (
+                "versions",
+                "adapter_id, version, digest, family, format, rank, bytes, packed_elements, "
+                "base_digest, source, created",
+                "n + 10, 1, md5(n::text), family, format, rank, bytes, packed_elements, "
+                "base_digest, source, created",
+            ),
+        ]:
+            rows = f"SELECT {values} FROM {table}, generate_series(1, 5000) n"
+            connection.execute(text(f"INSERT INTO {table} ({columns}) {rows}"))
+    with database.write() as connection:
+        connection.execute(text("ANALYZE adapters, versions"))
+    ran: list[tuple[str, object]] = []
+
+    def capture(_c: object, _cursor: object, statement: str, values: object, *_: object) -> None:
+        ran.append((statement, values))
+
+    event.listen(database._engine, "before_cursor_execute", capture)
+    assert catalog.get("n4321", 1).name == "n4321"
+    assert [info.name for info in catalog.page(limit=2, prefix="n43", after="n4320")[0]] == [
+        "n4321",
+        "n4322",
+    ]
+    assert len(catalog.versions("n4321")) == 1
+    with pytest.raises(AdapterNotFound):
+        Catalog(database, base_digest=BASE, owner="ann").get("bob/n4321")
+    event.remove(database._engine, "before_cursor_execute", capture)
+    assert len(ran) == 4
+    with database.read() as connection:
+        for statement, values in ran:
+            plan = connection.exec_driver_sql(f"EXPLAIN {statement}", values)  # type: ignore[arg-type]
+            steps = "\n".join(plan.scalars())
+            assert "Index" in steps
+            for slow in ("Seq Scan on adapters", "Seq Scan on versions", "Sort"):
+                assert slow not in steps, steps
     database.close()
