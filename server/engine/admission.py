@@ -12,11 +12,11 @@ get only places that nobody was promised, and who is refused meanwhile is told t
 one. A promise that nobody claims lapses.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, exp
+from math import ceil, exp, inf, sqrt
 
 from shoal.server.engine.fairness import INPUT_PRICE, OUTPUT_PRICE, SCALE, Backlog
 from shoal.server.engine.request import Request
@@ -29,11 +29,18 @@ RETRY_AFTER_MAX_S = 3600
 KEPT_S = 2.0
 KEPT_PART = 0.25
 # Further promises are not remembered: so many clients do not come back in an orderly way.
-PROMISES_MAX = 4096
+PROMISES_MAX = 1024
+# By how much a promised place may be beyond the longest wait.
+SLACK = 2
 # The measured rate follows the last seconds.
 RATE_OVER_S = 10.0
-# A little too late is better than a little too early.
-MARGIN = 1.1
+# There may be thousands of tenants, and thousands of steps a second.
+NOTE_EVERY_S = 0.25
+# Requests start as irregularly as a Poisson process has events: nine times in ten there were n of
+# them after the time of n + LATER * (sqrt(n) + 1).
+LATER = 1.3
+
+_Span = tuple[float, float]  # a promised place is there from, and until
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,8 @@ class Door:
         self._taken: Counter[str] = Counter()  # those of them that the next look will show
         self._promises = _Promises()
         self._rate = _Rate()
+        self._rates: dict[str, _Rate] = {}  # of the tenants that wait
+        self._noted_s = -1.0
         self._mean_output: float | None = None
 
     @property
@@ -73,31 +82,44 @@ class Door:
         """
         tenant, limits, promises = request.tenant, self.limits, self._promises
         promises.lapse(now_s)
-        claims = promises.claim(tenant, now_s)
+        # Who was refused asks the same again; a hash is enough to tell.
+        key = hash((tenant, request.prompt_ids))
+        since = promises.since(key)
+        if since is not None and since > now_s:
+            early_s = ceil(since - now_s)
+            raise Overloaded(
+                f"there is no place for this request yet; try again in {early_s} s",
+                retry_after_s=float(early_s),
+            )
+        if since is not None:
+            promises.claim(tenant, key)
         mine, everybody = self._count(tenant), self.num_waiting
-        # Newcomers leave the promised places alone; who claims one may have any that is free.
-        kept = 0 if claims else promises.count(tenant)
-        kept_by_all = 0 if claims else promises.total
-        if mine + kept >= limits.max_waiting_per_tenant:
-            free_after = mine + promises.count(tenant) + 1 - limits.max_waiting_per_tenant
-            why = f"{mine} of your requests wait; the limit is {limits.max_waiting_per_tenant}"
-            retry_s = self._wait_s(request, free_after, least=False)
-        elif everybody + kept_by_all >= limits.max_waiting:
-            free_after = everybody + promises.total + 1 - limits.max_waiting
-            why = f"{everybody} requests are waiting; the limit is {limits.max_waiting}"
-            retry_s = self._seconds(free_after * self._mean_price(self._waiting.values(), request))
-        else:
-            wait_s = 0.0
-            if limits.max_wait_s is not None and everybody:
-                wait_s = self._wait_s(request, mine + kept, least=True)
-            if limits.max_wait_s is None or wait_s <= limits.max_wait_s:
-                self._entered[tenant] += 1
-                return
-            behind = mine + promises.count(tenant)
-            why = f"it would wait for {wait_s:.1f} s; the limit is {limits.max_wait_s:g} s"
-            retry_s = self._wait_s(request, behind, least=False) - limits.max_wait_s
-        after_s = min(max(ceil(retry_s * MARGIN), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
-        promises.make(tenant, now_s, after_s)
+        own, room = promises.of(tenant), limits.max_waiting_per_tenant
+        why = f"{mine} of your requests wait, and {room} may"
+        each_s = 0.0
+        if limits.max_wait_s is not None or mine + len(own) >= room:
+            each_s = self._wait_s(request, mine or 1) / (mine or 1)
+        if limits.max_wait_s is not None:
+            # A promise is kept though the estimate it came from was a little off.
+            most_s = limits.max_wait_s * (1 if since is None else SLACK)
+            if mine * each_s > most_s:
+                room = int(limits.max_wait_s / each_s)
+                why = f"it would wait for {mine * each_s:.1f} s, and the limit is {most_s:g} s"
+        if since is not None and mine < room and everybody < limits.max_waiting:
+            self._entered[tenant] += 1
+            return
+        free_s = _free_after(mine, own, room, each_s, now_s)
+        if free_s is None:
+            each_s = 0.0
+            if everybody + len(promises) >= limits.max_waiting:
+                each_s = self._seconds(self._mean_price(self._waiting.values(), request))
+            why = f"{everybody} requests wait, and {limits.max_waiting} may"
+            free_s = _free_after(everybody, promises.all, limits.max_waiting, each_s, now_s)
+        if free_s is None:
+            self._entered[tenant] += 1
+            return
+        after_s = min(max(ceil(free_s), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+        promises.make(tenant, key, now_s, after_s)
         raise Overloaded(f"{why}; try again in {after_s} s", retry_after_s=float(after_s))
 
     def take(self) -> None:
@@ -111,6 +133,8 @@ class Door:
             before = self._waiting.pop(backlog.tenant, None)
             if before is not None:
                 self._queued -= before.waiting
+            if not backlog.waiting:
+                self._rates.pop(backlog.tenant, None)
             if backlog.forgotten:
                 self._known.pop(backlog.tenant, None)
                 continue
@@ -120,6 +144,12 @@ class Door:
             if backlog.waiting:
                 self._waiting[backlog.tenant] = backlog
                 self._queued += backlog.waiting
+        if not 0 <= now_s - self._noted_s < NOTE_EVERY_S:
+            self._noted_s = now_s
+            for tenant, backlog in self._waiting.items():
+                rate = self._rates.get(tenant) or self._rates.setdefault(tenant, _Rate())
+                served = backlog.counter * backlog.weight / SCALE
+                rate.note(served, now_s, saturated=True)
         if self._taken:
             self._entered -= self._taken
             self._taken.clear()
@@ -130,12 +160,8 @@ class Door:
         backlog = self._waiting.get(tenant)
         return self._entered[tenant] + (backlog.waiting if backlog else 0)
 
-    def _wait_s(self, request: Request, count: int, *, least: bool) -> float:
-        """Seconds until its tenant was served ``count`` more requests, and others their due.
-
-        Args:
-            least: others send nothing more, so their due ends with what waits of theirs.
-        """
+    def _wait_s(self, request: Request, count: int) -> float:
+        """Seconds until its tenant was served ``count`` more requests, and others their due."""
         mine = self._known.get(request.tenant)
         level = min((other.counter for other in self._waiting.values()), default=0)
         counter = max(mine.counter, level) if mine else level
@@ -144,10 +170,10 @@ class Door:
         total = price
         for tenant, other in self._waiting.items():
             if tenant != request.tenant:
-                due = (until - other.counter) * other.weight / SCALE
-                most = self._price(other) if least else due
-                total += max(0.0, min(due, most))
-        return self._seconds(total)
+                total += max(0.0, (until - other.counter) * other.weight / SCALE)
+        # Those who do not wait just now, but did and will, show in what it was really served.
+        rate = self._rates.get(request.tenant)
+        return max(self._seconds(total), price / rate.per_s if rate and rate.per_s else 0.0)
 
     def _price(self, backlog: Backlog) -> float:
         """What all that waits of a tenant will be charged, as it seems."""
@@ -173,16 +199,45 @@ class Door:
         return price / self._rate.per_s if self._rate.per_s else 0.0
 
 
+def _free_after(
+    waiting: int, promised: Sequence[_Span], room: int, each_s: float, now_s: float
+) -> float | None:
+    """None if one more may wait now, else the seconds until there is a place beyond the promised.
+
+    Args:
+        waiting: how many wait, of at most ``room``.
+        promised: when places were promised, by time.
+        each_s: seconds between two starts, on average.
+    """
+    free = room - waiting
+    if free > 0 and (
+        free > len(promised)
+        or all(
+            index < free - 1 + _starts((since - now_s) / each_s if each_s else inf)
+            for index, (since, _) in enumerate(promised)
+        )
+    ):
+        return None
+    count = len(promised) + 1 - free
+    return each_s * (count + LATER * (sqrt(max(count, 0)) + 1))
+
+
+def _starts(average: float) -> float:
+    """How many there are nine times in ten when there are ``average`` on average."""
+    left = average - LATER
+    return (sqrt(LATER**2 / 4 + left) - LATER / 2) ** 2 if left > 0 else 0.0
+
+
 class _Rate:
     """Price served in a second while somebody waited, the last seconds counting most."""
 
     def __init__(self) -> None:
         self.per_s = 0.0  # 0: not known yet
         self._served = self._seconds = 0.0
-        self._total = 0
+        self._total = 0.0
         self._at_s: float | None = None
 
-    def note(self, total: int, now_s: float, *, saturated: bool) -> None:
+    def note(self, total: float, now_s: float, *, saturated: bool) -> None:
         """``total`` was served by ``now_s``; somebody waited since the last note, or not."""
         if self._at_s is not None and saturated and now_s > self._at_s:
             passed = now_s - self._at_s
@@ -194,41 +249,54 @@ class _Rate:
 
 
 class _Promises:
-    """When places were promised to whom; times are those at which they may be claimed."""
+    """When places were promised to whom."""
 
     def __init__(self) -> None:
-        self.total = 0
-        self._times: dict[str, list[tuple[float, float]]] = {}  # (from, until), by the first
-        self._swept_s = 0.0
+        self.all: list[_Span] = []
+        self._of: dict[str, list[_Span]] = {}
+        self._by_key: dict[int, _Span] = {}
+        self._now_s = self._swept_s = 0.0
 
-    def count(self, tenant: str) -> int:
-        return len(self._times.get(tenant, ()))
+    def __len__(self) -> int:
+        return len(self.all)
 
-    def make(self, tenant: str, now_s: float, after_s: int) -> None:
-        if self.total < PROMISES_MAX:
+    def of(self, tenant: str) -> Sequence[_Span]:
+        """By time."""
+        return self._of.get(tenant, ())
+
+    def since(self, key: int) -> float | None:
+        """When the request's place is there; None if it has none."""
+        span = self._by_key.get(key)
+        return None if span is None else span[0]
+
+    def make(self, tenant: str, key: int, now_s: float, after_s: int) -> None:
+        if len(self.all) < PROMISES_MAX:
             since = now_s + after_s
-            until = since + KEPT_S + KEPT_PART * after_s
-            insort(self._times.setdefault(tenant, []), (since, until))
-            self.total += 1
+            span = since, since + KEPT_S + KEPT_PART * after_s
+            insort(self._of.setdefault(tenant, []), span)
+            insort(self.all, span)
+            self._by_key[key] = span
 
-    def claim(self, tenant: str, now_s: float) -> bool:
-        """Use up the oldest promise whose time has come, if there is one."""
-        times = self._times.get(tenant)
-        if not times or times[0][0] > now_s:
-            return False
-        del times[0]
-        self.total -= 1
-        return True
+    def claim(self, tenant: str, key: int) -> None:
+        """Use up the request's promise."""
+        span = self._by_key.pop(key)
+        for spans in (self.all, self._of[tenant]):
+            del spans[bisect_left(spans, span)]
 
     def lapse(self, now_s: float) -> None:
-        """Forget what nobody claimed; looks at all of them once a second."""
-        if 0 <= now_s - self._swept_s < 1.0:
+        """Forget what nobody claimed, and everything when the clock goes back.
+
+        Looks at all of them once a second.
+        """
+        if now_s < self._now_s:
+            self.all, self._of, self._by_key, self._swept_s = [], {}, {}, now_s
+        self._now_s = now_s
+        if now_s - self._swept_s < 1.0:
             return
         self._swept_s = now_s
-        for tenant, times in list(self._times.items()):
-            kept = [span for span in times if span[1] > now_s]
-            self.total -= len(times) - len(kept)
-            if kept:
-                self._times[tenant] = kept
-            else:
-                del self._times[tenant]
+        self.all = [span for span in self.all if span[1] > now_s]
+        self._by_key = {key: span for key, span in self._by_key.items() if span[1] > now_s}
+        for tenant, spans in list(self._of.items()):
+            self._of[tenant] = [span for span in spans if span[1] > now_s]
+            if not self._of[tenant]:
+                del self._of[tenant]
