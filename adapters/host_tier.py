@@ -37,7 +37,13 @@ class HostTier:
 
     @property
     def used_bytes(self) -> int:
+        """Of tensor data."""
         return self._residency.used
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of those, what is in use."""
+        return self._residency.pinned
 
     def __len__(self) -> int:
         return len(self._entries)
