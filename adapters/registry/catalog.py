@@ -413,14 +413,11 @@ class Catalog:
         Raises:
             AdapterNotFound: no such name.
         """
-
-        def work(connection: Connection) -> list[str | None]:
+        with self._database.read() as connection:
             row = self._live_adapter(connection, name)
             query = select(SHARES.c.grantee).where(*_shares_of(row)).order_by(SHARES.c.grantee)
-            found = connection.execute(query).scalars()
-            return [None if grantee == EVERYBODY else grantee for grantee in found]
-
-        return self._transact(work)
+            found = connection.execute(query).scalars().all()
+        return [None if grantee == EVERYBODY else grantee for grantee in found]
 
     def spare(self, digest: str, *, now: float) -> None:
         """Call before writing bytes that may be stored already: nobody will collect them soon."""

@@ -76,7 +76,7 @@ class Key:
 
 
 class Keys:
-    """The keys in a database; thread-safe.
+    """The keys in a database; thread-safe. All methods may raise RegistryUnavailable.
 
     Args:
         database: not closed by this.

@@ -280,3 +280,36 @@ def test_a_row_locked_by_somebody_who_hangs_is_typed(
     assert Catalog(two, base_digest=BASE).publish("a", content(2), created=0.0).version == 2
     one.close()
     two.close()
+
+
+@pytest.mark.parametrize(
+    ("breaking", "mending", "said"),
+    [
+        ("PRAGMA max_page_count = 1", "PRAGMA max_page_count = 1000000", "full"),
+        ("PRAGMA query_only = ON", "PRAGMA query_only = OFF", "readonly"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_typed_and_reading_goes_on(
+    breaking: str, mending: str, said: str
+) -> None:
+    database = Database("sqlite://")  # one connection, which the pragmas are for
+    catalog = Catalog(database, base_digest=BASE)
+    catalog.publish("a", content(1), created=0.0)
+    with database.read() as connection:
+        connection.execute(text(breaking))
+
+    def publish_many() -> None:
+        for number in range(1000):
+            catalog.publish(f"b{number:0100}", content(number), created=0.0)
+
+    with pytest.raises(RegistryUnavailable, match=said):
+        publish_many()
+    before = catalog.count()
+    assert catalog.get("a").version == 1
+    assert len(catalog.page(limit=1000)[0]) == before
+    with database.read() as connection:
+        connection.execute(text(mending))
+    catalog.publish("z", content(2), created=0.0)
+    assert catalog.count() == before + 1
+    catalog.check()
+    database.close()
