@@ -171,6 +171,7 @@ class LocalStore:
             self._temporary.mkdir(exist_ok=True)
             _sync_folder(folder)
             self._remove_leftovers()
+            self.packs.refresh()  # here, and not in the first request that needs one
 
     def put(self, digest: str, data: bytes) -> None:
         """See ``Store``. A damaged record is replaced."""

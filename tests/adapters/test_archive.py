@@ -4,7 +4,10 @@ import hashlib
 import io
 import json
 import random
+import subprocess
+import sys
 import tarfile
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from shoal.adapters.registry import archive
 from shoal.adapters.registry.archive import export_archive, import_archive
 from shoal.adapters.registry.catalog import Catalog, Content
 from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.doctor import examine
 from shoal.adapters.registry.errors import RegistryUnavailable
 from shoal.adapters.registry.store import LocalStore
 
@@ -277,3 +281,69 @@ def test_links_in_a_tar_are_refused(tmp_path: Path) -> None:
         tar.addfile(member)
     with pytest.raises(AdapterRejected, match="does not belong here"):
         Place(tmp_path).imported(out.getvalue())
+
+
+# Forks one import for each step, which kills itself before that call of those that matter.
+IMPORTER = textwrap.dedent(
+    """
+    import itertools, os, signal, sys
+    from pathlib import Path
+    from shoal.adapters.registry import archive
+    from shoal.adapters.registry.database import Database
+    from shoal.adapters.registry.store import LocalStore
+
+    source, folder, *steps = sys.argv[1:]
+    archive.BATCH_ADAPTERS = 7
+
+    def die_before(step):
+        calls = itertools.count(1)
+        def deadly(function):
+            def wrapped(*args, **kwargs):
+                if next(calls) == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+            return wrapped
+        for owner, name in [(os, "fsync"), (os, "replace"), (Database, "transact"),
+                            (archive, "publish_many"), (archive, "missing")]:
+            setattr(owner, name, deadly(getattr(owner, name)))
+
+    for step in steps:
+        pid = os.fork()
+        if pid == 0:
+            place = Path(folder, step)
+            place.mkdir()
+            database, store = Database(f"sqlite:///{place}/r.db"), LocalStore(place / "store")
+            die_before(int(step))
+            with open(source, "rb") as file:
+                archive.import_archive(database, store, place / "store/bases", file)
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    """
+)
+
+
+def test_kill_9_during_an_import_leaves_whole_adapters_and_the_rest_follows(
+    full: Place, tmp_path: Path
+) -> None:
+    data = full.exported()
+    (tmp_path / "all.tar").write_bytes(data)
+    steps = [str(step) for step in (1, 2, 3, 4, 5, 6, 7, 9, 12, 16, 21)]
+    command = [sys.executable, "-c", IMPORTER, str(tmp_path / "all.tar"), str(tmp_path), *steps]
+    subprocess.run(command, check=True, timeout=120)
+    whole = contents(full)
+    found = []
+    for step in steps:
+        place = Place(tmp_path / step)
+        half = contents(place)  # every record of every name is there
+        assert half.items() <= whole.items()
+        found.append(len(half))
+        added, _, unchanged, _ = place.imported(data)
+        assert (added, unchanged) == (len(whole) - len(half), len(half))
+        assert contents(place) == whole
+        report = examine(place.database, place.store, place.bases, repair=True, grace_s=-60)
+        assert report.records > 0
+        assert report.missing.count == report.torn_packs.count == 0
+        assert contents(place) == whole
+    assert found == sorted(found)
+    assert found[0] == 0
+    assert found[-1] > 0
