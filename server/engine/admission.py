@@ -7,9 +7,9 @@ or when it would start later than a limit.
 *When to come back.* The engine serves so much a second (measured while somebody waits). When a
 tenant has been served its next n requests, everybody else who waits has caught up with the counter
 that it has then: that is how much is served before n places fall free. The time is rounded up to
-whole seconds, as HTTP says it, and the place is kept for whoever of the tenant asks then: newcomers
-get only places that nobody was promised, and who is refused meanwhile is told the time of the next
-one. A promise that nobody claims lapses.
+whole seconds, as HTTP says it, and the place is kept for the same request (tenant, prompt and
+parameters): others get what is left when all promises are kept, and who is refused meanwhile is
+told the time of the next place. A promise that nobody claims lapses.
 """
 
 from bisect import bisect_left, insort
@@ -83,15 +83,10 @@ class Door:
         tenant, limits, promises = request.tenant, self.limits, self._promises
         promises.lapse(now_s)
         # Who was refused asks the same again; a hash is enough to tell.
-        key = hash((tenant, request.prompt_ids))
+        key = hash((tenant, request.prompt_ids, request.sampling))
         since = promises.since(key)
-        if since is not None and since > now_s:
-            early_s = ceil(since - now_s)
-            raise Overloaded(
-                f"there is no place for this request yet; try again in {early_s} s",
-                retry_after_s=float(early_s),
-            )
-        if since is not None:
+        due = since is not None and since <= now_s
+        if due:
             promises.claim(tenant, key)
         mine, everybody = self._count(tenant), self.num_waiting
         own, room = promises.of(tenant), limits.max_waiting_per_tenant
@@ -101,11 +96,11 @@ class Door:
             each_s = self._wait_s(request, mine or 1) / (mine or 1)
         if limits.max_wait_s is not None:
             # A promise is kept though the estimate it came from was a little off.
-            most_s = limits.max_wait_s * (1 if since is None else SLACK)
+            most_s = limits.max_wait_s * (SLACK if due else 1)
             if mine * each_s > most_s:
                 room = int(limits.max_wait_s / each_s)
                 why = f"it would wait for {mine * each_s:.1f} s, and the limit is {most_s:g} s"
-        if since is not None and mine < room and everybody < limits.max_waiting:
+        if due and mine < room and everybody < limits.max_waiting:
             self._entered[tenant] += 1
             return
         free_s = _free_after(mine, own, room, each_s, now_s)
@@ -116,10 +111,15 @@ class Door:
             why = f"{everybody} requests wait, and {limits.max_waiting} may"
             free_s = _free_after(everybody, promises.all, limits.max_waiting, each_s, now_s)
         if free_s is None:
+            if since is not None and not due:  # too early, and there is a place all the same
+                promises.claim(tenant, key)
             self._entered[tenant] += 1
             return
-        after_s = min(max(ceil(free_s), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
-        promises.make(tenant, key, now_s, after_s)
+        if since is not None and not due:
+            after_s = max(ceil(since - now_s), RETRY_AFTER_S)
+        else:
+            after_s = min(max(ceil(free_s), RETRY_AFTER_S), RETRY_AFTER_MAX_S)
+            promises.make(tenant, key, now_s, after_s)
         raise Overloaded(f"{why}; try again in {after_s} s", retry_after_s=float(after_s))
 
     def take(self) -> None:
