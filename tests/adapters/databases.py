@@ -14,6 +14,7 @@ import pytest
 
 from shoal.adapters.registry.catalog import Content
 from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.tables import METADATA, SCHEMA
 
 BASE = "b" * 64
 
@@ -31,6 +32,7 @@ class PostgresServer:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self._emptied: str | None = None
         self._uri = str(handle.get_uri()).replace("postgresql://", "postgresql+psycopg://", 1)
 
     def run(self, sql: str) -> None:
@@ -45,6 +47,19 @@ class PostgresServer:
         name = f"shoal_{next(_numbers)}"
         self.run(f"CREATE SCHEMA {name}")
         return self._uri + "&options=" + quote(f"-csearch_path={name}")
+
+    def emptied_schema(self) -> str:
+        """URL of one schema, upgraded once and emptied every time."""
+        if self._emptied is None:
+            self._emptied = self.new_schema()
+            Database(self._emptied).close()
+        else:
+            name = self._emptied.partition("search_path%3D")[2]
+            kept = (SCHEMA.name, "alembic_version")
+            tables = [t.name for t in METADATA.sorted_tables if t.name not in kept]
+            names = ", ".join(f"{name}.{table}" for table in tables)
+            self.run(f"TRUNCATE {names} RESTART IDENTITY")
+        return self._emptied
 
     def new_database(self) -> tuple[str, str]:
         """Name and URL of an empty database, which can be made unreachable by itself."""
@@ -90,7 +105,7 @@ def database(request: pytest.FixtureRequest) -> Iterator[Database]:
     """An empty database of this process; in memory where it can be."""
     url = "sqlite://"
     if request.param == "postgresql":
-        url = request.getfixturevalue("postgres").new_schema()
+        url = request.getfixturevalue("postgres").emptied_schema()
     database = Database(url)
     yield database
     database.close()
