@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,23 @@ from shoal.adapters.registry.store import LocalStore
 BASE = "b" * 64
 
 
+OPENED: list[Database] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
 class Place:
     """A registry in a folder, with the parts that an archive needs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str | None = None) -> None:
         self.folder = folder
-        self.database = Database(f"sqlite:///{folder}/r.db")
+        self.database = Database(url or f"sqlite:///{folder}/r.db")
+        OPENED.append(self.database)
         self.store = LocalStore(folder / "store")
         self.bases = folder / "store" / "bases"
 
@@ -88,9 +100,9 @@ def contents(place: Place) -> dict[str, object]:
     return found
 
 
-def test_a_registry_arrives_whole(full: Place, tmp_path: Path) -> None:
+def test_a_registry_arrives_whole(full: Place, tmp_path: Path, database_url: str) -> None:
     data = full.exported()
-    other = Place(tmp_path / "other")
+    other = Place(tmp_path / "other", database_url)
     added, *rest = other.imported(data)
     assert rest == [0, 0, 0]
     assert contents(other) == contents(full)
@@ -100,6 +112,12 @@ def test_a_registry_arrives_whole(full: Place, tmp_path: Path) -> None:
     assert [p.read_bytes() for p in other.bases.iterdir()] == [b"a basis"]
     assert list(other.store.records()) == []  # all packed
     other.catalog().check()
+    assert other.imported(data) == (0, 0, added, 0)
+    report = examine(other.database, other.store, other.bases, repair=True, grace_s=-60)
+    assert report.missing.count == report.orphans.count == report.removed_packs == 0
+    onward = Place(tmp_path / "onward")
+    assert onward.imported(other.exported())[0] == added
+    assert contents(onward) == contents(full)
     # What comes next counts on.
     other.publish("back", b"9")
     assert other.catalog().get("back").version == 3
