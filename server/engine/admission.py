@@ -97,9 +97,10 @@ class Door:
         if limits.max_wait_s is not None:
             # A promise is kept though the estimate it came from was a little off.
             most_s = limits.max_wait_s * (SLACK if due else 1)
-            if mine * each_s > most_s:
-                room = int(limits.max_wait_s / each_s)
-                why = f"it would wait for {mine * each_s:.1f} s, and the limit is {most_s:g} s"
+            wait_s = self._wait_s(request, mine)
+            if wait_s > most_s:
+                room = min(mine, int(limits.max_wait_s / each_s))
+                why = f"it would wait for {wait_s:.1f} s, and the limit is {most_s:g} s"
         if due and mine < room and everybody < limits.max_waiting:
             self._entered[tenant] += 1
             return

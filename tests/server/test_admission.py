@@ -211,6 +211,16 @@ def test_a_wait_beyond_the_limit_is_refused_before_it_begins() -> None:
         door.admit(ask("a", 3), 29.0)
 
 
+def test_the_wait_counts_others_that_were_served_less() -> None:
+    door = make_door(wait_s=10.0)
+    for second in range(30):
+        changes = [backlog("ahead", 0, 1000), backlog("behind", 4, 400)]
+        door.look(changes, second * 50, float(second))
+    door.admit(ask("new"), 29.0)
+    with pytest.raises(Overloaded, match=r"would wait for 12\.0 s"):
+        door.admit(ask("ahead"), 29.0)  # 600 are due to the other first
+
+
 def test_a_clock_that_goes_back_is_harmless() -> None:
     door = make_door(tenant=1)
     door.admit(ask("a", 1), 5000.0)

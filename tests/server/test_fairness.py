@@ -186,6 +186,23 @@ def test_who_is_forgotten_to_make_room_does_not_come_back_with_less(
         assert item.account.counter >= counter
 
 
+def test_an_endless_supply_of_new_tenants_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fairness, "IDLE_MAX", 20)
+    desk = Desk()
+    desk.put("old")
+    desk.put("old")
+    desk.put("new")
+    desk.start(50)
+    for index in range(500):
+        desk.put(f"new{index}")  # always somebody who was never served
+        if desk.serve(10) == "old":
+            break
+    else:
+        pytest.fail("starved")
+
+
 def test_random_use_is_what_a_plain_list_would_do() -> None:
     """Against the definition: the smallest counter, then who began to wait first, by order."""
     for seed in range(150):

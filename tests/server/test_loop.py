@@ -434,6 +434,7 @@ def test_many_threads_submit_and_abort_and_each_request_ends_once(lookahead: boo
         for thread in threads:
             thread.join(WAIT_S)
         assert bench.loop.drain(WAIT_S)
+    assert bench.loop._door.num_waiting == 0
     ended = [
         event.request_id
         for batch in list(bench.batches.queue)
