@@ -248,6 +248,9 @@ def test_a_lost_connection_is_typed_and_the_next_call_works(postgres: PostgresSe
     info = catalog.get("a")
     assert (info.version, info.used) == (1, None), "nothing was changed, and it works again"
 
+    postgres.run(drop)
+    assert catalog.get("a") == info, "whoever was not using it does not notice"
+
     postgres.run(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
     postgres.run(drop)
     for call in (

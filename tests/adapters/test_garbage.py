@@ -3,6 +3,7 @@
 import hashlib
 import random
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +167,7 @@ def test_an_upload_waits_while_its_bytes_are_removed(
         collecting = pool.submit(registry.collect, grace_s=50.0)
         assert removing.wait(20.0)
         uploading = pool.submit(publish, registry, "b", b"same")
+        time.sleep(0.3)
         assert not uploading.done()
         go_on.set()
         assert collecting.result(20.0) == 1
