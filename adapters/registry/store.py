@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,12 +250,12 @@ class LocalStore:
         shows in its time, or does not find it and writes it again.
         """
         with _translated(str(path)):
-            handle, aside = tempfile.mkstemp(dir=self._temporary, prefix="retired.")
-            os.close(handle)
+            aside = self._temporary / f"retired.{uuid.uuid4().hex}"
             try:
+                if os.stat(path).st_mtime >= before:
+                    return False
                 os.replace(path, aside)
             except FileNotFoundError:
-                os.unlink(aside)
                 return False
             if os.stat(aside).st_mtime >= before:
                 os.replace(aside, path)
