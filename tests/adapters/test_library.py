@@ -1,6 +1,7 @@
 """The library: upload to staged weights, with the real formats, registry and host tier."""
 
 import errno
+import io
 import os
 import random
 import shutil
@@ -35,10 +36,11 @@ from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterInfo, AdapterLibrary, RegistryUnavailable, places
 from shoal.adapters.reading import adapter_files
 from shoal.adapters.registry import stored
+from shoal.adapters.registry.archive import export_archive, import_archive
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RecordDamaged
 from shoal.adapters.registry.registry import Registry
-from shoal.adapters.registry.store import LocalStore
+from shoal.adapters.registry.store import LocalStore, open_store
 from shoal.adapters.spec import BaseShape, Dims, Family, Target
 from shoal.adapters.weights import AdapterWeights, Correction
 
@@ -617,3 +619,24 @@ def test_records_of_before_the_compact_form_are_served_and_keep_their_digest(
     assert serves(library, "a")
     assert upload(library, "a", adapter(tmp_path, 1)).version == 1
     assert path.read_bytes() == plain  # intact as it is
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_an_imported_adapter_is_served_bit_for_bit_also_by_a_running_library(
+    open_library: Open, tmp_path: Path, family: Family
+) -> None:
+    before, after = HostTier(1 << 20), HostTier(1 << 20)
+    info = upload(open_library(host=before), "a", adapter(tmp_path, 1, family))
+    here, there = f"sqlite:///{tmp_path}/registry.db", f"sqlite:///{tmp_path}/other.db"
+    running = open_library(registry_url=there, bases=BasisStore(places(there).bases), host=after)
+    assert names(running) == []
+    tar = io.BytesIO()
+    for url, move in ((here, export_archive), (there, import_archive)):
+        database, where = Database(url), places(url)
+        move(database, open_store(where.store_url), where.bases, tar)
+        database.close()
+        tar.seek(0)
+    assert running.resolve("a") == info
+    spec = running.stage(running.resolve("a"))
+    assert torch.equal(before.get(info.digest).data, after.get(info.digest).data)
+    running.unstage(spec)
