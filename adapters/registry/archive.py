@@ -24,15 +24,17 @@ import os
 import re
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
 from sqlalchemy import func, select
 
 from shoal.adapters.errors import AdapterError, AdapterRejected
-from shoal.adapters.registry import stored
+from shoal.adapters.registry import garbage, stored
 from shoal.adapters.registry.bulk import Adapter, Outcome, Version, missing, publish_many
 from shoal.adapters.registry.catalog import Content, Source
 from shoal.adapters.registry.database import Database
@@ -287,6 +289,8 @@ def _import_batch(
                 raise AdapterRejected(f"archive: {member.name}", str(error)) from error
             found.add(digest)
             if len(record) > PACKED_BYTES_MAX:
+                # What is there already is not written again, so nobody may be collecting it.
+                database.transact(partial(garbage.spare, digest=digest, now=time.time()))
                 store.put(digest, record)
                 continue
             small[digest] = record
