@@ -165,11 +165,11 @@ class Scheduler:
         """Say what time it is, on the clock of the requests' times; ends those that are too late.
 
         A request without output gets ``DeadlineExceeded``, another one ends with what it has. A
-        clock that goes back stands still.
+        clock that goes back ends nobody.
         """
-        self._now_s = max(self._now_s, now_s)
+        self._now_s = now_s
         events = []
-        for seq in self._deadlines.passed(self._now_s):
+        for seq in self._deadlines.passed(now_s):
             self._end(seq)
             if seq.output_tokens:
                 event = TokenEvent(seq.request.id, finish_reason=FinishReason.DEADLINE)

@@ -375,7 +375,10 @@ def test_a_clock_that_goes_back_ends_nobody() -> None:
     step(engine)
     for now_s in (4.0, -1e9, 4.9, 0.0):
         assert engine.tick(now_s) == []
-    assert len(engine.tick(5.0)) == 1
+    engine.add(replace(request("b"), arrival_s=-100.0, deadline_s=-90.0))
+    assert engine.tick(-91.0) == []  # nor those that came after it went back
+    assert [event.request_id for event in engine.tick(-90.0)] == ["b"]
+    assert [event.request_id for event in engine.tick(5.0)] == ["a"]
 
 
 def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
