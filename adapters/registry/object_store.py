@@ -75,7 +75,7 @@ class ObjectStore:
     def exists(self, digest: str) -> bool:
         """See ``Store``."""
         found = self._call("exists", self._path(digest))
-        return bool(found) or bool(self.packs.locate(digest))
+        return bool(found) or self.packs.holds(digest)
 
     def delete(self, digest: str) -> None:
         """See ``Store``."""

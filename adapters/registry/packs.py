@@ -186,9 +186,9 @@ class Packs:
             if payload is not None:
                 yield name, payload
 
-    def locate(self, digest: str) -> list[str]:
-        """The packs that seem to have ``digest``: nothing is read from them."""
-        return [name for name, _, _ in self._find(digest)]
+    def holds(self, digest: str) -> bool:
+        """Whether a pack seems to have ``digest``: nothing is read from it."""
+        return next(self._find(digest), None) is not None
 
     def indexes(self) -> dict[str, Index]:
         """Every readable pack, listed anew."""

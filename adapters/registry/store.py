@@ -211,7 +211,7 @@ class LocalStore:
         """See ``Store``."""
         path = self._path(digest)
         with _translated(str(path)):
-            return path.is_file() or bool(self.packs.locate(digest))
+            return path.is_file() or self.packs.holds(digest)
 
     def delete(self, digest: str) -> None:
         """See ``Store``."""
