@@ -1,7 +1,8 @@
-"""The host tier: packed adapters in host memory, least recently used out first.
+"""The host tier: packed adapters in host memory; what is used least and longest ago leaves first.
 
 Thread-safe and counted in bytes. Pinned entries (those of running or staged requests) are never
-evicted. It does not know where adapters come from; the library puts them here.
+evicted. Which others stay is decided by ``residency.py``. It does not know where adapters come
+from; the library puts them here. What is in here is served without the store.
 
 Beside a CUDA device the data is page-locked, on the thread that puts it, never on the engine's.
 Torch rounds such blocks up to a power of two (an 84 MB LoRA takes 128 MB) and keeps those of
@@ -11,39 +12,47 @@ which launches may have to wait.
 """
 
 import threading
-from collections import OrderedDict
 from dataclasses import replace
 
 import torch
 
 from shoal.adapters.errors import AdapterTooLarge
 from shoal.adapters.packing import PackedAdapter
+from shoal.adapters.residency import Residency
 
 
 class HostTier:
-    """An LRU of ``PackedAdapter`` by digest, at most ``capacity_bytes`` of tensor data."""
+    """``PackedAdapter`` by digest, at most ``capacity_bytes`` of tensor data.
+
+    Beside its data an entry takes about 1.2 KB of host memory, which is not counted.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
         if capacity_bytes <= 0:
             raise ValueError(f"capacity_bytes is {capacity_bytes}, must be positive")
         self.capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
-        self._entries: OrderedDict[str, PackedAdapter] = OrderedDict()
-        self._pins: dict[str, int] = {}
-        self._used = 0
+        self._entries: dict[str, PackedAdapter] = {}
+        self._residency = Residency(capacity_bytes)
 
     @property
     def used_bytes(self) -> int:
-        return self._used
+        """Of tensor data."""
+        return self._residency.used
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of those, what is in use."""
+        return self._residency.pinned
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def put(self, packed: PackedAdapter, *, pin: bool = False) -> None:
-        """Keep ``packed``, evicting the least recently used unpinned entries as needed.
+        """Keep ``packed``, evicting unpinned entries as needed.
 
-        A digest that is already here only becomes recent. With ``pin`` the entry is pinned in
-        the same step, so that nothing can evict it in between.
+        Of a digest that is already here this only counts as a use. With ``pin`` the entry is
+        pinned in the same step, so that nothing can evict it in between.
 
         Raises:
             AdapterTooLarge: it does not fit beside what is pinned. Nothing was evicted.
@@ -57,65 +66,51 @@ class HostTier:
             packed = replace(packed, data=packed.data.pin_memory())
         with self._lock:
             if digest not in self._entries:
-                self._make_room(packed)
-                self._entries[digest] = packed
-                self._used += packed.num_bytes
-            self._entries.move_to_end(digest)
-            if pin:
-                self._pins[digest] = self._pins.get(digest, 0) + 1
+                self._add(packed, pin)
+            elif pin:
+                self._residency.pin(digest)
+            else:
+                self._residency.use(digest)
 
     def pin(self, digest: str) -> bool:
         """Keep the entry until as many ``unpin`` calls; False when it is absent."""
         with self._lock:
             if digest not in self._entries:
                 return False
-            self._entries.move_to_end(digest)
-            self._pins[digest] = self._pins.get(digest, 0) + 1
+            self._residency.pin(digest)
             return True
 
     def unpin(self, digest: str) -> None:
         """Undo one ``pin``; the entry stays until room is needed."""
         with self._lock:
-            count = self._pins.get(digest, 0)
-            assert count > 0, f"unpin of {digest}, which is not pinned"
-            if count == 1:
-                del self._pins[digest]
-            else:
-                self._pins[digest] = count - 1
+            self._residency.unpin(digest)
 
     def get(self, digest: str) -> PackedAdapter:
-        """The entry, which becomes the most recent.
+        """The entry. Not counted as a use, which ``pin`` is: one request does both.
 
         Raises:
             KeyError: it is absent.
         """
         with self._lock:
-            packed = self._entries[digest]
-            self._entries.move_to_end(digest)
-            return packed
+            return self._entries[digest]
 
     def check(self) -> None:
         """Assert the invariants: bytes add up, capacity holds, what is pinned is here."""
         with self._lock:
-            assert self._used == sum(entry.num_bytes for entry in self._entries.values())
-            assert self._used <= self.capacity_bytes
-            assert set(self._pins) <= set(self._entries)
-            assert all(count > 0 for count in self._pins.values())
+            self._residency.check()
+            assert len(self._residency) == len(self._entries)
+            assert all(digest in self._residency for digest in self._entries)
+            used = sum(entry.num_bytes for entry in self._entries.values())
+            assert self._residency.used == used
 
-    def _make_room(self, packed: PackedAdapter) -> None:
-        """Evict until ``packed`` fits; decides first, so that a refusal changes nothing."""
-        free = self.capacity_bytes - self._used
-        victims = []
-        for digest, entry in self._entries.items():
-            if free >= packed.num_bytes:
-                break
-            if digest not in self._pins:
-                victims.append(digest)
-                free += entry.num_bytes
-        if free < packed.num_bytes:
+    def _add(self, packed: PackedAdapter, pin: bool) -> None:
+        if not self._residency.room(packed.num_bytes):
+            free = self.capacity_bytes - self._residency.pinned
             raise AdapterTooLarge(
                 f"adapter of {packed.num_bytes} bytes does not fit in the host tier: "
                 f"{free} of {self.capacity_bytes} bytes are free or not in use"
             )
-        for digest in victims:
-            self._used -= self._entries.pop(digest).num_bytes
+        digest = packed.spec.digest
+        for victim in self._residency.add(digest, packed.num_bytes, pin=pin):
+            del self._entries[victim]
+        self._entries[digest] = packed

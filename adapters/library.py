@@ -221,6 +221,7 @@ class AdapterLibrary:
         if not self._host.pin(info.digest):
             with self._loading.held(info.digest):
                 self._load_and_pin(info)
+        self._registry.note_use(info)
         return self._host.get(info.digest).spec
 
     def unstage(self, spec: AdapterSpec) -> None:

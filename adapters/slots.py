@@ -2,16 +2,22 @@
 
 Pure bookkeeping; ``bank.py`` owns the tensors. An adapter is one contiguous extent. Extents are
 placed first-fit and coalesce when they leave. An adapter stays resident after its last pin is
-gone, and leaves only when its place is needed: the least recently used one goes first, and when
-its extent is too small its neighbours go with it. (Evicting by age alone, wherever the victims
-lie, would throw out most of a bank of small adapters to make one large hole.)
+gone, and leaves only when its place is needed: the least recently used one goes first, but who was
+used again since it came is passed over once for each time, three at most, so that many adapters
+that are used once do not flush those in demand. When the victim's extent is too small its
+neighbours go with it. (Evicting by age alone, wherever the victims lie, would throw out most of a
+bank of small adapters to make one large hole.)
 """
 
 from bisect import bisect_left, bisect_right, insort
+from collections import OrderedDict
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from shoal.adapters.spec import AdapterSpec, Slot
+
+# Uses after the first that are remembered.
+USES_MAX = 3
 
 
 class SlotTable:
@@ -19,7 +25,7 @@ class SlotTable:
 
     Acquiring a resident adapter, releasing and evicting cost O(log n) in the resident adapters;
     placing one costs in addition the number of distinct free sizes, and, when something must
-    leave, the number of pinned adapters.
+    leave, the number of pinned adapters. Passing over those in demand is amortised over their uses.
     """
 
     def __init__(self, num_units: int, unit_elements: int) -> None:
@@ -33,7 +39,9 @@ class SlotTable:
         self._residents: dict[str, _Resident] = {}
         self._at_start: dict[int, _Resident] = {}
         self._at_end: dict[int, _Resident] = {}
-        self._idle: dict[str, None] = {}  # unpinned digests, least recently used first
+        # Unpinned digests, least recently used or passed over first. (The front of a plain dict
+        # is slow to find once many have left there.)
+        self._idle: OrderedDict[str, None] = OrderedDict()
         self._pinned: list[tuple[int, int]] = []  # (start, end) of pinned extents, sorted
         self._clock = 0
 
@@ -68,6 +76,7 @@ class SlotTable:
                 del self._idle[spec.digest]
                 insort(self._pinned, resident.extent)
             resident.pins += 1
+            resident.uses = min(resident.uses + 1, USES_MAX)
             return Slot(resident.start, resident.end - resident.start), False
         units = self._units(spec)
         start = self._free.find(units)
@@ -90,9 +99,7 @@ class SlotTable:
         resident.pins -= 1
         if not resident.pins:
             del self._pinned[bisect_left(self._pinned, resident.extent)]
-            self._idle[digest] = None
-            self._clock += 1
-            resident.used = self._clock
+            self._age(resident)
 
     def evict(self, digest: str) -> bool:
         """Drop an unpinned adapter; False (and no change) when it is pinned or not resident."""
@@ -124,7 +131,8 @@ class SlotTable:
         assert set(self._idle) == {r.digest for r in residents if not r.pins}
         assert self._pinned == sorted(r.extent for r in residents if r.pins)
         ages = [self._residents[digest].used for digest in self._idle]
-        assert ages == sorted(ages), "eviction order is not by last use"
+        assert ages == sorted(ages), "eviction order is not by age"
+        assert all(0 <= r.uses <= USES_MAX for r in residents)
         self._free.check()
 
     def _units(self, spec: AdapterSpec) -> int:
@@ -140,19 +148,44 @@ class SlotTable:
         ]
         if not gaps:
             return None
+        victim, gap = self._victim(gaps)
+        for doomed in self._window(victim, gap, units):
+            self.evict(doomed)
+        start = self._free.find(units)
+        assert start is not None
+        return start
+
+    def _victim(self, gaps: list[tuple[int, int]]) -> tuple["_Resident", tuple[int, int]]:
+        """Who in one of ``gaps`` is to leave first, and the gap it is in."""
+        passed_over: list[_Resident] = []
+        found = None
         for digest in self._idle:
-            victim = self._residents[digest]
-            index = bisect_right(gaps, (victim.start, self.num_units + 1)) - 1
-            if index >= 0 and victim.end <= gaps[index][1]:
-                for doomed in self._window(victim, gaps[index], units):
-                    self.evict(doomed)
-                start = self._free.find(units)
-                assert start is not None
-                return start
-        raise AssertionError("a wide enough gap between pins holds nothing and is not free")
+            resident = self._residents[digest]
+            index = bisect_right(gaps, (resident.start, self.num_units + 1)) - 1
+            if index < 0 or resident.end > gaps[index][1]:
+                continue
+            candidate = resident, gaps[index]
+            if not resident.uses:
+                found = candidate
+                break
+            passed_over.append(resident)
+            if found is None or resident.uses < found[0].uses:
+                found = candidate
+        assert found is not None, "a wide enough gap between pins holds nothing and is not free"
+        for resident in passed_over:
+            resident.uses -= 1
+            self._age(resident)
+        return found
+
+    def _age(self, resident: "_Resident") -> None:
+        """Make an unpinned adapter the last to leave."""
+        self._idle[resident.digest] = None
+        self._idle.move_to_end(resident.digest)
+        self._clock += 1
+        resident.used = self._clock
 
     def _window(self, victim: "_Resident", gap: tuple[int, int], units: int) -> list[str]:
-        """Digests to evict: the victim, and neighbours (free or oldest first) until it is wide."""
+        """Digests to evict: the victim and neighbours, free or least worth first, until it fits."""
         doomed = [victim.digest]
         low, high = victim.extent
         while high - low < units:
@@ -162,7 +195,7 @@ class SlotTable:
                 low = self._free.start_of_end(low)
             elif high < gap[1] and right is None:
                 high = self._free.end_of_start(high)
-            elif right is None or (left is not None and left.used < right.used):
+            elif right is None or (left is not None and left.worth < right.worth):
                 assert left is not None
                 doomed.append(left.digest)
                 low = left.start
@@ -178,7 +211,12 @@ class _Resident:
     start: int
     end: int
     pins: int
-    used: int = 0  # tick of the last release; meaningful while unpinned
+    uses: int = 0  # after the first one, less those for which it was passed over
+    used: int = 0  # tick since which it is where it is in the order; meaningful while unpinned
+
+    @property
+    def worth(self) -> tuple[int, int]:
+        return self.uses, self.used
 
     @property
     def extent(self) -> tuple[int, int]:

@@ -339,6 +339,8 @@ def _engine_loop(
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             max_waiting=config.max_waiting,
+            max_waiting_per_tenant=config.max_waiting_per_tenant,
+            max_wait_s=config.max_wait,
             vocab_size=decoder.config.vocab_size,
         ),
         SlotTable(bank.num_units, UNIT_ELEMENTS),

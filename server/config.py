@@ -84,6 +84,15 @@ class ServeConfig:
     max_waiting: int = option(
         4096, "requests that may wait; beyond it the answer is 429", parse=int
     )
+    max_waiting_per_tenant: int | None = option(
+        None, "requests of one tenant that may wait; default: as --max-waiting", parse=int
+    )
+    max_wait: float | None = option(
+        None,
+        "seconds: a request that would wait longer is answered 429 at once; default: no limit",
+        parse=float,
+        metavar="SECONDS",
+    )
     dtype: str = option(
         "auto",
         "auto: float32 on a CPU, the checkpoint's 16-bit type on CUDA",
@@ -181,6 +190,7 @@ class ServeConfig:
             self.attention != "xformers" or self.block_size % _XFORMERS_BLOCK == 0,
             f"a multiple of {_XFORMERS_BLOCK} with --attention xformers",
         )
+        self._require("max_wait", self.max_wait is None or self.max_wait > 0, "above 0")
         self._require("shutdown_timeout", 0 <= self.shutdown_timeout < 86400, "0 to 86400 seconds")
         for name in ("tensor_parallel_size", "api_workers"):
             self._require(name, getattr(self, name) == 1, "1: this version runs in one process")
@@ -216,6 +226,7 @@ _POSITIVE = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_waiting",
+    "max_waiting_per_tenant",
     "kv_cache_memory",
     "adapter_memory",
     "host_adapter_memory",

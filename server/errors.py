@@ -15,7 +15,8 @@
     │   └── Overloaded            429  a queue is full; says when to come back
     └── EngineError               ours to mend (5xx)
         ├── EngineFailure         500  the step that carried this request failed
-        └── Draining              503  the server is shutting down
+        ├── Draining              503  the server is shutting down
+        └── DeadlineExceeded      504  the request's own deadline passed before its first token
 
 Pure. ``http/errors.py`` renders these in OpenAI's shape; this table is the only place that
 maps a class to a status.
@@ -94,6 +95,10 @@ class Draining(EngineError):
     """The server is shutting down and takes no new requests."""
 
 
+class DeadlineExceeded(EngineError):
+    """The deadline that the request came with passed before it had made a token."""
+
+
 # class -> (HTTP status, OpenAI error ``type``, ``code``)
 STATUS: dict[type[ShoalError], tuple[int, str, str]] = {
     InvalidRequest: (400, "invalid_request_error", "invalid_value"),
@@ -107,4 +112,5 @@ STATUS: dict[type[ShoalError], tuple[int, str, str]] = {
     Overloaded: (429, "rate_limit_error", "overloaded"),
     EngineFailure: (500, "server_error", "engine_failure"),
     Draining: (503, "server_error", "draining"),
+    DeadlineExceeded: (504, "server_error", "deadline_exceeded"),
 }

@@ -18,7 +18,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Decided with integers: these may reach no tensor library, not even through another module.
 PURE = (
+    "shoal.adapters.compact",
     "shoal.adapters.errors",
+    "shoal.adapters.residency",
     "shoal.adapters.slots",
     "shoal.adapters.spec",
     "shoal.loadtests.workload",

@@ -1,28 +1,43 @@
 """Transactions on the catalog's database, whichever SQLAlchemy URL it has.
 
 Owns the connection settings (for SQLite: WAL, an fsync per commit, foreign keys, one writer at a
-time) and the schema version. Knows nothing of adapters.
+time), retries, and when the schema is upgraded. Knows nothing of adapters.
 """
 
 import contextlib
 import os
+import random
 import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, create_engine, event, insert, inspect, select
+from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, TimeoutError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.pool import QueuePool
 
 from shoal.adapters.registry.errors import RegistryUnavailable, SchemaTooNew
-from shoal.adapters.registry.tables import METADATA, SCHEMA, SCHEMA_VERSION
+from shoal.adapters.registry.tables import SCHEMA_VERSION
+from shoal.adapters.registry.upgrading import schema_version, upgrade
 
 # How long a statement waits for another process's write, and a thread for a connection.
 BUSY_TIMEOUT_S = 20.0
+# PostgreSQL only: how long to wait for a new connection, and for any one statement.
+CONNECT_TIMEOUT_S = 10
+STATEMENT_TIMEOUT_S = 120.0
 CONNECTIONS_MAX = 8
+# How often a transaction is tried that others' transactions got in the way of.
+ATTEMPTS_MAX = 8
+
+# Any number that nobody else in the same PostgreSQL database locks.
+_UPGRADE_LOCK = 0x73686F616C
+# serialization_failure, deadlock_detected, unique_violation (two created the same row at once)
+_IN_THE_WAY = ("40001", "40P01", "23505")
+
+T = TypeVar("T")
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -50,16 +65,21 @@ def _parse(url: str) -> URL:
 
 def _bad_url(error: Exception) -> RegistryUnavailable:
     return RegistryUnavailable(
-        f"--registry needs a SQLAlchemy URL such as sqlite:////data/registry.db: {error}"
+        f"--registry needs a SQLAlchemy URL such as sqlite:////data/registry.db, or "
+        "postgresql+psycopg://user@host/name with the package's extra `postgres` installed: "
+        f"{error}"
     )
 
 
 class Database:
     """Read and write transactions; thread-safe.
 
+    A lost connection fails the call that was using it; the next one gets a new connection.
+
     Args:
-        url: a SQLAlchemy URL. A SQLite file and its folder are made when absent. ``sqlite://`` is
-            in memory, on the one connection that all threads share in turn.
+        url: a SQLAlchemy URL: SQLite, or ``postgresql+psycopg://``. A SQLite file and its folder
+            are made when absent. ``sqlite://`` is in memory, on the one connection that all
+            threads share in turn.
 
     Raises:
         RegistryUnavailable: cannot be opened, or is not a database.
@@ -78,7 +98,8 @@ class Database:
                 pool_size=1 if in_memory else CONNECTIONS_MAX,
                 max_overflow=0,
                 pool_timeout=BUSY_TIMEOUT_S,
-                connect_args={"check_same_thread": False} if self._is_sqlite else {},
+                pool_pre_ping=not self._is_sqlite,
+                connect_args=_connect_arguments(parsed),
             )
         except (ArgumentError, ImportError) as error:
             # Also a database of which the driver is not installed.
@@ -86,11 +107,15 @@ class Database:
         self._shown_url = parsed.render_as_string(hide_password=True)
         if file is not None:
             _make_folder(file.parent)
-        self._writer = self._engine.execution_options(shoal_write=True)
+        self._writer = self._reader = self._engine
         # Threads queue here rather than in SQLite, which only polls its lock.
         self._writing = threading.Lock() if self._is_sqlite else contextlib.nullcontext()
         if self._is_sqlite:
+            self._writer = self._engine.execution_options(shoal_write=True)
             _configure_sqlite(self._engine)
+        else:
+            # One round trip a look-up instead of three.
+            self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         try:
             self._ensure_schema()
         except BaseException:
@@ -100,7 +125,7 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection to read with; each statement by itself sees a consistent state."""
-        with self._translated(), self._engine.begin() as connection:
+        with self._translated(), self._reader.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -108,6 +133,28 @@ class Database:
         """All or nothing: durable when the block has ended, undone when it raises."""
         with self._translated(), self._writing, self._writer.begin() as connection:
             yield connection
+
+    def transact(self, work: Callable[[Connection], T]) -> T:
+        """``work`` in one write transaction; from the start again when another got in its way.
+
+        Rows that ``work`` read without locking them may be changed by others meanwhile.
+
+        Raises:
+            RegistryUnavailable: also when others got in its way ``ATTEMPTS_MAX`` times. Nothing
+                has changed, unless the connection was lost while committing: then nobody knows.
+            IntegrityError: it broke a constraint, every time it was tried.
+        """
+        with self._translated():
+            for attempt in range(1, ATTEMPTS_MAX + 1):
+                try:
+                    with self._writing, self._writer.begin() as connection:
+                        return work(connection)
+                except DBAPIError as error:
+                    state = getattr(error.orig, "sqlstate", None)
+                    if state not in _IN_THE_WAY or attempt == ATTEMPTS_MAX:
+                        raise
+                time.sleep(random.uniform(0.0, 0.002 * 2**attempt))
+        raise AssertionError("not reached")
 
     def close(self) -> None:
         """Close the connections; an in-memory database is gone after it."""
@@ -119,8 +166,8 @@ class Database:
             yield
         except IntegrityError:
             raise
-        except (DatabaseError, TimeoutError, sqlite3.Error) as error:
-            said = error.orig if isinstance(error, DatabaseError) else error
+        except (DBAPIError, TimeoutError, sqlite3.Error) as error:
+            said = error.orig if isinstance(error, DBAPIError) else error
             raise RegistryUnavailable(f"registry {self._shown_url}: {said}") from error
 
     def _ensure_schema(self) -> None:
@@ -128,20 +175,42 @@ class Database:
             if self._schema_is_current(connection):
                 return
         with self.write() as connection:
+            if not self._is_sqlite:
+                # Whoever comes second waits for as long as the first one needs.
+                connection.execute(text("SET LOCAL lock_timeout = 0"))
+                connection.execute(text("SET LOCAL statement_timeout = 0"))
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({_UPGRADE_LOCK})"))
             if not self._schema_is_current(connection):
-                METADATA.create_all(connection)
-                connection.execute(insert(SCHEMA).values(version=SCHEMA_VERSION))
+                upgrade(connection)
 
     def _schema_is_current(self, connection: Connection) -> bool:
-        if not inspect(connection).has_table(SCHEMA.name):
-            return False
-        version = connection.execute(select(SCHEMA.c.version)).scalar_one()
+        version = schema_version(connection)
         if version > SCHEMA_VERSION:
             raise SchemaTooNew(
                 f"registry {self._shown_url} has schema version {version}; this release of shoal "
                 f"reads up to {SCHEMA_VERSION}: upgrade shoal, or open another registry"
             )
-        return True
+        return version == SCHEMA_VERSION
+
+
+def _connect_arguments(url: URL) -> dict[str, Any]:
+    """What the driver is told besides the URL."""
+    if url.get_backend_name() == "sqlite":
+        return {"check_same_thread": False}
+    if url.get_backend_name() != "postgresql":
+        return {}
+    milliseconds = int(BUSY_TIMEOUT_S * 1000)
+    options = [
+        str(url.query.get("options", "")),
+        f"-c lock_timeout={milliseconds}",
+        f"-c statement_timeout={int(STATEMENT_TIMEOUT_S * 1000)}",
+    ]
+    return {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        # A peer that vanished without a word is noticed, not waited for.
+        "tcp_user_timeout": milliseconds,
+        "options": " ".join(options).strip(),
+    }
 
 
 def _configure_sqlite(engine: Engine) -> None:

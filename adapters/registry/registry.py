@@ -8,11 +8,15 @@ import re
 import time
 from collections.abc import Callable
 
-from shoal.adapters.errors import AdapterConflict, AdapterNotFound
-from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content, validate_name
+from shoal.adapters.errors import AdapterConflict
+from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
 from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.names import not_found, validate_name
 from shoal.adapters.registry.store import Store, open_store, places
-from shoal.adapters.spec import ADAPTER_NAME
+from shoal.adapters.registry.usage import UseRecorder
+
+# Longer than any upload or request takes, and than hosts' clocks differ.
+GRACE_S = 24 * 3600.0
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -43,6 +47,7 @@ class Registry:
         self._catalog = Catalog(database, base_digest=base_digest)
         self._reserved_names = reserved_names
         self._clock = clock
+        self._uses = UseRecorder(database, clock=clock)
 
     @classmethod
     def open(
@@ -83,16 +88,17 @@ class Registry:
 
         Raises:
             AdapterNameInvalid, AdapterConflict: ``name`` cannot be used; nothing has changed.
-            RegistryUnavailable: nothing has changed.
+            RegistryUnavailable: nothing has changed, unless the connection was lost while
+                committing. Publishing the same again is harmless.
         """
         self.claim(name)
-        self._store.put(content.digest, record)
+        self._put(content.digest, record)
         return self._catalog.publish(name, content, created=self._clock())
 
     def publish_shipped(self, name: str, content: Content, record: bytes) -> AdapterInfo | None:
         """Like ``publish``, unless a user changed or deleted ``name``: then None."""
         self._check_name(name)
-        self._store.put(content.digest, record)
+        self._put(content.digest, record)
         return self._catalog.publish_shipped(name, content, created=self._clock())
 
     def read(self, digest: str) -> bytes:
@@ -106,15 +112,17 @@ class Registry:
     def resolve(self, model: str) -> AdapterInfo:
         """What ``name`` (its active version) or ``name@version`` means.
 
+        Each may be ``owner/name`` for an adapter that its owner has shared.
+
         Raises:
             AdapterNotFound: nothing; also when ``model`` could not be an adapter's name.
         """
         name, at, number = model.partition("@")
         if not at:
-            return self._catalog.get(_searchable(name))
+            return self._catalog.get(name)
         if _VERSION.fullmatch(number) is None:
-            raise AdapterNotFound(f"adapter {model[:200]!r} does not exist")
-        return self._catalog.get(_searchable(name), int(number))
+            raise not_found(model)
+        return self._catalog.get(name, int(number))
 
     def page(
         self, *, limit: int, after: str | None = None, prefix: str = ""
@@ -124,18 +132,41 @@ class Registry:
 
     def versions(self, name: str) -> list[AdapterInfo]:
         """Every version of ``name``, oldest first, or AdapterNotFound."""
-        return self._catalog.versions(_searchable(name))
+        return self._catalog.versions(name)
 
     def activate(self, name: str, version: int) -> AdapterInfo:
         """Let ``name`` mean ``version``, or AdapterNotFound."""
-        return self._catalog.activate(_searchable(name), version)
+        return self._catalog.activate(name, version)
 
     def delete(self, name: str) -> None:
         """Forget ``name``, or AdapterNotFound. Its version numbers are not used again.
 
-        Limit: the bytes stay in the store, because requests may be running with them.
+        The bytes stay until ``collect``, because requests may be running with them.
         """
-        self._catalog.delete(_searchable(name), now=self._clock())
+        self._catalog.delete(name, now=self._clock())
+
+    def note_use(self, info: AdapterInfo) -> None:
+        """The adapter is being used. Does not wait for the database, and never fails."""
+        self._uses.note(info.owner, info.name)
+
+    def collect(self, *, grace_s: float = GRACE_S) -> int:
+        """Remove the bytes that nobody has referred to for ``grace_s``.
+
+        Safe while others upload, delete and collect.
+
+        Returns:
+            How many records were removed.
+        """
+        older_than = self._clock() - grace_s
+        removed = 0
+        while digests := self._catalog.collectable(older_than):
+            now_removed = self._catalog.forget(
+                digests, older_than=older_than, remove_bytes=self._store.delete
+            )
+            removed += now_removed
+            if now_removed == 0:
+                break  # another process collects the same ones
+        return removed
 
     def count(self) -> int:
         """How many names there are."""
@@ -146,17 +177,16 @@ class Registry:
         self._catalog.check()
 
     def close(self) -> None:
-        """Close the database."""
+        """Write what is still to be written and close the database."""
+        self._uses.close()
         self._database.close()
+
+    def _put(self, digest: str, record: bytes) -> None:
+        # First, so that bytes which are there already stay until the name exists.
+        self._catalog.spare(digest, now=self._clock())
+        self._store.put(digest, record)
 
     def _check_name(self, name: str) -> None:
         validate_name(name)
         if name in self._reserved_names:
             raise AdapterConflict(f"adapter name {name!r} is reserved: it names the base model")
-
-
-def _searchable(name: str) -> str:
-    """Refuse what cannot be a name before the database sees it (it may not be valid Unicode)."""
-    if ADAPTER_NAME.fullmatch(name) is None:
-        raise AdapterNotFound(f"adapter {name[:200]!r} does not exist")
-    return name

@@ -5,31 +5,33 @@ Bytes never change, so a reader needs no lock, and storing the same bytes twice 
 
 ::
 
-    <store>/records/ab/cd/abcd…   one record
-    <store>/temporary/            records being written (local stores only)
+    <store>/records/ab/cd/abcd…   one record (``stored.py``)
+    <store>/packs/….pack          many records (``packs.py``)
+    <store>/temporary/            files being written (local stores only)
     <store>/bases/                shared bases, kept by ``shoal.adapters.basis.BasisStore``
 """
 
 import atexit
 import contextlib
-import hashlib
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
 
+from shoal.adapters.registry import stored
 from shoal.adapters.registry.database import sqlite_file
 from shoal.adapters.registry.errors import RecordDamaged, RegistryUnavailable
+from shoal.adapters.registry.object_store import ObjectStore, url_options
+from shoal.adapters.registry.packs import SUFFIX, Packs, pack_chunks, pack_name, read_packed
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 # A writer needs seconds; what is older was left by one that died.
 _LEFTOVER_AGE_S = 24 * 3600.0
 
@@ -39,11 +41,24 @@ log = logging.getLogger(__name__)
 class Store(Protocol):
     """Bytes by digest (sha256, hex); thread-safe, and shared with other processes.
 
-    Every method raises RegistryUnavailable when the storage does not answer.
+    Every method raises RegistryUnavailable when the storage does not answer or refuses.
     """
 
+    packs: Packs
+
     def put(self, digest: str, data: bytes) -> None:
-        """Keep ``data``: whole and durable when this returns, absent when it does not."""
+        """Keep ``data``: whole and durable when this returns, absent when it does not.
+
+        Bytes that are there already count as new from now on: see ``retire_record``.
+        """
+        ...
+
+    def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
+        """Keep all of these (digest, data) as one pack, or none of them; returns its name.
+
+        Raises:
+            ValueError: more than a pack holds.
+        """
         ...
 
     def get(self, digest: str) -> bytes:
@@ -59,7 +74,26 @@ class Store(Protocol):
         ...
 
     def delete(self, digest: str) -> None:
-        """Forget ``digest``; nothing happens when it is absent."""
+        """Forget ``digest``; nothing happens when it is absent.
+
+        What lies in a pack stays until ``doctor`` rewrites the pack.
+        """
+        ...
+
+    def records(self) -> Iterator[tuple[str, float]]:
+        """Digest and unix time of writing of every record outside packs, in no order."""
+        ...
+
+    def retire_record(self, digest: str, before: float) -> bool:
+        """Delete a record outside packs unless it was put after ``before`` (unix time)."""
+        ...
+
+    def pack_time(self, name: str) -> float:
+        """Unix time at which a pack was last put; FileNotFoundError when it is gone."""
+        ...
+
+    def retire_pack(self, name: str, before: float) -> bool:
+        """Delete a pack unless it, or a record that is in it, was put after ``before``."""
         ...
 
 
@@ -129,38 +163,55 @@ class LocalStore:
 
     def __init__(self, folder: Path) -> None:
         self._records = folder / "records"
+        self._packs = folder / "packs"
         self._temporary = folder / "temporary"
+        self.packs = Packs(self._pack_names, self._read_pack)
         with _translated(str(folder)):
             self._records.mkdir(parents=True, exist_ok=True)
+            self._packs.mkdir(exist_ok=True)
             self._temporary.mkdir(exist_ok=True)
             _sync_folder(folder)
             self._remove_leftovers()
+            self.packs.refresh()  # here, and not in the first request that needs one
 
     def put(self, digest: str, data: bytes) -> None:
         """See ``Store``. A damaged record is replaced."""
-        assert hashlib.sha256(data).hexdigest() == digest, "the digest is not that of the data"
+        encoded = stored.encode(digest, data)
         path = self._path(digest)
         with _translated(str(path)):
+            if self._is_packed(digest):
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             if not self._is_intact(path, digest):
-                self._write(path, data)
+                self._write(path, (encoded,))
             # Also when the record was there: whoever wrote it may not have come this far.
             for folder in (path.parent, path.parent.parent, self._records):
                 _sync_folder(folder)
+
+    def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
+        """See ``Store``."""
+        encoded = [(digest, stored.encode(digest, data)) for digest, data in records]
+        path = self._packs / pack_name(encoded)
+        with _translated(str(path)):
+            self._write(path, pack_chunks(encoded))
+            _sync_folder(self._packs)
+        self.packs.forget(path.name)
+        return path.name
 
     def get(self, digest: str) -> bytes:
         """See ``Store``."""
         path = self._path(digest)
         with _translated(str(path)):
             try:
-                data = path.read_bytes()
-            except FileNotFoundError as error:
-                raise _missing(digest, str(path)) from error
-        return _verified(data, digest, str(path))
+                return stored.decode(digest, path.read_bytes(), str(path))
+            except FileNotFoundError:
+                return read_packed(self.packs, digest, str(path))
 
     def exists(self, digest: str) -> bool:
         """See ``Store``."""
-        return self._path(digest).is_file()
+        path = self._path(digest)
+        with _translated(str(path)):
+            return path.is_file() or self.packs.holds(digest)
 
     def delete(self, digest: str) -> None:
         """See ``Store``."""
@@ -170,23 +221,90 @@ class LocalStore:
             if path.parent.is_dir():
                 _sync_folder(path.parent)
 
+    def records(self) -> Iterator[tuple[str, float]]:
+        """See ``Store``."""
+        with _translated(str(self._records)):
+            for folder in self._records.glob("??/??"):
+                for entry in os.scandir(folder):
+                    if stored.is_digest(entry.name):
+                        with contextlib.suppress(FileNotFoundError):
+                            yield entry.name, entry.stat().st_mtime
+
+    def retire_record(self, digest: str, before: float) -> bool:
+        """See ``Store``."""
+        return self._retire(self._path(digest), before)
+
+    def pack_time(self, name: str) -> float:
+        """See ``Store``."""
+        return (self._packs / name).stat().st_mtime
+
+    def retire_pack(self, name: str, before: float) -> bool:
+        """See ``Store``."""
+        self.packs.forget(name)
+        return self._retire(self._packs / name, before)
+
+    def _retire(self, path: Path, before: float) -> bool:
+        """Delete ``path`` unless it is newer.
+
+        Moved aside first: who puts the same bytes meanwhile either touched the file before, which
+        shows in its time, or does not find it and writes it again.
+        """
+        with _translated(str(path)):
+            aside = self._temporary / f"retired.{uuid.uuid4().hex}"
+            try:
+                if os.stat(path).st_mtime >= before:
+                    return False
+                os.replace(path, aside)
+            except FileNotFoundError:
+                return False
+            if os.stat(aside).st_mtime >= before:
+                os.replace(aside, path)
+                return False
+            _sync_folder(path.parent)
+            os.unlink(aside)
+            return True
+
     def _path(self, digest: str) -> Path:
         # Two levels of 256 folders: 15 files in each for a million records.
-        return self._records.joinpath(*_key(digest))
+        return self._records.joinpath(*stored.key(digest))
+
+    def _pack_names(self) -> list[str]:
+        with _translated(str(self._packs)):
+            return [name for name in os.listdir(self._packs) if name.endswith(SUFFIX)]
+
+    def _read_pack(self, name: str, start: int, end: int | None) -> bytes:
+        with (self._packs / name).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = max(size + start, 0) if start < 0 else start
+            end = size if end is None else min(end, size)
+            return os.pread(file.fileno(), max(end - start, 0), start)
+
+    def _is_packed(self, digest: str) -> bool:
+        """Whether a pack has an intact copy and no file stands before it; it counts as new."""
+        if self._path(digest).exists():
+            return False
+        for name, payload in self.packs.payloads(digest):
+            with contextlib.suppress(RecordDamaged, FileNotFoundError):
+                stored.decode(digest, payload, name)
+                os.utime(self._packs / name)
+                return True
+        return False
 
     def _is_intact(self, path: Path, digest: str) -> bool:
         try:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == digest
-        except FileNotFoundError:
+            stored.decode(digest, path.read_bytes(), str(path))
+            os.utime(path)
+        except (FileNotFoundError, RecordDamaged):
             return False
+        return True
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, chunks: Iterable[bytes]) -> None:
         """Write ``path`` in one step: a reader sees all of it or nothing, whatever stops us."""
         handle, name = tempfile.mkstemp(dir=self._temporary, prefix=path.name[:16] + ".")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                for chunk in chunks:
+                    file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)
@@ -197,65 +315,16 @@ class LocalStore:
 
     def _remove_leftovers(self) -> None:
         for path in self._temporary.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process cleans too
+            # Another process cleans too; and on a read-only disk they do no harm.
+            with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
                     log.info("removing an unfinished record path=%s", path)
                     path.unlink()
 
 
-class ObjectStore:
-    """A store on any other fsspec filesystem whose single-object writes are atomic (S3, GCS, …).
-
-    Args:
-        filesystem: an ``fsspec.AbstractFileSystem``.
-        root: path inside it.
-    """
-
-    def __init__(self, filesystem: Any, root: str) -> None:
-        self._filesystem = filesystem
-        self._root = root.rstrip("/")
-
-    def put(self, digest: str, data: bytes) -> None:
-        """See ``Store``. Always writes: the write costs what the check would."""
-        assert hashlib.sha256(data).hexdigest() == digest, "the digest is not that of the data"
-        path = self._path(digest)
-        with _translated(path):
-            self._filesystem.pipe_file(path, data)
-
-    def get(self, digest: str) -> bytes:
-        """See ``Store``."""
-        path = self._path(digest)
-        with _translated(path):
-            try:
-                data: bytes = self._filesystem.cat_file(path)
-            except FileNotFoundError as error:
-                raise _missing(digest, path) from error
-        return _verified(data, digest, path)
-
-    def exists(self, digest: str) -> bool:
-        """See ``Store``."""
-        path = self._path(digest)
-        with _translated(path):
-            return bool(self._filesystem.exists(path))
-
-    def delete(self, digest: str) -> None:
-        """See ``Store``."""
-        path = self._path(digest)
-        with _translated(path), contextlib.suppress(FileNotFoundError):
-            self._filesystem.rm_file(path)
-
-    def _path(self, digest: str) -> str:
-        return "/".join((self._root, "records", *_key(digest)))
-
-
-def _key(digest: str) -> tuple[str, str, str]:
-    assert _DIGEST.fullmatch(digest), f"not a sha256 in hex: {digest!r}"
-    return digest[:2], digest[2:4], digest
-
-
 def _filesystem(url: str) -> tuple[Any, str]:
     try:
-        filesystem, root = fsspec.core.url_to_fs(url)
+        filesystem, root = fsspec.core.url_to_fs(url, **url_options(url))
     except (ValueError, ImportError, OSError) as error:
         raise RegistryUnavailable(f"store {url!r}: {error}") from error
     return filesystem, str(root)
@@ -281,14 +350,3 @@ def _translated(where: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise RegistryUnavailable(f"store {where!r}: {error}") from error
-
-
-def _missing(digest: str, where: str) -> RecordDamaged:
-    return RecordDamaged(f"record {digest} is missing from the store ({where})")
-
-
-def _verified(data: bytes, digest: str, where: str) -> bytes:
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise RecordDamaged(f"record {digest} is damaged: its bytes have sha256 {found} ({where})")
-    return data

@@ -1,6 +1,7 @@
 """``shoal adapters ...``: manage the adapters of a running server over HTTP.
 
-``check`` and ``convert`` work on files and need no server: see their own modules.
+``check`` and ``convert`` work on files, ``export`` and ``import`` on a registry; they need no
+server: see their own modules.
 """
 
 import argparse
@@ -13,11 +14,12 @@ from typing import Any
 import httpx
 
 from shoal.adapters.spec import ADAPTER_NAME
-from shoal.server.cli import adapters_check, adapters_convert
+from shoal.server.cli import adapters_archive, adapters_check, adapters_convert
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 KEY_VARIABLE = "SHOAL_API_KEY"
 OFFLINE = {"check": adapters_check, "convert": adapters_convert}
+ARCHIVE = {"export": adapters_archive.run_export, "import": adapters_archive.run_import}
 
 
 class CommandError(Exception):
@@ -48,11 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb("rm", "delete an adapter (its name stops resolving)").add_argument("name")
     for name, module in OFFLINE.items():
         module.add_arguments(verbs.add_parser(name, help=module.HELP, description=module.HELP))
+    for name, help, add in (
+        ("export", adapters_archive.EXPORT_HELP, adapters_archive.add_export_arguments),
+        ("import", adapters_archive.IMPORT_HELP, adapters_archive.add_import_arguments),
+    ):
+        add(verbs.add_parser(name, help=help, description=help))
 
 
 def run(args: argparse.Namespace) -> int:
     if args.adapters_verb in OFFLINE:
         return int(OFFLINE[args.adapters_verb].run(args))
+    if args.adapters_verb in ARCHIVE:
+        return ARCHIVE[args.adapters_verb](args)
     key = args.api_key or os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:

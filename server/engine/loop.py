@@ -16,11 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from shoal.server.engine.admission import Door, DoorLimits
 from shoal.server.engine.plan import DeviceLost, Pending, Runner, StepPlan
 from shoal.server.engine.request import FinishReason, Request, TokenEvent
 from shoal.server.engine.scheduler import FLIGHTS_MAX, Scheduler
 from shoal.server.engine.stats import EngineStats
-from shoal.server.errors import Draining, EngineFailure, Overloaded
+from shoal.server.errors import Draining, EngineFailure
 
 Deliver = Callable[[list[TokenEvent]], None]
 
@@ -39,7 +40,6 @@ class Staged(Protocol):
 
 # How long ``drain`` waits, after its timeout, for the step under way to let aborts through.
 ABORT_GRACE_S = 10.0
-RETRY_AFTER_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +66,10 @@ class EngineLoop:
         runner: Runner,
         deliver: Deliver,
         staged: Staged | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
+        clock: seconds, as in the requests' ``arrival_s`` and ``deadline_s``.
         staged: pinned for each request from ``submit`` to its last event, since a plan may ask
             for its adapter until then, even when whoever submitted it has long left.
         """
@@ -75,6 +77,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._runner = runner
         self._deliver = deliver
+        self._clock = clock
         # Only the thread touches these: submitted steps, the oldest first; when the last landed.
         self._under_way: deque[_Step] = deque()
         self._steps_max = FLIGHTS_MAX if runner.lookahead else 1
@@ -87,6 +90,14 @@ class EngineLoop:
         self._live: dict[str, Request] = {}  # accepted, last event not on its way yet
         self._busy = False  # events or steps are on their way
         self._draining = self._stopping = self._dead = False
+        limits = scheduler.limits
+        self._door = Door(
+            DoorLimits(
+                max_waiting=limits.max_waiting,
+                max_waiting_per_tenant=limits.max_waiting_per_tenant or limits.max_waiting,
+                max_wait_s=limits.max_wait_s,
+            )
+        )
         self._stats = scheduler.stats()
 
     @property
@@ -104,19 +115,14 @@ class EngineLoop:
 
         Raises:
             Draining: the engine takes no new requests.
-            Overloaded: ``max_waiting`` accepted requests are not running yet.
+            Overloaded: too many wait, or of its tenant, or it would wait too long; says when to
+                come back (``admission.py``).
         """
         with self._changed:
             if self._draining or self._stopping or self._dead:
                 raise Draining("the server is shutting down and takes no new requests")
-            waiting = len(self._new) + self._stats.waiting
-            if waiting >= self._scheduler.limits.max_waiting:
-                raise Overloaded(
-                    f"{waiting} requests are waiting; the limit is "
-                    f"{self._scheduler.limits.max_waiting}",
-                    retry_after_s=RETRY_AFTER_S,
-                )
             assert request.id not in self._live, f"request id {request.id} is in use"
+            self._door.admit(request, self._clock())
             if self._staged is not None and request.adapter is not None:
                 pinned = self._staged.pin(request.adapter.digest)
                 assert pinned, "an adapter must be staged before its request is submitted"
@@ -190,11 +196,13 @@ class EngineLoop:
             new, aborts = list(self._new), list(self._aborts)
             self._new.clear()
             self._aborts.clear()
+            self._door.take()
             # Counted as waiting until the scheduler's own numbers are published.
             self._stats = replace(self._stats, waiting=self._stats.waiting + len(new))
         events = [event for request in new if (event := self._scheduler.add(request))]
         # An abort may name a request that came with the same inbox, so these go second.
         events += [event for name in aborts if (event := self._scheduler.abort(name))]
+        events += self._scheduler.tick(self._clock())
         while len(self._under_way) < self._steps_max and self._begin(events):
             pass
         if self._under_way:
@@ -254,11 +262,15 @@ class EngineLoop:
         Who sees a last event sees the request's blocks freed, but for those that a step under
         way still uses.
         """
+        look = None
         if stats is None:
             stats = replace(self._scheduler.stats(), last_step_s=self._last_step_s)
+            look = (self._scheduler.backlog(), self._scheduler.service_total, self._clock())
         ended = {e.request_id for e in events if e.finish_reason is not None or e.error is not None}
         with self._changed:
             self._stats = stats
+            if look is not None:
+                self._door.look(*look)
             for request_id in ended:
                 request = self._live.pop(request_id)
                 if self._staged is not None and request.adapter is not None:

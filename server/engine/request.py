@@ -12,11 +12,12 @@ from shoal.server.errors import ShoalError
 
 
 class FinishReason(StrEnum):
-    """Why a request ended; the values are OpenAI's, plus ``abort``."""
+    """Why a request ended; the values are OpenAI's, plus ``abort`` and ``deadline``."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    DEADLINE = "deadline"  # with what it had made by then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,9 @@ class Request:
         adapter: the adapter *version* it runs with from start to end; None is the base.
             Its weights are in the host tier (pinned) before the request is submitted.
         tenant: who is charged for it.
+        weight: the tenant's share relative to other tenants', 1 to 1024.
         arrival_s: monotonic time of arrival, passed in by the caller.
+        deadline_s: the same clock's time at which it is of no use any more, or None.
     """
 
     id: str
@@ -72,7 +75,9 @@ class Request:
     sampling: SamplingParams
     adapter: AdapterSpec | None = None
     tenant: str = ""
+    weight: int = 1
     arrival_s: float = 0.0
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,7 @@ class TokenEvent(NamedTuple):
         token_ids: new tokens, usually one; a stop token is included when it ended the request.
         logprobs: one per token when the request asked for them.
         cached_tokens: prompt tokens whose KV came from the prefix cache (on the first event).
+        queue_s: seconds from arrival to its first start (on the first event).
     """
 
     request_id: str
@@ -100,3 +106,4 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None = None
     error: ShoalError | None = None
     cached_tokens: int = 0
+    queue_s: float = 0.0

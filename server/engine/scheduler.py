@@ -1,13 +1,15 @@
 """Decides what each step computes: continuous batching, chunked prefill, admission, preemption.
 
-Pure: no clock, no randomness, no I/O, no tensors. ``plan`` reserves what a step needs and
-freezes it in a ``StepPlan``; ``commit`` (or ``fail``) tells the scheduler what came of it.
-One step may be planned while another is under way: the tokens that it needs and nobody knows
-yet are ``UNKNOWN_TOKEN`` in it. Nothing a step computes is trusted, cached or handed on before
-its commit, and nothing that a step reads or writes is given back while the step is under way.
+Whose turn it is among tenants, ``fairness.py`` says.
+
+Pure: no clock (``tick`` is told the time), no randomness, no I/O, no tensors. ``plan`` reserves
+what a step needs and freezes it in a ``StepPlan``; ``commit`` (or ``fail``) tells the scheduler
+what came of it. One step may be planned while another is under way: the tokens that it needs and
+nobody knows yet are ``UNKNOWN_TOKEN`` in it. Nothing a step computes is trusted, cached or handed
+on before its commit, and nothing that a step reads or writes is given back while the step is under
+way.
 """
 
-from bisect import bisect_left, insort
 from collections import Counter, deque
 from copy import copy
 from dataclasses import dataclass
@@ -16,12 +18,15 @@ from operator import attrgetter
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import RowAdapter
 from shoal.server.engine.blocks import BlockPool
+from shoal.server.engine.deadlines import Deadlines
+from shoal.server.engine.fairness import INPUT_PRICE, OUTPUT_PRICE, Backlog, FairQueue
 from shoal.server.engine.plan import AdapterLoad, Row, StepPlan, StepResult
 from shoal.server.engine.prefix_cache import PrefixCache
 from shoal.server.engine.request import FinishReason, Request, TokenEvent
 from shoal.server.engine.sequence import Sequence
 from shoal.server.engine.stats import EngineStats
 from shoal.server.errors import (
+    DeadlineExceeded,
     EngineFailure,
     InvalidRequest,
     PromptTooLong,
@@ -32,7 +37,8 @@ from shoal.server.errors import (
 # Later requests that may start before one whose adapter finds no room. When they are used up,
 # nobody behind it starts, so pins drain until it can.
 PASSES_MAX = 32
-# How far down the queue one step looks for requests that can start; bounds planning time.
+# How far down the queue one step looks for requests that can start; bounds planning time. Tenants
+# that wait share it, so that nobody's adapters without room hide the others.
 SCAN_MAX = 1024
 # Blocks left alone when a request starts beside others: without them it would soon be
 # preempted by their growth, and its prompt computed twice.
@@ -52,6 +58,8 @@ class SchedulerLimits:
             running request advances in every step.
         max_model_len: prompt and output tokens of one request.
         max_waiting: accepted requests that are not running (checked by ``EngineLoop``).
+        max_waiting_per_tenant: those of one tenant; None is ``max_waiting``.
+        max_wait_s: a request that would wait longer by our estimate is refused; None is never.
         vocab_size: token ids must be below it; None does not check.
     """
 
@@ -61,6 +69,8 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     max_model_len: int
     max_waiting: int
+    max_waiting_per_tenant: int | None = None
+    max_wait_s: float | None = None
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +82,12 @@ class SchedulerLimits:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"max_num_seqs={self.max_num_seqs}"
             )
+        if self.max_waiting_per_tenant is not None and self.max_waiting_per_tenant < 1:
+            raise ValueError(
+                f"max_waiting_per_tenant={self.max_waiting_per_tenant} must be at least 1"
+            )
+        if self.max_wait_s is not None and not self.max_wait_s > 0:
+            raise ValueError(f"max_wait_s={self.max_wait_s} must be above 0")
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} must be at least 2")
 
@@ -91,7 +107,9 @@ class Scheduler:
         # The last token of a request is never an input, so it needs no place in the pool.
         self._tokens_max = min(limits.max_model_len, limits.num_blocks * limits.block_tokens + 1)
         self._live: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []  # by order; preempted ones come first by being older
+        self._waiting: FairQueue[Sequence] = FairQueue()
+        self._deadlines = Deadlines()
+        self._now_s = 0.0
         self._running: dict[str, Sequence] = {}
         self._flights: deque[_Flight] = deque()  # plans under way, the oldest first
         # Pinned adapters whose load failed: loaded again when asked for, evicted when let go.
@@ -121,11 +139,18 @@ class Scheduler:
         if error is not None:
             return TokenEvent(request_id=request.id, error=error)
         seq = Sequence(
-            request, self._next_order, self.limits.block_tokens, self._tokens_max, self._eos
+            request,
+            self._waiting.open(request.tenant, request.weight),
+            self._next_order,
+            self.limits.block_tokens,
+            self._tokens_max,
+            self._eos,
         )
         self._next_order += 1
         self._live[request.id] = seq
-        self._waiting.append(seq)
+        self._waiting.put(seq)
+        if request.deadline_s is not None:
+            self._deadlines.add(request.deadline_s, seq)
         return None
 
     def abort(self, request_id: str) -> TokenEvent | None:
@@ -135,6 +160,23 @@ class Scheduler:
             return None
         self._end(seq)
         return TokenEvent(request_id=request_id, finish_reason=FinishReason.ABORT)
+
+    def tick(self, now_s: float) -> list[TokenEvent]:
+        """Say what time it is, on the clock of the requests' times; ends those that are too late.
+
+        A request without output gets ``DeadlineExceeded``, another one ends with what it has. A
+        clock that goes back ends nobody.
+        """
+        self._now_s = now_s
+        events = []
+        for seq in self._deadlines.passed(now_s):
+            self._end(seq)
+            if seq.output_tokens:
+                event = TokenEvent(seq.request.id, finish_reason=FinishReason.DEADLINE)
+            else:
+                event = TokenEvent(seq.request.id, error=_too_late(seq.request))
+            events.append(event)
+        return events
 
     def plan(self) -> StepPlan | None:
         """Reserve and describe the next step.
@@ -207,6 +249,15 @@ class Scheduler:
                 self._lost.add(digest)
         return events
 
+    @property
+    def service_total(self) -> int:
+        """What all tenants were charged since the start, in units of price."""
+        return self._waiting.service
+
+    def backlog(self) -> list[Backlog]:
+        """Tenants whose part of the queue changed since the last call; to be called each step."""
+        return self._waiting.changes()
+
     def stats(self) -> EngineStats:
         """Counters and gauges; ``last_step_s`` is the loop's to fill."""
         return EngineStats(
@@ -236,13 +287,14 @@ class Scheduler:
         assert self._slots.num_pinned == len(pinned), "a slot is pinned by nobody"
         assert all(self._slots.resident(digest) for digest in pinned)
         assert self._lost <= pinned, "a failed load is trusted again"
-        orders = [seq.order for seq in self._waiting]
-        assert orders == sorted(orders)
-        waiting = {seq.request.id: seq for seq in self._waiting}
+        self._waiting.check()
+        queued = [seq for seq in self._live.values() if seq.request.id not in self._running]
+        assert set(self._waiting) == set(queued)
+        waiting = {seq.request.id: seq for seq in queued}
         assert not waiting.keys() & self._running.keys()
         assert waiting | self._running == self._live
         assert len(self._running) <= self.limits.max_num_seqs
-        for seq in self._waiting:
+        for seq in queued:
             assert not seq.block_ids
             assert seq.lane == -1
             assert seq.row_adapter is None
@@ -320,7 +372,7 @@ class Scheduler:
                 budget -= shares[seq]
 
     def _admit(self, shares: dict[Sequence, int]) -> list[AdapterLoad]:
-        """Start waiting requests, first come first served, while the step has room.
+        """Start waiting requests, in their queue's order, while the step has room.
 
         A request whose adapter finds no room among the pinned ones is passed over, at most
         ``PASSES_MAX`` times. One that finds no blocks holds up all behind it, since any of
@@ -332,9 +384,11 @@ class Scheduler:
         # Pins only grow while planning: what found no room once will find none later in this
         # plan, nor will anything larger.
         denied = self._slots.num_units * self._slots.unit_elements + 1
-        index = 0
-        while budget and self._lanes and index < min(len(self._waiting), SCAN_MAX):
-            seq = self._waiting[index]
+        looked = max(1, SCAN_MAX // self._waiting.num_tenants)
+        while budget and self._lanes and len(passed) < SCAN_MAX:
+            seq = self._waiting.peek()
+            if seq is None:
+                break
             denies = self._is_denied(seq, denied)
             hits = () if denies else self._can_start(seq)
             if hits is None:
@@ -345,14 +399,15 @@ class Scheduler:
                 if seq.passes >= PASSES_MAX:
                     break
                 passed.append(seq)
-                index += 1
+                self._waiting.skip(looked)
                 continue
-            del self._waiting[index]
+            self._waiting.take()
             for other in passed:
                 other.passes += 1
             self._start(seq, hits)
             shares[seq] = min(seq.pending, budget)
             budget -= shares[seq]
+        self._waiting.rewind()
         return loads
 
     def _is_denied(self, seq: Sequence, denied: int) -> bool:
@@ -401,8 +456,10 @@ class Scheduler:
         seq.lane = self._lanes.pop()
         if seq.cached_tokens is None:  # not counted again when it returns from preemption
             seq.cached_tokens = seq.computed
+            seq.started_s = self._now_s
             self._queries += len(seq.tokens)
             self._hits += seq.computed
+            self._waiting.charge(seq.account, INPUT_PRICE * (len(seq.tokens) - seq.computed))
         self._running[seq.request.id] = seq
 
     def _cover(self, seq: Sequence) -> bool:
@@ -419,7 +476,7 @@ class Scheduler:
         del self._running[seq.request.id]
         self._release(seq)
         seq.computed = seq.scheduled = 0
-        insort(self._waiting, seq, key=attrgetter("order"))
+        self._waiting.put(seq)
         self._preemptions += 1
 
     # -- taking results in ------------------------------------------------------------------
@@ -454,12 +511,14 @@ class Scheduler:
         if token is None or not row.sample:
             return None
         seq.tokens.append(token)
+        self._waiting.charge(seq.account, OUTPUT_PRICE)
         self._generation_tokens += 1
         first = not row.output_tokens
         if first:
             self._prompt_tokens += len(seq.request.prompt_ids)
         reason = seq.finish_reason()
         if reason is not None:
+            seq.account.note_output(seq.output_tokens)
             self._end(seq)
         logprobs = result.logprobs.get(request_id)
         return TokenEvent(
@@ -468,6 +527,7 @@ class Scheduler:
             logprobs=() if logprobs is None else (logprobs,),
             finish_reason=reason,
             cached_tokens=(seq.cached_tokens or 0) if first else 0,
+            queue_s=max(0.0, seq.started_s - seq.request.arrival_s) if first else 0.0,
         )
 
     def _offer_blocks(self, seq: Sequence) -> None:
@@ -482,9 +542,11 @@ class Scheduler:
         request_id = seq.request.id
         del self._live[request_id]
         if self._running.pop(request_id, None) is None:
-            index = bisect_left(self._waiting, seq.order, key=attrgetter("order"))
-            del self._waiting[index]
+            self._waiting.remove(seq)
+        self._waiting.close(seq.account)
         seq.ended = True
+        if seq.request.deadline_s is not None:
+            self._deadlines.forget()
         if not seq.in_flight:
             self._release(seq)
 
@@ -512,3 +574,12 @@ class _Flight:
 
 
 _PLACE = attrgetter("place")
+
+
+def _too_late(request: Request) -> DeadlineExceeded:
+    assert request.deadline_s is not None
+    given_ms = (request.deadline_s - request.arrival_s) * 1000
+    return DeadlineExceeded(
+        f"the request's deadline of {given_ms:.0f} ms passed before it had made a token",
+        param="deadline_ms",
+    )

@@ -4,6 +4,7 @@ Pure. The scheduler decides; this holds what it decided on and turns it into a `
 """
 
 from shoal.adapters.spec import RowAdapter
+from shoal.server.engine.fairness import Account
 from shoal.server.engine.plan import UNKNOWN_TOKEN, Row
 from shoal.server.engine.prefix_cache import KeyChain
 from shoal.server.engine.request import FinishReason, Request, SamplingParams
@@ -19,7 +20,8 @@ class Sequence:
     ``length == len(tokens)``.
 
     Attributes:
-        order: when it was accepted; lower is older, and is served first.
+        order: when it was accepted; lower is older, and is served first within its tenant.
+        account: its tenant's.
         tokens: prompt and output so far, as far as it is known.
         length: ``tokens``, and those that a step under way samples.
         computed: how many of ``tokens`` are in the KV cache.
@@ -29,6 +31,7 @@ class Sequence:
         place: where its rows go among those of equal length: the base, then each adapter.
         committed_blocks: how many of its blocks were offered to the prefix cache.
         cached_tokens: prompt tokens found in the prefix cache when it first started, or None.
+        started_s: when that was.
         passes: later requests that started while its adapter could not get a slot.
         ended: its last event has been sent.
     """
@@ -40,6 +43,7 @@ class Sequence:
         "_prompt_tokens",
         "_stop_ids",
         "_suppressed_ids",
+        "account",
         "block_ids",
         "cached_tokens",
         "chain",
@@ -55,12 +59,14 @@ class Sequence:
         "request",
         "row_adapter",
         "scheduled",
+        "started_s",
         "tokens",
     )
 
     def __init__(
         self,
         request: Request,
+        account: Account,
         order: int,
         block_tokens: int,
         tokens_max: int,
@@ -71,6 +77,7 @@ class Sequence:
         """
         sampling = request.sampling
         self.request = request
+        self.account = account
         self.order = order
         self.tokens = list(request.prompt_ids)
         self.length = self._prompt_tokens = len(self.tokens)
@@ -85,6 +92,7 @@ class Sequence:
         self.lane = -1
         self.committed_blocks = 0
         self.cached_tokens: int | None = None
+        self.started_s = 0.0
         self.passes = 0
         self.ended = False
         self._block_tokens = block_tokens
@@ -104,6 +112,16 @@ class Sequence:
     def output_tokens(self) -> int:
         """Tokens sampled so far and known."""
         return len(self.tokens) - self._prompt_tokens
+
+    @property
+    def input_tokens(self) -> int:
+        """Prompt tokens that were not charged yet; while it waits, before it first started."""
+        return self._prompt_tokens if self.cached_tokens is None else 0
+
+    @property
+    def output_limit(self) -> int:
+        """Tokens that may still be sampled; while nothing is under way."""
+        return self._length_max - len(self.tokens)
 
     @property
     def must_land(self) -> bool:

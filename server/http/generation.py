@@ -37,7 +37,8 @@ class Delta:
     Attributes:
         text: final text; may be empty while something is held back.
         finish_reason: set on a choice's last delta only.
-        stop_reason: the stop string, or stop token id, that ended it; None for end of sequence.
+        stop_reason: the stop string, or stop token id, that ended it; ``"deadline"`` (with
+            ``length``, which clients know) when its deadline did; None for end of sequence.
     """
 
     index: int
@@ -96,7 +97,10 @@ class Generation:
             prompt_ids=job.prompt_of(index),
             sampling=job.sampling_of(index),
             adapter=adapter,
+            tenant=job.tenant,
+            weight=job.weight,
             arrival_s=job.arrival_s,
+            deadline_s=job.deadline_s,
         )
         stream = self.services.tokenizer.stream(job.skip_special)
         text = _ChoiceText(index, job, stream)
@@ -105,13 +109,13 @@ class Generation:
             async with aclosing(self.services.engine.generate(request)) as events:
                 async for event in events:
                     self._check(event)
-                    times.tokens(len(event.token_ids))
+                    times.tokens(event)
                     self.usage.completion_tokens += len(event.token_ids)
                     if index % job.n == 0:
                         self.usage.cached_tokens += event.cached_tokens
                     delta = text.take(event)
                     if delta.finish_reason is not None:
-                        times.reason = str(delta.finish_reason)
+                        times.reason = str(event.finish_reason or delta.finish_reason)
                         yield delta
                         return
                     if delta.text or delta.token_ids:
@@ -148,7 +152,8 @@ class _ChoiceText:
         if ended_by_id and not (last_is_stop_id and self._include_stop):
             shown = shown[:-1]
         text = self._push(shown)
-        reason, stop_reason = event.finish_reason, None
+        reason = event.finish_reason
+        stop_reason: str | int | None = None
         if last_is_stop_id:
             stop_reason = event.token_ids[-1]
         if reason is not None and self._stops.matched is None:
@@ -157,6 +162,8 @@ class _ChoiceText:
                 text += self._stops.flush()
         if self._stops.matched is not None:
             reason = FinishReason.STOP
+        elif reason is FinishReason.DEADLINE:
+            reason, stop_reason = FinishReason.LENGTH, "deadline"
         return Delta(
             index=self._index,
             text=text,
@@ -186,12 +193,14 @@ class _Times:
         self._last_s = 0.0
         self.reason = "abort"
 
-    def tokens(self, count: int) -> None:
+    def tokens(self, event: TokenEvent) -> None:
+        count = len(event.token_ids)
         if not count:
             return
         now = time.monotonic()
         if self._count == 0:
             self._first_s = now
+            self._metrics.queue_time.observe(event.queue_s)
             self._metrics.time_to_first_token.observe(now - self._job.arrival_s)
         else:
             self._metrics.inter_token_latency.observe(now - self._last_s)
@@ -205,7 +214,9 @@ class _Times:
         self._metrics.generation_length.observe(self._count)
         if self._count:
             self._metrics.e2e_latency.observe(elapsed_s)
-        self._metrics.request_ended(reason=self.reason, adapter=adapter, tokens=self._count)
+        self._metrics.request_ended(
+            reason=self.reason, adapter=adapter, tokens=self._count, tenant=job.tenant
+        )
         logger.info(
             "request=%s model=%s prompt_tokens=%d tokens=%d ttft_s=%.3f total_s=%.3f end=%s",
             request_id,

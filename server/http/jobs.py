@@ -32,6 +32,8 @@ class Job:
         model: as the client wrote it; answers repeat it.
         adapter: the version that the request runs with, or None for the base.
         arrival_s: monotonic time.
+        deadline_s: monotonic time from which the answer is of no use, or None.
+        tenant, weight: who is charged for it, and at what share (``engine/fairness.py``).
     """
 
     id: str
@@ -45,6 +47,9 @@ class Job:
     skip_special: bool
     created: int
     arrival_s: float
+    deadline_s: float | None = None
+    tenant: str = ""
+    weight: int = 1
 
     @property
     def num_choices(self) -> int:
@@ -109,6 +114,7 @@ async def make_job(
         skip_special=body.skip_special_tokens,
         created=int(time.time()),
         arrival_s=arrival_s,
+        deadline_s=None if body.deadline_ms is None else arrival_s + body.deadline_ms / 1000,
     )
 
 

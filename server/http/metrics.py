@@ -2,7 +2,8 @@
 
 Owns a registry of its own (nothing global). Gauges and engine totals are read from the engine's
 snapshot at scrape time; what concerns text, clients and adapters is counted here. The number of
-series is bounded: at most ``ADAPTER_LABELS_MAX`` adapters get their own label.
+series is bounded: at most ``ADAPTER_LABELS_MAX`` adapters, and as many tenants, get their own
+label.
 """
 
 from collections.abc import Callable, Iterable
@@ -90,6 +91,7 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=True)
         self._model = model_name
         self._adapters: set[str] = set()
+        self._tenants: set[str] = set()
         self.registry.register(_EngineCollector(model_name, stats))
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -101,6 +103,9 @@ class Metrics:
         )
         self.inter_token_latency = histogram(
             "vllm:inter_token_latency_seconds", "Between two tokens of a request.", _ITL
+        )
+        self.queue_time = histogram(
+            "vllm:request_queue_time_seconds", "Arrival to the first step with it.", _E2E
         )
         self.e2e_latency = histogram(
             "vllm:e2e_request_latency_seconds", "Arrival to last token.", _E2E
@@ -144,14 +149,36 @@ class Metrics:
             (*_LABELS, "adapter"),
             registry=self.registry,
         )
+        self._tenant_requests = Counter(
+            "shoal:tenant_requests",
+            "Requests, by tenant (the first hundred; the rest as _other).",
+            (*_LABELS, "tenant"),
+            registry=self.registry,
+        )
+        self._tenant_tokens = Counter(
+            "shoal:tenant_generation_tokens",
+            "Generated tokens, by tenant.",
+            (*_LABELS, "tenant"),
+            registry=self.registry,
+        )
 
-    def request_ended(self, *, reason: str, adapter: str | None, tokens: int) -> None:
-        """Count one engine request that ended by itself, or by its client (``abort``)."""
+    def request_ended(
+        self, *, reason: str, adapter: str | None, tokens: int, tenant: str = ""
+    ) -> None:
+        """Count one engine request that ended by itself, by its client (``abort``) or its deadline.
+
+        Args:
+            tenant: empty when the server has none.
+        """
         self._success.labels(self._model, reason).inc()
         if adapter is not None:
-            label = self._adapter_label(adapter)
+            label = _label(self._adapters, adapter)
             self._adapter_requests.labels(self._model, label).inc()
             self._adapter_tokens.labels(self._model, label).inc(tokens)
+        if tenant:
+            label = _label(self._tenants, tenant)
+            self._tenant_requests.labels(self._model, label).inc()
+            self._tenant_tokens.labels(self._model, label).inc(tokens)
 
     def error(self, status: int) -> None:
         """Count one error answer."""
@@ -165,12 +192,13 @@ class Metrics:
         """The exposition text."""
         return generate_latest(self.registry)
 
-    def _adapter_label(self, name: str) -> str:
-        if name not in self._adapters:
-            if len(self._adapters) >= ADAPTER_LABELS_MAX:
-                return OTHER
-            self._adapters.add(name)
-        return name
+
+def _label(known: set[str], name: str) -> str:
+    if name not in known:
+        if len(known) >= ADAPTER_LABELS_MAX:
+            return OTHER
+        known.add(name)
+    return name
 
 
 class _EngineCollector(Collector):

@@ -27,6 +27,9 @@ from shoal.server.http.fields import (
     TokenId,
 )
 
+# A day: who waits for longer has no deadline.
+DEADLINE_MAX_MS = 86_400_000
+
 
 class StreamOptions(Body):
     """``stream_options``."""
@@ -65,6 +68,8 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    # Ours: neither OpenAI nor vLLM has one. Milliseconds from the request's arrival here.
+    deadline_ms: Annotated[int, Field(ge=1, le=DEADLINE_MAX_MS)] | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Sampling":

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.adapters.databases import database, database_url, postgres
 from torch import Tensor
 
 from shoal.adapters.basis import Basis, BasisStore, compute_basis
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.spec import MODULES, BaseShape, Dims, Target
 from shoal.adapters.weights import AdapterWeights
+
+__all__ = ["database", "database_url", "postgres"]
 
 GOLDEN = Path(__file__).parent / "golden"
 

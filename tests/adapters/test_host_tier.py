@@ -17,13 +17,14 @@ def packed(name: str, elements: int = 10) -> PackedAdapter:
     return PackedAdapter(AdapterSpec(name, "lora", 1, None, elements), torch.zeros(elements))
 
 
-def test_the_least_recently_used_unpinned_entry_leaves_first() -> None:
+def test_an_entry_that_was_used_once_and_is_unpinned_leaves_first() -> None:
     tier = HostTier(120)
     for name in "abc":
         tier.put(packed(name))
     assert tier.pin("a")
-    tier.get("b")
-    tier.put(packed("d"))  # c is older than b, and a is pinned
+    assert tier.pin("b")
+    tier.unpin("b")
+    tier.put(packed("d"))  # b was used again, and a is pinned
     assert [name for name in "abcd" if tier.pin(name)] == ["a", "b", "d"]
     assert tier.used_bytes == 120
     tier.check()

@@ -1,12 +1,17 @@
 """The library: upload to staged weights, with the real formats, registry and host tier."""
 
+import errno
+import io
+import os
 import random
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +35,12 @@ from shoal.adapters.formats.writing import (
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterInfo, AdapterLibrary, RegistryUnavailable, places
 from shoal.adapters.reading import adapter_files
+from shoal.adapters.registry import stored
+from shoal.adapters.registry.archive import export_archive, import_archive
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RecordDamaged
 from shoal.adapters.registry.registry import Registry
-from shoal.adapters.registry.store import LocalStore
+from shoal.adapters.registry.store import LocalStore, open_store
 from shoal.adapters.spec import BaseShape, Dims, Family, Target
 from shoal.adapters.weights import AdapterWeights, Correction
 
@@ -408,7 +415,7 @@ def test_a_failure_half_way_leaves_nothing_visible(
         raise RegistryUnavailable("the disk is full")
 
     with monkeypatch.context() as patch:
-        owner, method = {"store": (LocalStore, "put"), "database": (Database, "write")}[where]
+        owner, method = {"store": (LocalStore, "put"), "database": (Database, "transact")}[where]
         patch.setattr(owner, method, fail)
         with pytest.raises(RegistryUnavailable):
             upload(library, "a", adapter(tmp_path, 1))
@@ -514,8 +521,122 @@ def test_two_libraries_and_four_threads_keep_the_rules(
         for future in [pool.submit(work, number) for number in range(4)]:
             future.result()
     host.check()
-    assert not host._pins
+    assert host.pinned_bytes == 0
     libraries[0]._registry.check()
     assert libraries[0].list(limit=9) == libraries[1].list(limit=9)
     for info in libraries[0].list(limit=9)[0]:
         libraries[1].unstage(libraries[1].stage(info))
+
+
+# ------------------------------------------------------------------------------ a failing store
+
+
+def record_file(tmp_path: Path) -> Path:
+    [path] = [p for p in (tmp_path / "registry.db.store/records").rglob("*") if p.is_file()]
+    return path
+
+
+def serves(library: AdapterLibrary, name: str) -> bool:
+    spec = library.stage(library.resolve(name))
+    library.unstage(spec)
+    return True
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
+def test_a_store_that_cannot_be_written_refuses_uploads_and_serves_on(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    upload(open_library(), "cold", adapter(tmp_path, 1))
+    library = open_library()
+    upload(library, "resident", adapter(tmp_path, 2))
+    mkstemp = tempfile.mkstemp
+
+    def failing(*args: Any, **kwargs: Any) -> tuple[int, str]:
+        if "registry.db.store" in str(kwargs.get("dir")):
+            raise OSError(code, os.strerror(code))
+        return mkstemp(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", failing)
+        for name in ("new", "resident"):
+            with pytest.raises(RegistryUnavailable, match=os.strerror(code)):
+                upload(library, name, adapter(tmp_path, 3))
+        assert names(library) == ["cold", "resident"]
+        assert library.resolve("resident").version == 1
+        assert serves(library, "resident")
+        assert serves(library, "cold")  # reading still works
+        assert serves(open_library(), "cold")  # and so does a restart
+        # What the store has already needs no room.
+        assert upload(library, "resident", adapter(tmp_path, 2)).version == 1
+    assert upload(library, "new", adapter(tmp_path, 3)).version == 1
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut off", "other bytes"])
+def test_a_lost_record_fails_its_own_adapter_until_it_is_uploaded_again(
+    open_library: Open, tmp_path: Path, harm: str
+) -> None:
+    library = open_library()
+    info = upload(library, "a", adapter(tmp_path, 1))
+    path = record_file(tmp_path)
+    data = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1] if harm == "cut off" else data[:-1] + b"?")
+    assert serves(library, "a")  # resident: the store is not asked
+    restarted = open_library()
+    with pytest.raises(RecordDamaged, match=info.digest):
+        restarted.stage(restarted.resolve("a"))
+    upload(restarted, "b", adapter(tmp_path, 2))
+    assert serves(restarted, "b")
+    assert upload(restarted, "a", adapter(tmp_path, 1)).version == 1
+    assert path.read_bytes() == data
+    assert serves(open_library(), "a")
+
+
+def test_what_is_resident_is_served_without_the_store(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = open_library()
+    upload(library, "a", adapter(tmp_path, 1))
+
+    def no_store(*_: object) -> None:
+        raise AssertionError("the store was asked")
+
+    monkeypatch.setattr(LocalStore, "get", no_store)
+    assert serves(library, "a")
+
+
+def test_records_of_before_the_compact_form_are_served_and_keep_their_digest(
+    open_library: Open, tmp_path: Path
+) -> None:
+    info = upload(open_library(), "a", adapter(tmp_path, 1))
+    path = record_file(tmp_path)
+    plain = stored.decode(info.digest, path.read_bytes(), "")
+    assert len(plain) == info.bytes > path.stat().st_size
+    path.write_bytes(plain)
+    library = open_library()
+    assert serves(library, "a")
+    assert upload(library, "a", adapter(tmp_path, 1)).version == 1
+    assert path.read_bytes() == plain  # intact as it is
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_an_imported_adapter_is_served_bit_for_bit_also_by_a_running_library(
+    open_library: Open, tmp_path: Path, family: Family
+) -> None:
+    before, after = HostTier(1 << 20), HostTier(1 << 20)
+    info = upload(open_library(host=before), "a", adapter(tmp_path, 1, family))
+    here, there = f"sqlite:///{tmp_path}/registry.db", f"sqlite:///{tmp_path}/other.db"
+    running = open_library(registry_url=there, bases=BasisStore(places(there).bases), host=after)
+    assert names(running) == []
+    tar = io.BytesIO()
+    for url, move in ((here, export_archive), (there, import_archive)):
+        database, where = Database(url), places(url)
+        move(database, open_store(where.store_url), where.bases, tar)
+        database.close()
+        tar.seek(0)
+    assert running.resolve("a") == info
+    spec = running.stage(running.resolve("a"))
+    assert torch.equal(before.get(info.digest).data, after.get(info.digest).data)
+    running.unstage(spec)

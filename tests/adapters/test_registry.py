@@ -28,15 +28,19 @@ def publish(registry: Registry, name: str, data: bytes) -> AdapterInfo:
     return registry.publish(name, content, data)
 
 
-def open_registry(folder: Path) -> Registry:
+def open_registry(folder: Path, url: str | None = None) -> Registry:
+    """The registry of a folder, which may have its names elsewhere."""
     return Registry.open(
-        f"sqlite:///{folder}/registry.db", base_digest=BASE, reserved_names=frozenset({"base"})
+        url or f"sqlite:///{folder}/registry.db",
+        f"{folder}/store",
+        base_digest=BASE,
+        reserved_names=frozenset({"base"}),
     )
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    registry = open_registry(tmp_path)
+def registry(tmp_path: Path, database_url: str) -> Iterator[Registry]:
+    registry = open_registry(tmp_path, database_url)
     yield registry
     registry.check()
     registry.close()
@@ -92,7 +96,7 @@ def test_refused_names_change_nothing(registry: Registry, tmp_path: Path) -> Non
     with pytest.raises(AdapterNameInvalid):
         publish(registry, "Base", b"1")
     assert registry.count() == 0
-    assert not [path for path in (tmp_path / "registry.db.store").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
 
 
 def test_an_old_version_stays_readable_after_replacing_and_deleting(registry: Registry) -> None:
@@ -103,8 +107,10 @@ def test_an_old_version_stays_readable_after_replacing_and_deleting(registry: Re
     assert registry.read(first.digest) == b"1"
 
 
-def test_two_registries_on_one_database_see_each_others_writes(tmp_path: Path) -> None:
-    one, two = open_registry(tmp_path), open_registry(tmp_path)
+def test_two_registries_on_one_database_see_each_others_writes(
+    tmp_path: Path, database_url: str
+) -> None:
+    one, two = (open_registry(tmp_path, database_url) for _ in range(2))
     rng = random.Random(0)
     for step in range(40):
         writer, reader = rng.sample([one, two], 2)
@@ -196,8 +202,9 @@ WRITER = textwrap.dedent(
     from shoal.adapters.registry.catalog import Catalog, Content
     from shoal.adapters.registry.registry import Registry
 
-    def upload_for_ever(folder, seed):
-        registry = Registry.open(f"sqlite:///{folder}/registry.db", base_digest="b" * 64)
+    def upload_for_ever(folder, url, seed):
+        url = url or f"sqlite:///{folder}/registry.db"
+        registry = Registry.open(url, f"{folder}/store", base_digest="b" * 64)
         for number in itertools.count():
             data = f"{seed} {number} ".encode() * 3000
             digest = hashlib.sha256(data).hexdigest()
@@ -218,15 +225,15 @@ WRITER = textwrap.dedent(
                             (Catalog, "publish"), (Catalog, "_place"), (Catalog, "_info")]:
             setattr(owner, name, deadly(getattr(owner, name)))
 
-    folder, seed, *steps = sys.argv[1:]
+    folder, url, seed, *steps = sys.argv[1:]
     for step in steps:
         pid = os.fork()
         if pid == 0:
             die_before(int(step))
-            upload_for_ever(f"{folder}/{step}", seed)
+            upload_for_ever(f"{folder}/{step}", url, seed)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     if not steps:
-        upload_for_ever(folder, seed)
+        upload_for_ever(folder, url, seed)
     """
 )
 
@@ -242,9 +249,11 @@ def acknowledgements(text: str) -> list[tuple[str, str, int, str]]:
     return [(folder, name, int(version), digest) for folder, name, version, digest in lines]
 
 
-def assert_whole(folder: Path, acknowledged: set[tuple[str, int, str]]) -> None:
+def assert_whole(
+    folder: Path, acknowledged: set[tuple[str, int, str]], url: str | None = None
+) -> None:
     """All that was acknowledged is there, and what is there is whole."""
-    registry = open_registry(folder)
+    registry = open_registry(folder, url)
     registry.check()
     stored = {
         (info.name, info.version, info.digest)
@@ -258,11 +267,13 @@ def assert_whole(folder: Path, acknowledged: set[tuple[str, int, str]]) -> None:
     registry.close()
 
 
-def test_what_was_acknowledged_survives_kill_9_at_random_moments(tmp_path: Path) -> None:
+def test_what_was_acknowledged_survives_kill_9_at_random_moments(
+    tmp_path: Path, database_url: str
+) -> None:
     rng = random.Random(1)
     acknowledged: set[tuple[str, int, str]] = set()
     for seed in range(3):
-        writers = [start_writer(tmp_path, 10 * seed + number) for number in range(2)]
+        writers = [start_writer(tmp_path, database_url, 10 * seed + number) for number in range(2)]
         first = [writer.stdout.readline() for writer in writers if writer.stdout]
         time.sleep(rng.uniform(0.0, 0.15))
         for writer in writers:
@@ -270,7 +281,7 @@ def test_what_was_acknowledged_survives_kill_9_at_random_moments(tmp_path: Path)
         rest = [writer.communicate(timeout=30)[0] for writer in writers]
         for text in first + rest:
             acknowledged |= {line[1:] for line in acknowledgements(text)}
-        assert_whole(tmp_path, acknowledged)
+        assert_whole(tmp_path, acknowledged, database_url)
     assert len(acknowledged) >= 6
 
 
@@ -279,7 +290,7 @@ def test_a_writer_killed_at_every_step_leaves_all_or_nothing(tmp_path: Path) -> 
     steps = range(1, 32)
     for step in steps:
         (tmp_path / str(step)).mkdir()
-    writer = start_writer(tmp_path, 0, *steps)
+    writer = start_writer(tmp_path, "", 0, *steps)
     output, _ = writer.communicate(timeout=60)
     assert writer.returncode == 0
     lines = acknowledgements(output)

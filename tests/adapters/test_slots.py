@@ -46,6 +46,35 @@ def test_least_recently_used_leaves_first() -> None:
     assert [table.resident(d) for d in "abcd"] == [True, False, True, True]
 
 
+def test_who_was_used_again_is_passed_over_once_for_each_time() -> None:
+    table = SlotTable(2, 10)
+    fill(table, spec("a"), spec("a"), spec("a"), spec("b"))
+    for cold in "cd":  # a is the oldest, and was used again twice
+        fill(table, spec(cold))
+        assert table.resident("a")
+    fill(table, spec("e"), spec("f"))
+    assert not table.resident("a")
+
+
+def test_many_that_are_used_once_do_not_flush_those_in_demand() -> None:
+    """A hot adapter is used once in 150 steps, and 149 cold ones need places in a bank of 100."""
+    table = SlotTable(100, 10)
+    hot = [spec(f"hot{i}") for i in range(50)]
+    fill(table, *hot, *hot, *hot, *hot)
+    loads = 0
+    for step in range(3000):
+        if step % 3 == 0:
+            each = hot[step // 3 % 50]
+            acquired = table.acquire(each)
+            assert acquired is not None
+            loads += acquired[1]
+            table.release(each.digest)
+        else:
+            fill(table, spec(f"cold{step}"))
+    table.check()
+    assert loads == 0  # by recency alone, every one of 1,000
+
+
 def test_pinned_adapters_never_leave() -> None:
     table = SlotTable(2, 10)
     table.acquire(spec("a"))

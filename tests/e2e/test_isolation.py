@@ -77,7 +77,7 @@ def together(
     got = asyncio.run(run())
     host = services.library._host  # type: ignore[attr-defined]
     host.check()
-    assert host._pins == {}
+    assert host.pinned_bytes == 0
     assert services.engine.stats().kv_blocks_used == 0
     return got
 

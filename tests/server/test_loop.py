@@ -20,7 +20,13 @@ from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.plan import DeviceLost, Pending, StepPlan
 from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
-from shoal.server.errors import Draining, EngineFailure, Overloaded, PromptTooLong
+from shoal.server.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineFailure,
+    Overloaded,
+    PromptTooLong,
+)
 from shoal.server.model.fake import FakeRunner
 
 WAIT_S = 20.0  # far above anything a passing test needs
@@ -31,6 +37,8 @@ class Bench:
     """A loop over a fake runner, and what it delivered."""
 
     max_waiting: int = 100
+    max_waiting_per_tenant: int | None = None
+    now_s: float = 100.0
     lookahead: bool = False
     eos: int | None = None
     held: bool = False
@@ -51,11 +59,15 @@ class Bench:
             max_num_batched_tokens=64,
             max_model_len=200,
             max_waiting=self.max_waiting,
+            max_waiting_per_tenant=self.max_waiting_per_tenant,
         )
         eos = frozenset() if self.eos is None else frozenset({self.eos})
         scheduler = Scheduler(limits, SlotTable(2, 10), eos)
         self.runner = Submitting(self)
-        self.loop = EngineLoop(scheduler, self.runner, self._deliver, staged=self)
+        self.loop = EngineLoop(
+            scheduler, self.runner, self._deliver, staged=self, clock=lambda: self.now_s
+        )
+        self._ends: dict[str, TokenEvent] = {}
 
     def before_step(self, plan: StepPlan) -> None:
         self.clock_s += 1.0
@@ -81,6 +93,14 @@ class Bench:
 
     def wait_for_step(self) -> None:
         assert self.entered.acquire(timeout=WAIT_S)
+
+    def last(self, name: str) -> TokenEvent:
+        """The last event of one request; those of others are kept for their turn."""
+        while name not in self._ends:
+            for event in self.batches.get(timeout=WAIT_S):
+                if event.finish_reason or event.error:
+                    self._ends[event.request_id] = event
+        return self._ends[name]
 
     def until_end(self, name: str) -> list[TokenEvent]:
         """Events of one request up to its last."""
@@ -302,6 +322,35 @@ def test_requests_taken_in_count_as_waiting_until_they_run(lookahead: bool) -> N
             bench.loop.submit(request("b"))
 
 
+def test_a_tenant_with_a_full_queue_leaves_the_others_theirs(lookahead: bool) -> None:
+    bench = Bench(lookahead=lookahead, max_waiting=4, max_waiting_per_tenant=2)
+    for name in ("a", "b"):
+        bench.loop.submit(replace(request(name), tenant="x"))
+    with pytest.raises(Overloaded):
+        bench.loop.submit(replace(request("c"), tenant="x"))
+    bench.loop.submit(replace(request("d"), tenant="y"))
+    bench.loop.start()
+    bench.until_end("d")
+    assert bench.loop.drain(WAIT_S)
+    bench.loop.stop()
+
+
+def test_a_deadline_ends_what_waits_and_what_runs(lookahead: bool) -> None:
+    with running(lookahead=lookahead, held=True) as bench:
+        for name in "abcd":
+            bench.loop.submit(replace(request(name, max_tokens=100), deadline_s=200.0))
+        bench.wait_for_step()
+        bench.loop.submit(replace(request("e"), arrival_s=150.0, deadline_s=200.0))
+        bench.now_s = 200.0
+        bench.held = False
+        bench.go_on.release(2)
+        for name in "abcd":
+            assert bench.last(name).finish_reason is FinishReason.DEADLINE
+        assert isinstance(bench.last("e").error, DeadlineExceeded)
+        assert bench.loop.drain(WAIT_S)
+        assert bench.loop.stats().kv_blocks_used == 0
+
+
 def test_drain_waits_for_what_runs_and_refuses_the_rest(lookahead: bool) -> None:
     with running(lookahead=lookahead) as bench:
         bench.held = True
@@ -385,6 +434,7 @@ def test_many_threads_submit_and_abort_and_each_request_ends_once(lookahead: boo
         for thread in threads:
             thread.join(WAIT_S)
         assert bench.loop.drain(WAIT_S)
+    assert bench.loop._door.num_waiting == 0
     ended = [
         event.request_id
         for batch in list(bench.batches.queue)

@@ -71,6 +71,21 @@ def test_adapters_beyond_the_limit_share_one_series() -> None:
     assert seen["vllm:request_success_total|abort"] == 1
 
 
+def test_tenants_beyond_the_first_hundred_share_a_label() -> None:
+    metrics = Metrics("base", stats=EngineStats)
+    for index in range(ADAPTER_LABELS_MAX + 50):
+        metrics.request_ended(reason="stop", adapter=None, tokens=2, tenant=f"t{index}")
+    metrics.request_ended(reason="deadline", adapter=None, tokens=3, tenant="t0")
+    metrics.request_ended(reason="stop", adapter=None, tokens=3)  # of no tenant
+    seen = samples(metrics)
+    assert seen["shoal:tenant_requests_total|t0"] == 2
+    assert seen["shoal:tenant_generation_tokens_total|t0"] == 5
+    assert seen[f"shoal:tenant_requests_total|{OTHER}"] == 50
+    series = [name for name in seen if name.startswith("shoal:tenant_requests_total|")]
+    assert len(series) == ADAPTER_LABELS_MAX + 1
+    assert seen["vllm:request_success_total|deadline"] == 1
+
+
 def test_two_of_them_do_not_share_anything() -> None:
     one, two = (Metrics("base", stats=EngineStats) for _ in range(2))
     one.error(400)

@@ -11,7 +11,13 @@ from shoal.adapters.spec import AdapterSpec
 from shoal.server.engine.plan import UNKNOWN_TOKEN, Pending, StepPlan, StepResult
 from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from shoal.server.engine.scheduler import PASSES_MAX, Scheduler, SchedulerLimits
-from shoal.server.errors import EngineFailure, InvalidRequest, PromptTooLong, UnusableAdapter
+from shoal.server.errors import (
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidRequest,
+    PromptTooLong,
+    UnusableAdapter,
+)
 from shoal.server.model.fake import FakeRunner
 
 EOS = 2
@@ -246,6 +252,141 @@ def test_a_prompt_the_model_cannot_read_never_reaches_a_step(ids: tuple[int, ...
     assert event is not None
     assert isinstance(event.error, InvalidRequest)
     assert not engine.has_work
+
+
+# -- tenants --------------------------------------------------------------------------------------
+
+
+def of(tenant: str, name: str, **fields: Any) -> Request:
+    weight = fields.pop("weight", 1)
+    return replace(request(name, **fields), tenant=tenant, weight=weight)
+
+
+def test_tenants_take_turns_whatever_they_sent_first() -> None:
+    engine = scheduler(max_num_seqs=1)
+    for index in range(4):
+        engine.add(of("a", f"a{index}", max_tokens=1))
+    for index in range(2):
+        engine.add(of("b", f"b{index}", max_tokens=1))
+    started = [names(step(engine)[0])[0] for _ in range(6)]
+    assert started == ["a0", "b0", "a1", "b1", "a2", "a3"]
+
+
+def test_a_weight_is_a_share() -> None:
+    engine = scheduler(max_num_seqs=1)
+    for index in range(12):
+        engine.add(of("a", f"a{index:02}", max_tokens=1, weight=2))
+        engine.add(of("b", f"b{index:02}", max_tokens=1))
+    started = [names(step(engine)[0])[0][0] for _ in range(12)]
+    assert started.count("a") == 8
+
+
+def test_input_costs_one_and_output_two() -> None:
+    engine = scheduler()
+    engine.add(of("a", "a", prompt=7, max_tokens=3))
+    ends(engine)
+    assert engine.service_total == 7 + 2 * 3
+
+
+def test_tokens_from_the_prefix_cache_are_not_charged() -> None:
+    engine = scheduler()
+    for name in ("a", "b"):
+        engine.add(replace(request("same", prompt=8, max_tokens=1), id=name))
+        ends(engine)
+    assert engine.service_total == (8 + 2) + (4 + 2)
+
+
+def test_what_preemption_computes_again_is_not_charged_twice() -> None:
+    engine = scheduler(num_blocks=4)
+    for name in ("old", "young"):
+        engine.add(request(name, prompt=4, max_tokens=9))
+    ends(engine)
+    assert engine.stats().preemptions_total >= 1
+    assert engine.service_total == 2 * (4 + 2 * 9)
+
+
+def test_a_prompt_short_of_blocks_waits_and_is_not_overtaken_by_other_tenants() -> None:
+    engine = scheduler(num_blocks=4)
+    engine.add(of("a", "running", prompt=8, max_tokens=2))
+    step(engine)
+    engine.add(of("b", "large", prompt=12))
+    engine.add(of("c", "small", prompt=1))
+    assert names(step(engine)[0]) == ["running"]
+    assert "large" in names(step(engine)[0])
+
+
+def test_the_time_in_the_queue_is_told_with_the_first_token() -> None:
+    engine = scheduler(max_num_seqs=1)
+    for name in ("a", "b"):
+        engine.add(replace(request(name, max_tokens=2), arrival_s=10.0))
+    told = []
+    for now_s in (11.0, 12.0, 13.0, 14.0):
+        engine.tick(now_s)
+        told += [(event.request_id, event.queue_s) for event in step(engine)[1]]
+    assert told == [("a", 1.0), ("a", 0.0), ("b", 3.0), ("b", 0.0)]
+
+
+# -- deadlines ------------------------------------------------------------------------------------
+
+
+def test_a_request_that_waits_past_its_deadline_ends_with_an_error() -> None:
+    engine = scheduler(max_num_seqs=1)
+    engine.add(request("first", max_tokens=9))
+    engine.add(replace(request("late"), arrival_s=1.0, deadline_s=1.5))
+    step(engine)
+    assert engine.tick(1.49) == []
+    (event,) = engine.tick(1.5)
+    engine.check()
+    assert event.request_id == "late"
+    assert isinstance(event.error, DeadlineExceeded)
+    assert "500 ms" in str(event.error)
+    assert engine.tick(99.0) == []
+    assert ends(engine).keys() == {"first"}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_running_request_ends_at_its_deadline_with_what_it_has(steps: int) -> None:
+    slots = SlotTable(1, 10)
+    engine = Scheduler(LIMITS, slots, frozenset())
+    engine.add(replace(request("a", max_tokens=50, adapter=spec("x")), deadline_s=5.0))
+    step(engine)
+    plans = [ahead(engine) for _ in range(steps)]
+    (event,) = engine.tick(5.0)
+    engine.check()
+    assert event == TokenEvent(request_id="a", finish_reason=FinishReason.DEADLINE)
+    for plan in plans:
+        assert land(engine, plan) == []
+    assert (engine.stats().kv_blocks_used, slots.num_pinned) == (0, 0)
+    assert not engine.has_work
+
+
+def test_a_running_request_without_a_token_ends_with_an_error() -> None:
+    engine = scheduler(max_num_batched_tokens=8)
+    engine.add(replace(request("a", prompt=20), deadline_s=5.0))
+    step(engine)
+    (event,) = engine.tick(6.0)
+    assert isinstance(event.error, DeadlineExceeded)
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_a_clock_that_goes_back_ends_nobody() -> None:
+    engine = scheduler()
+    engine.add(replace(request("a", max_tokens=50), deadline_s=5.0))
+    step(engine)
+    for now_s in (4.0, -1e9, 4.9, 0.0):
+        assert engine.tick(now_s) == []
+    engine.add(replace(request("b"), arrival_s=-100.0, deadline_s=-90.0))
+    assert engine.tick(-91.0) == []  # nor those that came after it went back
+    assert [event.request_id for event in engine.tick(-90.0)] == ["b"]
+    assert [event.request_id for event in engine.tick(5.0)] == ["a"]
+
+
+def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
+    engine = scheduler()
+    for index in range(500):
+        engine.add(replace(request(str(index), max_tokens=1), deadline_s=1e9))
+        step(engine)
+    assert len(engine._deadlines) <= 64
 
 
 # -- prefix cache ---------------------------------------------------------------------------------
@@ -648,7 +789,14 @@ def test_a_failed_load_is_forgotten_when_the_younger_step_lets_go() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_blocks": 0}, {"max_num_batched_tokens": 7}, {"max_model_len": 1}]
+    "bad",
+    [
+        {"num_blocks": 0},
+        {"max_num_batched_tokens": 7},
+        {"max_model_len": 1},
+        {"max_waiting_per_tenant": 0},
+        {"max_wait_s": 0},
+    ],
 )
 def test_impossible_limits_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -1,4 +1,5 @@
-"""Random arrivals, aborts, adapter churn, preemption and failures through the real scheduler.
+"""Random arrivals, aborts, deadlines, tenants, adapter churn, preemption and failures through the
+real scheduler.
 
 Everything follows from the seed in the test's id. The fake runner's tokens depend on every KV
 cell and slot that a row reads, so one wrong block anywhere shows as a wrong token.
@@ -16,7 +17,12 @@ from shoal.adapters.spec import AdapterSpec
 from shoal.server.engine.plan import UNKNOWN_TOKEN, Pending, Row, StepPlan, StepResult
 from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
-from shoal.server.errors import EngineFailure, PromptTooLong, UnusableAdapter
+from shoal.server.errors import (
+    DeadlineExceeded,
+    EngineFailure,
+    PromptTooLong,
+    UnusableAdapter,
+)
 from shoal.server.model.fake import FakeRunner
 
 VOCAB = 4096
@@ -53,6 +59,7 @@ class Simulation:
     prefixes: list[tuple[int, ...]] = field(default_factory=list)
     under_way: deque[Step] = field(default_factory=deque)
     seen: Counter[str] = field(default_factory=Counter)
+    now_s: float = 0.0
 
     def run(self, arrivals: int) -> None:
         steps_max = 2 if self.runner.lookahead else 1
@@ -61,12 +68,25 @@ class Simulation:
                 if len(self.requests) < arrivals:
                     self.arrive()
             self.maybe_abort(0.05)
+            self.pass_time()
             while len(self.under_way) < steps_max and self.begin():
                 self.maybe_abort(0.03)
                 if self.chance.random() < 0.1:
                     break
             if self.under_way:
                 self.land()
+
+    def pass_time(self) -> None:
+        self.now_s += 1.0
+        # A clock that goes back now and then ends nobody twice, and nobody early.
+        told = self.now_s - (50.0 if self.chance.random() < 0.05 else 0.0)
+        events = self.scheduler.tick(told)
+        for event in events:
+            deadline_s = self.requests[event.request_id].deadline_s
+            assert deadline_s is not None
+            assert deadline_s <= self.now_s
+        self.take(events)
+        self.scheduler.check()
 
     def begin(self) -> bool:
         plan = self.scheduler.plan()
@@ -130,6 +150,12 @@ class Simulation:
                 presence_penalty=rng.choice((0.0, 0.0, 0.5)),
             ),
         )
+        weight = self.chance.choice((1, 1, 3))
+        tenant = self.chance.choice(("", "", "a", "b", "c"))
+        request = replace(request, tenant=tenant, weight=weight)
+        # Those that go on past ends of sequence run for longer.
+        if self.troubles and self.chance.random() < (0.3 if request.sampling.ignore_eos else 0.1):
+            request = replace(request, deadline_s=self.now_s + self.chance.choice((0, 10, 30, 60)))
         self.requests[request.id] = request
         self.events[request.id] = []
         self.take([event] if (event := self.scheduler.add(request)) else [])
@@ -250,7 +276,10 @@ class Simulation:
                 assert not tokens
                 continue
             expected, reason = self.oracle(request)
-            if final[0].error is not None or final[0].finish_reason is FinishReason.ABORT:
+            cut = (FinishReason.ABORT, FinishReason.DEADLINE)
+            if isinstance(final[0].error, DeadlineExceeded):
+                assert not tokens
+            if final[0].error is not None or final[0].finish_reason in cut:
                 assert tokens == expected[: len(tokens)]
             else:
                 assert (tokens, final[0].finish_reason) == (expected, reason), name
@@ -312,7 +341,7 @@ def test_looking_ahead_changes_no_request(seed: int) -> None:
 @pytest.mark.parametrize("lookahead", [False, True], ids=["in turn", "ahead"])
 def test_the_simulation_reaches_what_it_claims_to_test(lookahead: bool) -> None:
     seen: Counter[str] = Counter()
-    for seed in range(0, 200, 20):
+    for seed in range(0, 200, 8):
         simulation = make(seed, lookahead=lookahead)
         simulation.run(arrivals=40)
         stats = simulation.scheduler.stats()
@@ -323,7 +352,8 @@ def test_the_simulation_reaches_what_it_claims_to_test(lookahead: bool) -> None:
         for events in simulation.events.values():
             last = events[-1]
             seen[type(last.error).__name__ if last.error else str(last.finish_reason)] += 1
-    outcomes = ("stop", "length", "abort", "PromptTooLong", "UnusableAdapter", "EngineFailure")
+    outcomes = ("stop", "length", "abort", "deadline", "PromptTooLong", "UnusableAdapter")
+    outcomes += ("EngineFailure", "DeadlineExceeded")
     ahead = ("plans ahead", "ignored", "failures under a step") if lookahead else ()
     for name in ("preemptions", "hits", "reloads", *outcomes, *ahead):
         assert seen[name] >= 5, (name, seen)

@@ -239,6 +239,8 @@ def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
             max_num_batched_tokens=512,
             max_model_len=MAX_MODEL_LEN,
             max_waiting=config.max_waiting,
+            max_waiting_per_tenant=config.max_waiting_per_tenant,
+            max_wait_s=config.max_wait,
         )
         scheduler = Scheduler(limits, SlotTable(1024, 64), frozenset({EOS}))
         library = MemoryLibrary()

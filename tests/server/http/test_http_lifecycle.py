@@ -224,6 +224,62 @@ async def test_a_full_queue_is_a_429_before_any_byte_of_a_stream(serve: Serve) -
         assert answer.json()["error"]["code"] == "overloaded"
 
 
+async def test_a_wait_beyond_the_limit_is_a_429_that_says_when(serve: Serve) -> None:
+    async with serve(max_waiting_per_tenant=1) as h:
+        h.gate.close()
+        answers: list[httpx.Response] = []
+
+        async def ask() -> None:
+            answers.append(await h.complete())
+
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(ask)
+            await until(lambda: len(answers) >= 1)
+            h.gate.open()
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert h.all_given_back()
+    assert refused
+    after_s = refused[0].headers["retry-after"]
+    assert f"try again in {after_s} s" in refused[0].json()["error"]["message"]
+
+
+async def test_a_deadline_ends_an_answer_with_what_it_has(serve: Serve) -> None:
+    async with serve() as h:
+        h.gate.delay_s = 0.02
+        answer = await h.complete(max_tokens=200, ignore_eos=True, deadline_ms=300)
+        streamed = await h.complete(max_tokens=200, ignore_eos=True, deadline_ms=300, stream=True)
+        await until(h.all_given_back)
+    (choice,) = answer.json()["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "deadline")
+    assert 1 <= answer.json()["usage"]["completion_tokens"] < 100
+    *_, last, done = [part for part in streamed.text.split("\n\n") if part]
+    assert done == "data: [DONE]"
+    (choice,) = json.loads(last.removeprefix("data: "))["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "deadline")
+    assert b'finished_reason="deadline"' in h.services.metrics.render()
+
+
+async def test_a_deadline_that_passes_before_the_first_token_is_a_504(serve: Serve) -> None:
+    async with serve() as h:
+        h.gate.delay_s = 0.05
+        answer = await h.complete(deadline_ms=1, stream=True)
+        await until(h.all_given_back)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert answer.json()["error"]["param"] == "deadline_ms"
+
+
+@pytest.mark.parametrize("deadline_ms", [0, -5, 1.5, "10", 86_400_001])
+async def test_a_deadline_is_a_whole_number_of_milliseconds(
+    serve: Serve, deadline_ms: object
+) -> None:
+    async with serve() as h:
+        answer = await h.complete(deadline_ms=deadline_ms)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "deadline_ms"
+
+
 async def test_draining_lets_what_runs_end_and_refuses_what_is_new(serve: Serve) -> None:
     async with serve() as h:
         h.gate.delay_s = 0.002

@@ -1,0 +1,245 @@
+"""API keys: who may do what, on whose behalf, and how much.
+
+A secret is 256 random bits and only its sha256 is stored, so it can neither be read back nor
+guessed; that is also why a slow password hash would add nothing. Knows nothing of HTTP.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, cast, get_args
+
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
+
+from shoal.adapters.errors import AdapterRejected
+from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.errors import KeyNotFound
+from shoal.adapters.registry.names import validate_owner
+from shoal.adapters.registry.tables import KEYS
+
+Role = Literal["admin", "tenant", "read-only"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+# How long a revoked key may still be accepted by a process that has just seen it.
+CACHE_S = 2.0
+CACHED_MAX = 10_000
+LABEL_MAX = 128
+PAGE_MAX = 1000
+_LIMIT_MAX = 2**62
+
+# shoal_<id>_<secret>. Without a fixed length nothing is hashed or looked up.
+_SECRET = re.compile(r"shoal_([0-9a-f]{16})_[A-Za-z0-9_-]{43}")
+_BY_ID = select(KEYS).where(KEYS.c.id == bindparam("wanted"))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a key's owner may take; None is no limit.
+
+    Attributes:
+        concurrent_requests: accepted and not yet answered.
+        adapters: live names.
+        bytes: of stored records.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    adapters: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What is known of a key; its secret is not.
+
+    Attributes:
+        id: public; part of the secret's text, and what ``revoke`` takes.
+        owner: whose adapters its bearer works with. '' owns what was made without keys, and
+            only an admin may have it.
+        created, revoked: unix times in seconds.
+    """
+
+    id: str
+    role: Role
+    owner: str
+    label: str
+    created: float
+    revoked: float | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+class Keys:
+    """The keys in a database; thread-safe. All methods may raise RegistryUnavailable.
+
+    Args:
+        database: not closed by this.
+        cache_s: for how long a verified key is believed without asking the database.
+        clock: unix time in seconds.
+        monotonic: seconds for the cache, which a clock that is set does not disturb.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        cache_s: float = CACHE_S,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._database = database
+        self._cache_s = cache_s
+        self._clock = clock
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        # By hash, so that secrets do not stay in memory. Only keys that were good.
+        self._verified: OrderedDict[str, tuple[Key, float]] = OrderedDict()
+
+    def create(
+        self, *, role: Role, owner: str, label: str = "", limits: Limits | None = None
+    ) -> tuple[Key, str]:
+        """Make a key.
+
+        Returns:
+            The key and its secret, which cannot be had again.
+
+        Raises:
+            AdapterRejected: a value that a key cannot have.
+        """
+        limits = limits or Limits()
+        _validate(role, owner, label, limits)
+        key = Key(secrets.token_hex(8), role, owner, label, self._clock(), None, limits)
+        secret = f"shoal_{key.id}_{secrets.token_urlsafe(32)}"
+        values = {
+            "id": key.id,
+            "secret_sha256": _hash(secret),
+            "role": role,
+            "owner": owner,
+            "label": label,
+            "created": key.created,
+            "revoked": None,
+            "limits": {name: n for name, n in asdict(limits).items() if n is not None},
+        }
+        self._database.transact(lambda connection: connection.execute(insert(KEYS).values(values)))
+        return key, secret
+
+    def verify(self, secret: str) -> Key | None:
+        """The key that ``secret`` belongs to; None if there is none or it was revoked.
+
+        A key that was verified less than ``cache_s`` ago is not looked up again.
+        """
+        match = _SECRET.fullmatch(secret)
+        if match is None:
+            return None
+        hashed = _hash(secret)
+        now = self._monotonic()
+        with self._lock:
+            known = self._verified.get(hashed)
+        if known is not None and now < known[1]:
+            return known[0]
+        with self._database.read() as connection:
+            row = connection.execute(_BY_ID, {"wanted": match[1]}).one_or_none()
+        # Compared in a time that does not depend on where they differ.
+        stored = "" if row is None else row.secret_sha256
+        same = hmac.compare_digest(hashed, stored)
+        with self._lock:
+            if row is None or not same or row.revoked is not None:
+                self._verified.pop(hashed, None)
+                return None
+            key = _to_key(row)
+            self._verified[hashed] = key, now + self._cache_s
+            self._verified.move_to_end(hashed)
+            while len(self._verified) > CACHED_MAX:
+                self._verified.popitem(last=False)
+        return key
+
+    def page(self, *, limit: int = PAGE_MAX, after: str = "") -> tuple[list[Key], str | None]:
+        """Keys by id, revoked ones too.
+
+        Args:
+            limit: keys at most, from 1; above ``PAGE_MAX`` it counts as that.
+            after: only ids behind this one; the cursor of the page before.
+
+        Returns:
+            The page, and the cursor of the next one or None.
+        """
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit}")
+        limit = min(limit, PAGE_MAX)
+        query = select(KEYS).where(KEYS.c.id > after).order_by(KEYS.c.id).limit(limit + 1)
+        with self._database.read() as connection:
+            found = [_to_key(row) for row in connection.execute(query)]
+        if len(found) <= limit:
+            return found, None
+        return found[:limit], found[limit - 1].id
+
+    def exist(self) -> bool:
+        """Whether any key was ever made, revoked or not: from then on, none means no access."""
+        with self._database.read() as connection:
+            return connection.execute(select(KEYS.c.id).limit(1)).one_or_none() is not None
+
+    def revoke(self, key_id: str) -> Key:
+        """Let a key be refused: here at once, elsewhere within ``cache_s``. Twice is once.
+
+        Raises:
+            KeyNotFound: no such key.
+        """
+
+        def work(connection: Connection) -> tuple[str, Key]:
+            this = KEYS.c.id == key_id
+            connection.execute(
+                update(KEYS).where(this, KEYS.c.revoked.is_(None)).values(revoked=self._clock())
+            )
+            row = connection.execute(select(KEYS).where(this)).one_or_none()
+            if row is None:
+                raise KeyNotFound(f"key {key_id!r} does not exist")
+            return row.secret_sha256, _to_key(row)
+
+        if re.fullmatch(r"[0-9a-f]{16}", key_id) is None:
+            raise KeyNotFound(f"key {key_id[:100]!r} does not exist")
+        hashed, key = self._database.transact(work)
+        with self._lock:
+            self._verified.pop(hashed, None)
+        return key
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _validate(role: str, owner: str, label: str, limits: Limits) -> None:
+    if role not in ROLES:
+        raise AdapterRejected(f"role {role!r}", f"must be one of {', '.join(ROLES)}")
+    if owner or role != "admin":
+        validate_owner(owner)
+    if len(label) > LABEL_MAX or not label.isprintable():
+        raise AdapterRejected(
+            f"label {label[:100]!r}", f"must be at most {LABEL_MAX} printable characters"
+        )
+    for name, value in asdict(limits).items():
+        is_count = type(value) is int and 0 <= value <= _LIMIT_MAX
+        if value is not None and not is_count:
+            raise AdapterRejected(f"limit {name}", f"must be a count from 0, not {value!r}")
+
+
+def _to_key(row: Row[Any]) -> Key:
+    return Key(
+        id=row.id,
+        role=cast(Role, row.role),
+        owner=row.owner,
+        label=row.label,
+        created=row.created,
+        revoked=row.revoked,
+        limits=_to_limits(row.limits),
+    )
+
+
+def _to_limits(stored: Mapping[str, int]) -> Limits:
+    # One that a newer release added is left out rather than refused.
+    return Limits(**{f.name: stored[f.name] for f in fields(Limits) if f.name in stored})
