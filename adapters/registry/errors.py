@@ -5,7 +5,8 @@
     RegistryError
     ├── SchemaTooNew         the database was written by a newer shoal
     ├── RegistryUnavailable  database or store cannot be reached, is locked or is full; try again
-    └── RecordDamaged        an adapter's stored bytes are missing or do not match their digest
+    └── RecordDamaged        an adapter's stored bytes are missing or do not match their digest, or
+                             the basis they are for is gone
 """
 
 
@@ -22,4 +23,4 @@ class RegistryUnavailable(RegistryError):
 
 
 class RecordDamaged(RegistryError):
-    """The bytes of a digest are missing, or their sha256 is another."""
+    """The bytes of a digest are missing, or their sha256 is another, or their basis is gone."""
