@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shoal.adapters.corrections import explicit
 from shoal.adapters.deltas import BaseParts
 from shoal.adapters.errors import AdapterError
 from shoal.adapters.formats.config_fields import CONFIG_FILE
@@ -143,7 +144,7 @@ def as_lora(weights: AdapterWeights, base: BaseParts) -> AdapterWeights:
 
     ``core``: ``B`` is the basis' and ``A = R BᵀW``, in float64, rounded once to float32.
     ``fold``: ``A`` is the 0/1 matrix of the fold and ``B = Dᵀ``: exact in any dtype.
-    A correction of rank q adds as much to the rank: ``[A; B_qᵀW]`` and ``[s·B, −c·B_q]``, float32.
+    A correction of rank q adds as much to the rank, see `corrections.explicit`.
 
     Raises:
         ConversionError: it is not low-rank: row scales (DoRA), ``spectral``.
@@ -154,8 +155,11 @@ def as_lora(weights: AdapterWeights, base: BaseParts) -> AdapterWeights:
             f"{weights.format} is not low-rank: {reason}",
             "`shoal adapters convert --merge` writes the base with it merged in",
         )
+    correction = weights.correction
+    if correction is not None:
+        known = base.basis_of(correction.basis_id)
+        return explicit(weights, correction.method, correction.ranks, base.weight_of, known)
     tensors: dict[Target, tuple[Tensor, ...]] = {}
-    scales = dict(weights.scales)
     for target, parts in weights.tensors.items():
         if weights.family == "fold":
             rank, d_in = parts[0].shape[0], base.shape.dims[target.module].d_in
@@ -170,19 +174,7 @@ def as_lora(weights: AdapterWeights, base: BaseParts) -> AdapterWeights:
             tensors[target] = ((parts[0].double() @ frozen).float(), b)
         else:
             tensors[target] = parts
-        correction = weights.correction
-        if correction is not None and correction.ranks.get(target):
-            b = _leading(base, correction.basis_id, target, correction.ranks[target])
-            kept = b.double().T @ base.weight_of(target).detach().cpu().double()
-            a, own = tensors[target]
-            scaled = (weights.scales[target] * own.double()).float()
-            removed = -correction.scales[target] * b
-            tensors[target] = (
-                torch.cat([a.float(), kept.float()]),
-                torch.cat([scaled, removed], dim=1),
-            )
-            scales[target] = 1.0
-    return AdapterWeights(weights.format, "lora", tensors, scales)
+    return AdapterWeights(weights.format, "lora", tensors, weights.scales)
 
 
 def _not_low_rank(weights: AdapterWeights) -> Iterator[str]:

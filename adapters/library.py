@@ -28,6 +28,7 @@ from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import Places, places
 from shoal.adapters.spec import AdapterSpec, BaseShape, Target
 from shoal.adapters.spectral_basis import SpectralBasis
+from shoal.adapters.spectral_probe import ERROR_MAX, changed_target
 from shoal.adapters.weights import AdapterWeights, WeightOf
 
 __all__ = [
@@ -332,15 +333,25 @@ class AdapterLibrary:
                     )
                 self._on_basis(basis)
             if section.kind == "spectral":
-                self._announce_vectors(section.basis_id, weights)
+                self._announce_vectors(section.basis_id, weights, spec.digest)
 
-    def _announce_vectors(self, basis_id: str | None, weights: AdapterWeights) -> None:
+    def _announce_vectors(self, basis_id: str | None, weights: AdapterWeights, digest: str) -> None:
         basis = self._spectral
         if basis is None or basis.id != basis_id or self._on_spectral is None:
             known = "none" if basis is None else basis.id
             raise RecordDamaged(f"the adapter needs singular vectors {basis_id}, there are {known}")
         with _disk_failures():
             self._on_spectral(basis, weights.tensors.keys())
+            # After it has them, so that these are the vectors that will serve.
+            changed = changed_target(weights, basis)
+        if changed is not None:
+            target, error = changed
+            raise RecordDamaged(
+                f"the base's singular vectors are no longer those that adapter {digest} was read "
+                f"with: on {target} its probe differs by {error:.1e}, must be within "
+                f"{ERROR_MAX:.0e}; uploading the adapter again mends it, or is "
+                "refused if its file tells those vectors by probes"
+            )
 
     def _basis(self, basis_id: str) -> Basis:
         if basis_id == self._canonical.id:

@@ -12,7 +12,8 @@ core      R        ``basis_id``
 fold      D
 lora      A, B     ``G``, row scales of some targets (version 2); or ``correction`` in
                    the JSON: method, basis_id, ranks, scales (version 2)
-spectral  I, J, M  rows, columns and values of M's entries; ``basis_id`` (version 2)
+spectral  I, J, M  rows, columns and values of M's entries; ``P``, the probe of what each target
+                   changes (``spectral_probe.py``); ``basis_id`` (version 2)
 ========  =======  ====================================================================
 
 Version 2 is for what a reader of version 1 would not know, and only for that: an adapter has one
@@ -40,6 +41,7 @@ from shoal.adapters.formats.container import (
     tensor_chunks,
 )
 from shoal.adapters.spec import MODULES, BaseShape, Dims, Family, Target
+from shoal.adapters.spectral_probe import PROBE_DTYPE, PROBE_SHAPE
 from shoal.adapters.weights import CORRECTION_METHODS, AdapterWeights, Correction
 
 PARTS: Mapping[Family, tuple[str, ...]] = {
@@ -50,7 +52,12 @@ PARTS: Mapping[Family, tuple[str, ...]] = {
 }
 # Of a lora target, and not of every one.
 ROW_SCALES = "G"
+# Of every spectral target.
+PROBE = "P"
 INDICES = ("I", "J")
+_BESIDE: Mapping[Family, tuple[str, ...]] = {"lora": (ROW_SCALES,), "spectral": (PROBE,)}
+# Of other parts any float dtype that a file may have.
+_DTYPES = {**dict.fromkeys(INDICES, (torch.int32,)), PROBE: (PROBE_DTYPE,)}
 
 _WHERE = "record"
 _NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.([a-z_]+)")
@@ -65,6 +72,7 @@ def to_record(weights: AdapterWeights) -> bytes:
         for part, tensor in zip(PARTS[weights.family], parts, strict=True)
     }
     tensors |= {f"{target}.{ROW_SCALES}": g for target, g in weights.row_scales.items()}
+    tensors |= {f"{target}.{PROBE}": probe for target, probe in weights.probes.items()}
     config: dict[str, object] = {
         "version": _version(weights),
         "format": weights.format,
@@ -94,7 +102,8 @@ def record_digest(data: bytes) -> str:
 def from_record(data: bytes, shape: BaseShape) -> AdapterWeights:
     """Read a record back and check it against the base.
 
-    That a basis holds the columns that are asked of it is not checked here.
+    That a basis holds the columns that are asked of it, or is still the one that a spectral
+    adapter's probes tell of, is not checked here.
 
     Raises:
         AdapterRejected: damaged, of another version, or made for a base of another shape.
@@ -115,7 +124,7 @@ def from_record(data: bytes, shape: BaseShape) -> AdapterWeights:
             _WHERE, f"basis_id must be given for {' and '.join(_ON_A_BASIS)}, and only for them"
         )
     family = cast(Family, family)
-    grouped, row_scales = _group(tensors, family, shape)
+    grouped, row_scales, probes = _group(tensors, family, shape)
     weights = AdapterWeights(
         format=name,
         family=family,
@@ -124,6 +133,7 @@ def from_record(data: bytes, shape: BaseShape) -> AdapterWeights:
         basis_id=basis_id,
         row_scales=row_scales,
         correction=_correction(config, family, shape),
+        probes=probes,
     )
     if weights.correction is not None and row_scales:
         raise AdapterRejected(_WHERE, "must not have both a correction and row scales")
@@ -141,9 +151,9 @@ def _version(weights: AdapterWeights) -> int:
 
 def _group(
     tensors: Mapping[str, Tensor], family: Family, shape: BaseShape
-) -> tuple[dict[Target, tuple[Tensor, ...]], dict[Target, Tensor]]:
-    """The parts of each target, and its row scales where it has some; targets in order."""
-    known = (*PARTS[family], ROW_SCALES) if family == "lora" else PARTS[family]
+) -> tuple[dict[Target, tuple[Tensor, ...]], dict[Target, Tensor], dict[Target, Tensor]]:
+    """The parts of each target, its row scales and probe where it has some; targets in order."""
+    known = (*PARTS[family], *_BESIDE.get(family, ()))
     found: dict[Target, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         stem, _, part = name.rpartition(".")
@@ -152,14 +162,14 @@ def _group(
             raise AdapterRejected(printable(name), f"is not a tensor of a {family} record")
         if target.layer >= shape.num_layers:
             raise AdapterRejected(name, f"{shape.name} has layers 0 to {shape.num_layers - 1}")
-        fitting = (torch.int32,) if part in INDICES else tuple(DTYPES.values())
+        fitting = _DTYPES.get(part, tuple(DTYPES.values()))
         if tensor.dtype not in fitting:
             wanted = " or ".join(map(str, fitting))
             raise AdapterRejected(name, f"dtype {tensor.dtype} must be {wanted}")
         found.setdefault(target, {})[part] = tensor
     if not found:
         raise AdapterRejected(_WHERE, "holds no tensors")
-    grouped, row_scales = {}, {}
+    grouped, row_scales, probes = {}, {}, {}
     for target in sorted(found, key=lambda t: (t.layer, MODULES.index(t.module))):
         missing = [part for part in PARTS[family] if part not in found[target]]
         if missing:
@@ -168,6 +178,7 @@ def _group(
         parts = grouped[target] = tuple(found[target][part] for part in PARTS[family])
         if family == "spectral":
             _check_entries(target, parts, min(dims))
+            probes[target] = _checked_probe(target, found[target].get(PROBE))
         else:
             _check_shapes(target, family, parts, dims)
         g = found[target].get(ROW_SCALES)
@@ -177,7 +188,7 @@ def _group(
                     f"{target}.{ROW_SCALES}", f"shape {list(g.shape)} must be [{dims.d_out}]"
                 )
             row_scales[target] = g
-    return grouped, row_scales
+    return grouped, row_scales, probes
 
 
 def _target(name: str) -> Target | None:
@@ -218,6 +229,16 @@ def _check_entries(target: Target, parts: tuple[Tensor, ...], size: int) -> None
         raise AdapterRejected(
             f"{target}.I", "entries must be sorted by row and column, each given once"
         )
+
+
+def _checked_probe(target: Target, probe: Tensor | None) -> Tensor:
+    if probe is None:
+        raise AdapterRejected(f"{target}.{PROBE}", "is missing")
+    if tuple(probe.shape) != PROBE_SHAPE:
+        raise AdapterRejected(
+            f"{target}.{PROBE}", f"shape {list(probe.shape)} must be {list(PROBE_SHAPE)}"
+        )
+    return probe
 
 
 def _correction(config: Mapping[str, Any], family: Family, shape: BaseShape) -> Correction | None:

@@ -9,7 +9,8 @@ Kept per target as ``<folder>/<id>/<target>.safetensors``: ``U (d_out, k)``, ``V
 ``S (k)``, float32, ``k = min(d_out, d_in)``, σ descending. Computed in float64 on the CPU, with
 the sign rule of ``basis.compute_basis``: each column of U has a positive dot product with a seeded
 vector, and V follows. Two machines agree where singular values differ; where they do not, the
-vectors are no property of the base, which is why probes are compared and not assumed.
+vectors are no property of the base, which is why probes are compared and not assumed: those of a
+file when it is read, those of a record whenever it is served (``spectral_probe.py``).
 """
 
 import logging
@@ -52,6 +53,18 @@ class Factors(NamedTuple):
     v: Tensor
 
 
+class Ends(NamedTuple):
+    """The seeded ends of what adapters change, turned into singular components; float64.
+
+    Attributes:
+        u: ``UᵀP (k, PROBE_COLUMNS)``.
+        v: ``VᵀQ (k, PROBE_COLUMNS)``.
+    """
+
+    u: Tensor
+    v: Tensor
+
+
 class SpectralBasis:
     """The singular vectors of one base, by target. Thread-safe; one is computed at a time.
 
@@ -86,6 +99,7 @@ class SpectralBasis:
         # Small, and asked for by every upload.
         self._sigmas: dict[Target, Tensor] = {}
         self._probes: dict[Target, Tensor] = {}
+        self._ends: dict[Target, Ends] = {}
 
     def factors(self, target: Target) -> Factors:
         """The SVD of one target: read, or computed and stored the first time.
@@ -109,6 +123,10 @@ class SpectralBasis:
         V has the same sign, because ``W v_i = σ_i u_i``."""
         return self._small(target)[1]
 
+    def ends(self, target: Target) -> Ends:
+        """What ``spectral_probe.py`` needs of the vectors that ``factors`` gave last."""
+        return self._small(target)[2]
+
     def prepare(self, targets: Collection[Target]) -> None:
         """Have the SVDs of ``targets`` stored, one after the other, with progress.
 
@@ -128,11 +146,11 @@ class SpectralBasis:
         if self._progress is not None:
             self._progress(done, count)
 
-    def _small(self, target: Target) -> tuple[Tensor, Tensor]:
+    def _small(self, target: Target) -> tuple[Tensor, Tensor, Ends]:
         with self._lock:
             if target not in self._probes:
                 self._factors(target)
-            return self._sigmas[target], self._probes[target]
+            return self._sigmas[target], self._probes[target], self._ends[target]
 
     def _factors(self, target: Target) -> Factors:
         """``factors``, with the lock held."""
@@ -143,9 +161,10 @@ class SpectralBasis:
             found = thin_svd(weight, target)
             tensors = {"U": found.u, "S": found.sigma, "V": found.v}
             write_atomically(path, tensor_chunks(tensors, self._metadata(target)))
-        if target not in self._probes:
-            self._sigmas[target] = found.sigma
-            self._probes[target] = probe(found.u, target)
+        # Every time: the file may be another than it was, and what is told is of what is given.
+        self._sigmas[target] = found.sigma
+        self._probes[target] = probe(found.u, target)
+        self._ends[target] = _ends(found, target)
         return found
 
     def _path(self, target: Target) -> Path:
@@ -192,6 +211,12 @@ def sigma_probe(sigma: Tensor, target: Target) -> Tensor:
     """
     product: Tensor = sigma.double() @ seeded_columns(target, len(sigma), PROBE_COLUMNS, "sigma")
     return product.float()
+
+
+def _ends(found: Factors, target: Target) -> Ends:
+    p = seeded_columns(target, len(found.u), PROBE_COLUMNS, "delta-out")
+    q = seeded_columns(target, len(found.v), PROBE_COLUMNS, "delta-in")
+    return Ends(found.u.double().T @ p, found.v.double().T @ q)
 
 
 def _check(found: Factors, weight: Tensor, target: Target, where: str) -> None:

@@ -62,6 +62,8 @@ class AdapterWeights:
         row_scales: ``lora`` only (DoRA): ``g (d_out)`` per target, a subset of the targets;
             ``y = g ⊙ (y0 + s·(x Aᵀ) Bᵀ)``.
         correction: ``lora`` only, and not together with ``row_scales``.
+        probes: ``spectral`` only, there for every target: what tells whether singular vectors are
+            those it was read with, ``(4, 4)`` float16, see ``spectral_probe.py``.
     """
 
     format: str
@@ -71,6 +73,7 @@ class AdapterWeights:
     basis_id: str | None = None
     row_scales: Mapping[Target, Tensor] = field(default_factory=dict)
     correction: Correction | None = None
+    probes: Mapping[Target, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:

@@ -17,6 +17,8 @@ from shoal.adapters.formats.container import printable
 from shoal.adapters.formats.keys import tensor_name
 from shoal.adapters.spec import Target
 from shoal.adapters.spectral_basis import SpectralBasis
+from shoal.adapters.spectral_probe import delta_probes
+from shoal.adapters.weights import AdapterWeights
 
 PROBE = "svd_probe"
 # Allowed relative difference of a probe, as of LoRA-XS'; or what its dtype resolves, if that is
@@ -84,6 +86,15 @@ def check_bytes(name: str, entries: int, context: ReadContext) -> None:
     """AdapterTooLarge when so many entries exceed what an adapter may take."""
     if entries * ENTRY_BYTES > context.max_bytes:
         raise AdapterTooLarge(f"{name}: exceeds {context.max_bytes} bytes once expanded")
+
+
+def spectral_weights(
+    name: str, tensors: dict[Target, tuple[Tensor, ...]], basis: SpectralBasis
+) -> AdapterWeights:
+    """The adapter of these entries between the vectors of ``basis``, with what tells them again."""
+    probes = delta_probes(tensors, basis)
+    scales = dict.fromkeys(tensors, 1.0)
+    return AdapterWeights(name, "spectral", tensors, scales, basis.id, probes=probes)
 
 
 def diagonal(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

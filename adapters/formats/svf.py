@@ -45,6 +45,7 @@ from shoal.adapters.formats.spectral_files import (
     check_probe,
     diagonal,
     spectral_basis,
+    spectral_weights,
 )
 from shoal.adapters.spec import Target
 from shoal.adapters.spectral_basis import sigma_probe
@@ -73,7 +74,7 @@ def _read(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
         check_probe(raw, target, sigma_probe(sigma, target), sigma.norm().reshape(1))
         z = vector.double() if max_mult is None else (torch.sigmoid(vector) * max_mult).double()
         tensors[target] = diagonal(_values(name, sigma.double(), z, renormalise))
-    return AdapterWeights("svf", "spectral", tensors, dict.fromkeys(tensors, 1.0), basis.id)
+    return spectral_weights("svf", tensors, basis)
 
 
 def _max_mult(config: Config) -> float | None:

@@ -32,6 +32,7 @@ from shoal.adapters.formats.spectral_files import (
     check_bytes,
     check_probe,
     spectral_basis,
+    spectral_weights,
 )
 from shoal.adapters.spec import Target
 from shoal.adapters.weights import AdapterWeights
@@ -59,7 +60,7 @@ def _read(raw: RawAdapter, context: ReadContext) -> AdapterWeights:
         expected = basis.probe(target)
         check_probe(raw, target, expected, expected.norm(dim=1, keepdim=True))
         tensors[target] = _matrix(raw, target, basis.sigma(target).double())
-    return AdapterWeights("svft", "spectral", tensors, dict.fromkeys(tensors, 1.0), basis.id)
+    return spectral_weights("svft", tensors, basis)
 
 
 def _check_entries(raw: RawAdapter, target: Target, components: int) -> None:

@@ -43,7 +43,8 @@ def make(family: Family, dtype: torch.dtype = torch.float32, seed: int = 0) -> A
         }[family]()
     scales = {target: 0.1 * n for n, target in enumerate(TARGETS)}
     basis_id = "b" * 64 if family in ("core", "spectral") else None
-    return AdapterWeights("f", family, tensors, scales, basis_id)
+    probes = {target: draw(4, 4).half() for target in TARGETS} if family == "spectral" else {}
+    return AdapterWeights("f", family, tensors, scales, basis_id, probes=probes)
 
 
 def indices(*values: int) -> Tensor:
@@ -89,6 +90,10 @@ def test_round_trip_is_identical(kind: str, dtype: torch.dtype) -> None:
     for target, g in weights.row_scales.items():
         assert again.row_scales[target].dtype == dtype
         assert torch.equal(again.row_scales[target], g)
+    assert set(again.probes) == set(weights.probes)
+    for target, kept in weights.probes.items():
+        assert again.probes[target].dtype == torch.float16
+        assert torch.equal(again.probes[target], kept)
     for target, parts in weights.tensors.items():
         for one, two in zip(parts, again.tensors[target], strict=True):
             assert one.dtype == two.dtype
@@ -315,3 +320,25 @@ def test_spectral_entries_that_do_not_fit_are_refused(parts: tuple[Tensor, ...],
     weights = AdapterWeights("svft", "spectral", {target: parts}, {target: 1.0}, "svd")
     with pytest.raises(AdapterRejected, match=rf"layers\.3\.down_proj{rule}"):
         from_record(to_record(weights), SHAPE)
+
+
+def test_spectral_probes_that_do_not_fit_are_refused() -> None:
+    weights = make("spectral")
+    q = TARGETS[0]
+    fewer = {target: weights.probes[target] for target in TARGETS[1:]}
+    one_more = {**weights.probes, Target(1, "q_proj"): weights.probes[q]}
+    for probes, rule in [
+        (fewer, r"layers\.2\.q_proj\.P: is missing"),
+        (one_more, r"layers\.1\.q_proj\.I: is missing"),
+        ({**fewer, q: torch.ones(4, 3).half()}, r"q_proj\.P: shape \[4, 3\] must be \[4, 4\]"),
+        ({**fewer, q: torch.ones(4, 4)}, r"q_proj\.P: dtype torch.float32 must be torch.float16"),
+        ({**fewer, q: torch.full((4, 4), float("nan")).half()}, r"q_proj\.P: every value must be"),
+    ]:
+        with pytest.raises(AdapterRejected, match=rule):
+            from_record(to_record(dataclasses.replace(weights, probes=probes)), SHAPE)
+    changed = {**weights.probes, q: -weights.probes[q]}
+    other = to_record(dataclasses.replace(weights, probes=changed))
+    assert record_digest(other) != record_digest(to_record(weights))
+    lora = dataclasses.replace(make("lora"), probes=fewer)
+    with pytest.raises(AdapterRejected, match=r"P: is not a tensor of a lora record"):
+        from_record(to_record(lora), SHAPE)
