@@ -5,11 +5,8 @@
     RegistryError
     ├── SchemaTooNew         the database was written by a newer shoal
     ├── RegistryUnavailable  database or store cannot be reached, is locked or is full; try again
-    """The bytes of a digest are missing, or their sha256 is another, or their basis is gone."""
-
-
-class KeyNotFound(RegistryError):
-    """There is no API key of this id."""
+    ├── RecordDamaged        an adapter's stored bytes are missing or do not match their digest
+    └── KeyNotFound          no API key has this id
 """
 
 
