@@ -158,7 +158,9 @@ def as_lora(weights: AdapterWeights, base: BaseParts) -> AdapterWeights:
     correction = weights.correction
     if correction is not None:
         known = base.basis_of(correction.basis_id)
-        return explicit(weights, correction.method, correction.ranks, base.weight_of, known)
+        return explicit(
+            weights, correction.method, correction.ranks, base.weight_of, known, correction.scales
+        )
     tensors: dict[Target, tuple[Tensor, ...]] = {}
     for target, parts in weights.tensors.items():
         if weights.family == "fold":

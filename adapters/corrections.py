@@ -187,13 +187,15 @@ def explicit(
     ranks: Ranks,
     weight_of: WeightOf,
     known: Basis | None = None,
+    scales: Mapping[Target, float] | None = None,
 ) -> AdapterWeights:
     """A ``lora`` adapter whose own factors hold the correction: ``[A; BᵀW]``, ``[s·B, -c·B_r]``.
 
     Float32, scale 1. Ranks grow by the correction's; see `explicit_bytes`. ``known`` is the
-    `known_basis` of the correction, without which its columns are computed.
+    `known_basis` of the correction, without which its columns are computed; ``scales`` are its
+    own, by default what the method says.
     """
-    times = correction_scales(weights, method)
+    times = correction_scales(weights, method) if scales is None else scales
     tensors: dict[Target, tuple[Tensor, ...]] = {}
     for target, (a, b) in weights.tensors.items():
         weight = weight_of(target)

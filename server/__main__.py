@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stderr, level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     # One line for each HTTP request that a verb makes is not what its user asked to see.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     module = importlib.import_module(f"shoal.server.cli.{verb}")
     parser = argparse.ArgumentParser(
         prog=f"shoal {verb}",
