@@ -261,10 +261,21 @@ async def test_a_deadline_ends_an_answer_with_what_it_has(serve: Serve) -> None:
 
 
 async def test_a_deadline_that_passes_before_the_first_token_is_a_504(serve: Serve) -> None:
+    answers: list[httpx.Response] = []
     async with serve() as h:
-        h.gate.delay_s = 0.05
-        answer = await h.complete(deadline_ms=1, stream=True)
+        h.gate.close()
+
+        async def late() -> None:
+            answers.append(await h.complete(deadline_ms=1, stream=True))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(h.complete)  # its step is under way when the other one comes
+            await anyio.sleep(0.1)
+            group.start_soon(late)
+            await anyio.sleep(0.1)
+            h.gate.open()
         await until(h.all_given_back)
+    (answer,) = answers
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "deadline_exceeded"
     assert answer.json()["error"]["param"] == "deadline_ms"
