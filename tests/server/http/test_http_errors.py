@@ -224,11 +224,11 @@ async def test_a_message_repeats_neither_megabytes_nor_every_mistake(serve: Serv
             response = await h.complete(**fields)
             assert response.status_code == 400
             assert len(response.content) < 500
-            assert time.perf_counter() - started < 2
+            assert time.perf_counter() - started < 10
         started = time.perf_counter()
         response = await h.client.post("/detokenize", json={"tokens": ["x"] * 500_000})
         assert problem(response)["param"] == "tokens[0]"
-        assert time.perf_counter() - started < 2
+        assert time.perf_counter() - started < 10
 
 
 async def test_text_parts_and_a_developer_message(serve: Serve) -> None:
