@@ -177,28 +177,29 @@ def test_an_upload_waits_while_its_bytes_are_removed(
 def test_uploads_deletions_and_collections_at_once_never_lose_bytes(
     registry: Registry, clock: Clock
 ) -> None:
-    """The clock stands still in an upload, so that each is shorter than the grace period."""
+    """The clock stands still in each change, so that it is shorter than the grace period."""
     stop = threading.Event()
-    uploads = threading.Semaphore(4)
+    changes = threading.Semaphore(4)
 
     def change(seed: int) -> None:
         rng = random.Random(seed)
         for _ in range(25):
             name = f"{seed}-{rng.randrange(2)}"
-            with uploads:
+            with changes:
                 info = publish(registry, name, b"%d" % rng.randrange(3))
                 assert registry.read(info.digest)
             if rng.random() < 0.7:
-                registry.delete(name)
+                with changes:
+                    registry.delete(name)
 
     def collect() -> int:
         removed = 0
         while not stop.is_set():
-            for _ in range(4):  # nobody uploads while time passes
-                uploads.acquire()
+            for _ in range(4):  # nobody changes anything while time passes
+                changes.acquire()
             clock.now += 1.0
             for _ in range(4):
-                uploads.release()
+                changes.release()
             removed += registry.collect(grace_s=0.5)
         return removed
 
