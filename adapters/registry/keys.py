@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Row, bindparam, insert, select, update
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import KeyNotFound
-from shoal.adapters.registry.names import validate_owner
+from shoal.adapters.registry.names import SHIPPED_OWNER, validate_owner
 from shoal.adapters.registry.tables import KEYS
 
 Role = Literal["admin", "tenant", "read-only"]
@@ -218,6 +218,8 @@ def _validate(role: str, owner: str, label: str, limits: Limits) -> None:
         raise AdapterRejected(f"role {role!r}", f"must be one of {', '.join(ROLES)}")
     if owner or role != "admin":
         validate_owner(owner)
+    if owner == SHIPPED_OWNER:
+        raise AdapterRejected(f"owner {owner!r}", "is reserved: it owns the shipped adapters")
     if len(label) > LABEL_MAX or not label.isprintable():
         raise AdapterRejected(
             f"label {label[:100]!r}", f"must be at most {LABEL_MAX} printable characters"
