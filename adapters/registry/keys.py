@@ -19,8 +19,8 @@ from sqlalchemy import ColumnElement, Connection, Row, bindparam, insert, select
 
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.registry.database import Database
-from shoal.adapters.registry.errors import KeyNotFound
-from shoal.adapters.registry.names import validate_owner
+from shoal.adapters.registry.errors import KeyNotFound, RegistryUnavailable
+from shoal.adapters.registry.names import SHIPPED_OWNER, validate_owner
 from shoal.adapters.registry.tables import KEYS
 
 Role = Literal["admin", "tenant", "read-only"]
@@ -29,6 +29,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 # How long a revoked key may still be accepted by a process that has just seen it.
 CACHE_S = 2.0
 CACHED_MAX = 10_000
+# How long a key that was good is believed while the database cannot be asked.
+OUTAGE_S = 3600.0
 LABEL_MAX = 128
 PAGE_MAX = 1000
 # As the scheduler's (``server/engine/fairness.py``), which may not be imported here.
@@ -143,7 +145,8 @@ class Keys:
     def verify(self, secret: str) -> Key | None:
         """The key that ``secret`` belongs to; None if there is none or it was revoked.
 
-        A key that was verified less than ``cache_s`` ago is not looked up again.
+        A key that was verified less than ``cache_s`` ago is not looked up again. While the
+        database cannot be reached, one that was good within ``OUTAGE_S`` still is.
         """
         match = _SECRET.fullmatch(secret)
         if match is None:
@@ -155,8 +158,13 @@ class Keys:
             changes = self._changes
         if known is not None and now < known[1]:
             return known[0]
-        with self._database.read() as connection:
-            row = connection.execute(_BY_ID, {"wanted": match[1]}).one_or_none()
+        try:
+            with self._database.read() as connection:
+                row = connection.execute(_BY_ID, {"wanted": match[1]}).one_or_none()
+        except RegistryUnavailable:
+            if known is not None and now < known[1] + OUTAGE_S:
+                return known[0]
+            raise
         # Compared in a time that does not depend on where they differ.
         stored = "" if row is None else row.secret_sha256
         same = hmac.compare_digest(hashed, stored)
@@ -171,6 +179,12 @@ class Keys:
             while len(self._verified) > CACHED_MAX:
                 self._verified.popitem(last=False)
         return key
+
+    def remembered(self, secret: str) -> Key | None:
+        """As ``verify``, from memory alone: None also when the database has to be asked."""
+        with self._lock:
+            known = self._verified.get(_hash(secret))
+        return known[0] if known is not None and self._monotonic() < known[1] else None
 
     def get(self, key_id: str) -> Key:
         """The key of this id, revoked or not, or KeyNotFound."""
@@ -258,6 +272,8 @@ def _validate(role: str, owner: str, label: str, limits: Limits) -> None:
         raise AdapterRejected(f"role {role!r}", f"must be one of {', '.join(ROLES)}")
     if owner or role != "admin":
         validate_owner(owner)
+    if owner == SHIPPED_OWNER:
+        raise AdapterRejected(f"owner {owner!r}", "is reserved: it owns the shipped adapters")
     if len(label) > LABEL_MAX or not label.isprintable():
         raise AdapterRejected(
             f"label {label[:100]!r}", f"must be at most {LABEL_MAX} printable characters"

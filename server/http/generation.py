@@ -209,7 +209,7 @@ class _Times:
 
     def ended(self, request_id: str) -> None:
         job, elapsed_s = self._job, time.monotonic() - self._job.arrival_s
-        adapter = job.adapter.name if job.adapter else None
+        adapter = job.adapter.reference if job.adapter else None
         self._metrics.prompt_length.observe(self._prompt_tokens)
         self._metrics.generation_length.observe(self._count)
         if self._count:
@@ -253,7 +253,9 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
         try:
             await services.load(stage)
         except AdapterTooLarge as error:
-            raise Overloaded(f"no room for adapter {info.name!r} just now: {error}") from error
+            raise Overloaded(
+                f"no room for adapter {job.adapter_name!r} just now: {error}"
+            ) from error
         services.metrics.stage_latency.observe(time.monotonic() - began)
         # A client that left while the thread worked is not worth a step.
         await anyio.lowlevel.checkpoint_if_cancelled()
