@@ -15,7 +15,7 @@ from tests.server.http.conftest import Parts
 
 from shoal.adapters.registry.catalog import Content
 from shoal.adapters.registry.database import Database
-from shoal.adapters.registry.keys import Keys
+from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import open_store
 from shoal.adapters.spec import AdapterSpec
@@ -395,6 +395,30 @@ async def test_a_name_of_ten_megabytes_is_refused_before_it_is_kept(house: Open)
         assert response.status_code == 400
         assert len(response.content) < 1000
         assert (await h.complete("ann", "a" * 10_000_000)).status_code == 413
+
+
+async def test_a_tenant_has_no_more_than_its_keys_limits(house: Open) -> None:
+    async with house() as h:
+        await furnish(h)
+        for who, limits in (
+            ("often", Limits(requests_per_minute=2)),
+            ("much", Limits(tokens_per_minute=10)),
+            ("shut", Limits(concurrent_requests=0)),
+        ):
+            h.secrets[who] = h.keys.create(role="tenant", owner=who, limits=limits)[1]
+        assert (await h.complete("often", "base")).status_code == 200
+        assert (await h.upload("often", "mine")).status_code == 201
+        refused = await h.complete("often", "base")
+        assert refused.status_code == 429
+        assert 0 < int(refused.headers["retry-after"]) <= 30
+        assert "2 requests a minute" in refused.json()["error"]["message"]
+        assert (await h.upload("often", "mine")).status_code == 429
+        # 5 of the prompt and 2 of the answer, twice.
+        assert [(await h.complete("much", "base")).status_code for _ in range(3)] == [200, 200, 429]
+        assert (await h.complete("shut", "base")).status_code == 429
+        assert (await h.complete("ann", "base")).status_code == 200
+        # Whatever became of a request, it is no longer in progress.
+        assert not any(account.started for account in h.parts.services.quotas._owners.values())
 
 
 async def test_a_tenants_prompt_is_not_found_in_anothers_cache(house: Open) -> None:
