@@ -1,16 +1,17 @@
 """``shoal bench``: load tests and benchmarks; alone in the server it knows ``loadtests``.
 
-``serve`` drives a running server over HTTP, for which ``prepare`` makes files where there is no
-checkpoint; ``offline`` runs the engine in this process.
+``serve`` and ``pauses`` drive a running server over HTTP, for which ``prepare`` makes files where
+there is no checkpoint; ``offline`` runs the engine in this process.
 """
 
 import argparse
 
-from shoal.loadtests import offline, prepare
+from shoal.loadtests import offline, pauses, prepare
 from shoal.loadtests import run as serve
 
 BENCHES = {
     "serve": (serve, "drive a running server with a seeded load"),
+    "pauses": (pauses, "watch a running server's streams while adapters are uploaded"),
     "prepare": (prepare, "write a model without weights, and adapters, for serve to measure"),
     "offline": (offline, "run the engine alone on a named shape with random weights"),
 }
