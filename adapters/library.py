@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
+from shoal.adapters.apart import Helpers, make_setup
 from shoal.adapters.basis import Basis, BasisStore, load_basis
-from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
+from shoal.adapters.errors import AdapterError, AdapterRejected
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
-from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
+from shoal.adapters.preparing import Packing, Prepared
 from shoal.adapters.reading import adapter_files, read_adapter
-from shoal.adapters.record import from_record, record_digest, to_record
-from shoal.adapters.registry.catalog import AdapterInfo, Content
+from shoal.adapters.record import from_record
+from shoal.adapters.registry.catalog import AdapterInfo
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
 from shoal.adapters.registry.keys import Keys
 from shoal.adapters.registry.registry import Registry
@@ -85,13 +86,15 @@ class AdapterLibrary:
         self._bases_folder = bases_folder
         self._host = host
         self._on_basis = on_basis
-        self._dtype = dtype
         self._max_upload_bytes = max_upload_bytes
-        self._max_packed_bytes = min(host.capacity_bytes, max_packed_bytes or host.capacity_bytes)
+        self._packing = Packing(
+            shape, dtype, min(host.capacity_bytes, max_packed_bytes or host.capacity_bytes)
+        )
         self._max_bases = max_bases
         self._spectral = spectral
         self._on_spectral = on_spectral
         self._loading = _KeyedLocks()
+        self._helpers: Helpers | None = None
 
     @classmethod
     def open(
@@ -169,6 +172,21 @@ class AdapterLibrary:
             raise
         return library
 
+    def prepare_apart(self, processes: int | None = None) -> None:
+        """From now on let helper processes read and pack uploads; see ``apart.py``.
+
+        Args:
+            processes: at most; by default as many as suit the machine.
+        """
+        setup = make_setup(
+            self._packing,
+            self._canonical,
+            max_bytes=self._max_upload_bytes,
+            max_bases=self._max_bases,
+            spectral=self._spectral is not None,
+        )
+        self._helpers = Helpers(setup, processes)
+
     def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> AdapterInfo:
         """Validate an adapter, store it and make it what ``name`` means.
 
@@ -183,13 +201,10 @@ class AdapterLibrary:
             AdapterNameInvalid, AdapterConflict, AdapterRejected, AdapterTooLarge.
         """
         self._registry.claim(name, owner=owner)
-        weights = self._read(files, self._bases)
-        content, record, packed = self._prepare(weights)
-        self._keep_basis(packed.spec)
-        self._announce(packed.spec, weights)
+        prepared = self._prepare(files)
         # Before the name exists: what can never be loaded must not get one.
-        self._host.put(packed)
-        info = self._registry.publish(name, content, record, owner=owner)
+        self._host.put(prepared.packed)
+        info = self._registry.publish(name, prepared.content, prepared.record, owner=owner)
         log.info("uploaded adapter=%s@%d digest=%s", info.reference, info.version, info.digest)
         return info
 
@@ -206,7 +221,7 @@ class AdapterLibrary:
             for basis in self._bases.all():
                 trial.add(basis)
             weights = self._read(files, trial)
-        self._prepare(weights)
+        self._packing.prepare(weights)
         return weights
 
     def resolve(self, model: str, *, owner: str = "") -> AdapterInfo:
@@ -282,6 +297,8 @@ class AdapterLibrary:
 
     def close(self) -> None:
         """Close the database. Nothing may be called afterwards."""
+        if self._helpers is not None:
+            self._helpers.close()
         self._registry.close()
 
     def _read(self, files: Mapping[str, Path], bases: BasisStore) -> AdapterWeights:
@@ -297,33 +314,20 @@ class AdapterLibrary:
                 spectral=self._spectral,
             )
 
-    def _prepare(self, weights: AdapterWeights) -> tuple[Content, bytes, PackedAdapter]:
-        """The canonical record of ``weights``, and what it is once it is read back."""
-        record = to_record(weights)
-        digest = record_digest(record)
-        # From the record and not from `weights`: what is served now is what a restart serves.
-        packed = self._pack(from_record(record, self._shape), digest)
-        content = Content(
-            digest=digest,
-            family=weights.family,
-            format=weights.format,
-            rank=weights.rank,
-            bytes=len(record),
-            packed_elements=packed.spec.packed_elements,
-            basis_id=packed.spec.basis_id,
-        )
-        return content, record, packed
-
-    def _pack(self, weights: AdapterWeights, digest: str) -> PackedAdapter:
-        spec = make_spec(weights, self._shape, digest)
-        size = spec.packed_elements * self._dtype.itemsize
-        # Before allocating: one target of a high rank makes a small file and a vast packed adapter.
-        if size > self._max_packed_bytes:
-            raise AdapterTooLarge(
-                f"the adapter takes {size} bytes in memory (rank {spec.rank} on every module); "
-                f"this server has room for {self._max_packed_bytes}"
-            )
-        return pack_adapter(weights, self._shape, digest, self._dtype)
+    def _prepare(self, files: Mapping[str, Path]) -> Prepared:
+        """An upload ready to be published, the bases that it needs kept and announced."""
+        if self._helpers is not None:
+            with _disk_failures():
+                made = self._helpers.prepare(files, self._bases.all())
+            if made is not None:
+                self._keep_basis(made.packed.spec)
+                self._announce(made.packed.spec, None)
+                return made
+        weights = self._read(files, self._bases)
+        prepared = self._packing.prepare(weights)
+        self._keep_basis(prepared.packed.spec)
+        self._announce(prepared.packed.spec, weights)
+        return prepared
 
     def _load_and_pin(self, info: AdapterInfo) -> None:
         if self._host.pin(info.digest):
@@ -334,7 +338,7 @@ class AdapterLibrary:
         except AdapterRejected as error:
             # It was accepted once, so this is not the caller's mistake.
             raise RecordDamaged(f"record {info.digest} is unusable: {error}") from error
-        packed = self._pack(weights, info.digest)
+        packed = self._packing.pack(weights, info.digest)
         self._announce(packed.spec, weights)
         self._host.put(packed, pin=True)
 
@@ -348,8 +352,10 @@ class AdapterLibrary:
             with _disk_failures():
                 self._bases.add(self._canonical)
 
-    def _announce(self, spec: AdapterSpec, weights: AdapterWeights) -> None:
+    def _announce(self, spec: AdapterSpec, weights: AdapterWeights | None) -> None:
         """Give the bases that an adapter needs to whoever multiplies by them.
+
+        ``weights`` are asked for by ``spectral`` sections alone.
 
         Always before it enters the host tier: whatever is in there can be staged as it is.
         """
@@ -363,6 +369,7 @@ class AdapterLibrary:
                     )
                 self._on_basis(basis)
             if section.kind == "spectral":
+                assert weights is not None, "helpers have no singular vectors"
                 self._announce_vectors(section.basis_id, weights, spec.digest)
 
     def _announce_vectors(self, basis_id: str | None, weights: AdapterWeights, digest: str) -> None:
@@ -403,9 +410,11 @@ class AdapterLibrary:
         for folder in sorted(path.parent for path in shipped.glob(f"*/{CONFIG_FILE}")):
             try:
                 weights = self._read(adapter_files(folder), self._bases)
-                content, record, packed = self._prepare(weights)
-                self._keep_basis(packed.spec)
-                info = self._registry.publish_shipped(folder.name, content, record)
+                prepared = self._packing.prepare(weights)
+                self._keep_basis(prepared.packed.spec)
+                info = self._registry.publish_shipped(
+                    folder.name, prepared.content, prepared.record
+                )
             except AdapterError as error:
                 # A broken folder must not keep the server from starting.
                 log.warning("shipped adapter left out folder=%s error=%s", folder, error)

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key", help="bearer token, if the server wants one")
     add("--streams", type=positive, default=64, help="listening all the time")
     add("--base-streams", action="store_true",
-        help="streams ask the base; default: each an adapter of its own, uploaded first")  # fmt: skip
+        help="streams ask the base; default: each an adapter of its own")  # fmt: skip
     add("--rate", type=float, default=10.0, help="uploads a second")
     add("--seconds", type=float, default=60.0, help="of uploads in a round")
     add("--calm-seconds", type=float, default=20.0, help="without uploads in a round")
@@ -294,7 +294,9 @@ def _round_line(number: int, found: dict[str, Any]) -> str:
 
 
 def _table(rounds: Sequence[dict[str, Any]]) -> str:
-    head = f"{'run':<16} {'gaps':>7} {'median':>8} {'p99':>8} {'p99.9':>8} {'worst':>8} {'ratio':>6}"
+    head = (
+        f"{'run':<16} {'gaps':>7} {'median':>8} {'p99':>8} {'p99.9':>8} {'worst':>8} {'ratio':>6}"
+    )
     lines = [f"{head}   ms between tokens; ratio to the median without uploads"]
     for number, found in enumerate(rounds):
         for name, ratio in (("calm", "calm_ratio"), ("busy", "ratio")):

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -60,7 +61,7 @@ class Stream:
         The silence at the end of the time counts as far as it lasted.
         """
         for arrivals in self.answers:
-            for one, other in zip(arrivals, arrivals[1:], strict=False):
+            for one, other in pairwise(arrivals):
                 if other > begin and one < end:
                     yield other - one
         last = self.answers[-1] if self.answers else []
@@ -68,9 +69,7 @@ class Stream:
             yield end - last[-1]
 
 
-async def _answer(
-    base_url: str, api_key: str | None, body: bytes, arrivals: list[float]
-) -> None:
+async def _answer(base_url: str, api_key: str | None, body: bytes, arrivals: list[float]) -> None:
     """One streamed completion; notes when its events arrive."""
     url = urlsplit(base_url)
     secure = url.scheme == "https"

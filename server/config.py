@@ -149,6 +149,12 @@ class ServeConfig:
     max_upload_bytes: int = option(
         1 << 30, "size of one adapter upload at most", parse=parse_bytes, metavar="BYTES"
     )
+    upload_helpers: int | None = option(
+        None,
+        "processes that read small uploads beside the server, started with the first; default: "
+        "one for each 4 cores, 1 to 4; 0: none",
+        parse=int,
+    )
     max_body_bytes: int = option(
         8 << 20, "size of a JSON request body at most", parse=parse_bytes, metavar="BYTES"
     )
@@ -191,6 +197,8 @@ class ServeConfig:
             f"a multiple of {_XFORMERS_BLOCK} with --attention xformers",
         )
         self._require("max_wait", self.max_wait is None or self.max_wait > 0, "above 0")
+        if self.upload_helpers is not None:
+            self._require("upload_helpers", 0 <= self.upload_helpers <= 64, "0 to 64")
         self._require("shutdown_timeout", 0 <= self.shutdown_timeout < 86400, "0 to 86400 seconds")
         for name in ("tensor_parallel_size", "api_workers"):
             self._require(name, getattr(self, name) == 1, "1: this version runs in one process")
