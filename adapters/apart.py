@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 
 # Larger ones are left to the server: their work is in long calls, which release the lock.
 BYTES_MAX = 32 << 20
-# Cores for each helper: one checks some 20 to 50 small adapters a second.
-CORES_EACH = 4
-HELPERS_MAX = 4
 # Helpers that died in a row before anything was answered: then there will be no others.
 DEATHS_MAX = 3
 
@@ -94,12 +91,12 @@ class Helpers:
     left to the server.
     """
 
-    def __init__(self, setup: Setup, most: int | None = None) -> None:
+    def __init__(self, setup: Setup, most: int) -> None:
         """Args:
-        most: processes; by default one for each ``CORES_EACH`` cores.
+        most: processes. Each takes 260 MB and checks some 30 small adapters a second.
         """
         self._setup = setup
-        self._most = most if most is not None else helpers_for(os.cpu_count() or 1)
+        self._most = most
         self._changed = threading.Condition()
         # All guarded by it.
         self._idle: list[_Helper] = []
@@ -190,11 +187,6 @@ class Helpers:
             self._changed.notify_all()
         if helper is not None:  # closed meanwhile
             helper.close()
-
-
-def helpers_for(cores: int) -> int:
-    """How many processes suit a machine."""
-    return max(1, min(HELPERS_MAX, cores // CORES_EACH))
 
 
 class _Helper:

@@ -19,8 +19,8 @@ from shoal.adapters.errors import AdapterError
 from shoal.adapters.reading import read_adapter
 from shoal.adapters.spectral_basis import SpectralBasis
 
-# Below everything else: who waits for an upload can wait a little longer, streams cannot.
-NICE = 19
+# Below the engine, which takes all cores that it gets on a CPU: an upload can wait, streams cannot.
+NICE = 10
 
 
 class NotHere(Exception):

@@ -172,12 +172,8 @@ class AdapterLibrary:
             raise
         return library
 
-    def prepare_apart(self, processes: int | None = None) -> None:
-        """From now on let helper processes read and pack uploads; see ``apart.py``.
-
-        Args:
-            processes: at most; by default as many as suit the machine.
-        """
+    def prepare_apart(self, processes: int) -> None:
+        """From now on let so many helper processes read and pack uploads; see ``apart.py``."""
         setup = make_setup(
             self._packing,
             self._canonical,

@@ -180,7 +180,7 @@ class _Bench:
             count=count,
             begin_s=begin,
             rate=rate,
-            prompt=self._prompt[:4] if use else (),
+            prompt=self._prompt[:1] if use else (),
         )
         self._next += count
         done: UploadsDone = await self._call(in_process, plan)

@@ -5,6 +5,7 @@ of ``ServeConfig``. Pure: the device's facts are passed in, nothing here looks a
 """
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -27,6 +28,7 @@ _MAX_PORT = 65535
 ADAPTERS_WANTED = 100_000
 # xformers' paged kernel reads this many tokens at a time.
 _XFORMERS_BLOCK = 64
+_HELPERS_MAX, _CORES_A_HELPER = 4, 4
 _GIB = 1 << 30
 
 
@@ -154,6 +156,7 @@ class ServeConfig:
         "processes that read small uploads beside the server, started with the first; default: "
         "one for each 4 cores, 1 to 4; 0: none",
         parse=int,
+        metavar="N",
     )
     max_body_bytes: int = option(
         8 << 20, "size of a JSON request body at most", parse=parse_bytes, metavar="BYTES"
@@ -213,6 +216,12 @@ class ServeConfig:
         if self.spectral_memory is not None:
             return self.spectral_memory
         return _GIB if device == "cpu" else 0
+
+    def upload_processes(self, cores: int | None = None) -> int:
+        """``upload_helpers`` on a machine of so many cores, by default this one."""
+        if self.upload_helpers is not None:
+            return self.upload_helpers
+        return max(1, min(_HELPERS_MAX, (cores or os.cpu_count() or 1) // _CORES_A_HELPER))
 
     @property
     def base_name(self) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shoal.adapters import apart
-from shoal.adapters.apart import Helpers, Made, Setup, helpers_for, make_setup
+from shoal.adapters.apart import Helpers, Made, Setup, make_setup
 from shoal.adapters.apart_worker import _Known, answer
 from shoal.adapters.basis import make_basis, sketch
 from shoal.adapters.errors import AdapterRejected
@@ -107,10 +107,6 @@ def test_a_compact_file_on_an_uploaded_basis(golden: Any, tmp_path: Path) -> Non
     assert isinstance(found, Made)
     assert found.content.basis_id == own.id
     assert_same(found.prepared(torch.float32), by_the_server(golden, tmp_path / "a"))
-
-
-def test_helpers_for_a_machine() -> None:
-    assert [helpers_for(cores) for cores in (1, 2, 8, 16, 128)] == [1, 1, 2, 4, 4]
 
 
 # -- processes ------------------------------------------------------------------------------------
