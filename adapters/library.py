@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from shoal.adapters.basis import Basis, BasisStore, load_basis
+from shoal.adapters.basis import Basis, BasisStore
 from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
@@ -67,7 +67,6 @@ class AdapterLibrary:
         weight_of: WeightOf,
         canonical: Basis,
         bases: BasisStore,
-        bases_folder: Path,
         host: HostTier,
         on_basis: Callable[[Basis], None],
         dtype: torch.dtype,
@@ -82,7 +81,6 @@ class AdapterLibrary:
         self._weight_of = weight_of
         self._canonical = canonical
         self._bases = bases
-        self._bases_folder = bases_folder
         self._host = host
         self._on_basis = on_basis
         self._dtype = dtype
@@ -120,7 +118,7 @@ class AdapterLibrary:
             registry_url: SQLAlchemy URL of the catalog.
             store_url: fsspec URL of the store; None is the default place.
             shape, weight_of, canonical: the base, its weights and its canonical basis.
-            bases: uploaded bases, in the folder ``places(registry_url, store_url).bases``.
+            bases: uploaded bases, those of ``SharedBases.open(places(registry_url, store_url))``.
             host: where packed adapters live; this library loads and pins, the engine only reads.
             on_basis: told of a basis before an adapter that needs it is in the host tier. May be
                 called again for one it knows, from any thread.
@@ -151,7 +149,6 @@ class AdapterLibrary:
             weight_of=weight_of,
             canonical=canonical,
             bases=bases,
-            bases_folder=where.bases,
             host=host,
             on_basis=on_basis,
             dtype=dtype,
@@ -386,17 +383,12 @@ class AdapterLibrary:
     def _basis(self, basis_id: str) -> Basis:
         if basis_id == self._canonical.id:
             return self._canonical
-        basis = self._bases.get(basis_id)
+        try:
+            basis = self._bases.find(basis_id, self._shape)
+        except (OSError, AdapterRejected) as error:
+            raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
         if basis is None:
-            # Another process may have accepted it since this one listed the folder.
-            path = self._bases_folder / f"{basis_id}.safetensors"
-            try:
-                basis = load_basis(path, self._shape)
-            except (OSError, AdapterRejected) as error:
-                raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
-            if basis.id != basis_id:
-                raise RecordDamaged(f"basis {basis_id} is damaged: its sha256 is {basis.id}")
-            self._bases.add(basis)
+            raise RecordDamaged(f"basis {basis_id} is missing")
         return basis
 
     def _publish_shipped(self, shipped: Path) -> None:
