@@ -24,7 +24,7 @@ from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
-from shoal.adapters.registry.keys import Keys
+from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import Places, places
 from shoal.adapters.spec import AdapterSpec, BaseShape, Target
@@ -166,7 +166,14 @@ class AdapterLibrary:
             raise
         return library
 
-    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> AdapterInfo:
+    def upload(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        *,
+        owner: str = "",
+        limits: Limits | None = None,
+    ) -> AdapterInfo:
         """Validate an adapter, store it and make it what ``name`` means.
 
         When this returns, the adapter is durable and the next request can use it. When it raises,
@@ -175,18 +182,21 @@ class AdapterLibrary:
 
         Args:
             files: file name -> where it lies, such as ``adapter_config.json``. Not kept.
+            limits: of adapters and bytes that the owner may have; None is no limit.
 
         Raises:
-            AdapterNameInvalid, AdapterConflict, AdapterRejected, AdapterTooLarge.
+            AdapterNameInvalid, AdapterConflict, AdapterQuotaExceeded, AdapterRejected,
+            AdapterTooLarge.
         """
-        self._registry.claim(name, owner=owner)
+        self._registry.claim(name, owner=owner, limits=limits)
         weights = self._read(files, self._bases)
         content, record, packed = self._prepare(weights)
+        self._registry.claim(name, owner=owner, content=content, limits=limits)
         self._keep_basis(packed.spec)
         self._announce(packed.spec, weights)
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
-        info = self._registry.publish(name, content, record, owner=owner)
+        info = self._registry.publish(name, content, record, owner=owner, limits=limits)
         log.info("uploaded adapter=%s@%d digest=%s", info.reference, info.version, info.digest)
         return info
 

@@ -20,6 +20,7 @@ from shoal.adapters.errors import (
     AdapterError,
     AdapterNameInvalid,
     AdapterNotFound,
+    AdapterQuotaExceeded,
     AdapterRejected,
     AdapterTooLarge,
 )
@@ -32,6 +33,7 @@ from shoal.server.errors import (
     Conflict,
     InvalidRequest,
     ModelNotFound,
+    QuotaExceeded,
     ShoalError,
     UnusableAdapter,
 )
@@ -40,7 +42,7 @@ from shoal.server.http.quotas import Quotas
 
 if TYPE_CHECKING:  # pulls in the tensor library, which nothing here needs at run time
     from shoal.adapters.library import AdapterInfo
-    from shoal.adapters.registry.keys import Key
+    from shoal.adapters.registry.keys import Key, Limits
 
 T = TypeVar("T")
 
@@ -81,7 +83,14 @@ class Engine(Protocol):
 class Library(Protocol):
     """The part of ``AdapterLibrary`` that HTTP uses: blocking, thread-safe."""
 
-    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> "AdapterInfo": ...
+    def upload(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        *,
+        owner: str = "",
+        limits: "Limits | None" = None,
+    ) -> "AdapterInfo": ...
     def resolve(self, model: str, *, owner: str = "") -> "AdapterInfo": ...
     def stage(self, info: "AdapterInfo") -> AdapterSpec: ...
     def unstage(self, spec: AdapterSpec) -> None: ...
@@ -132,6 +141,7 @@ _ADAPTER_ERRORS: dict[type[AdapterError], type[ShoalError]] = {
     AdapterNotFound: ModelNotFound,
     AdapterConflict: Conflict,
     AdapterNameInvalid: InvalidRequest,
+    AdapterQuotaExceeded: QuotaExceeded,
 }
 
 
