@@ -6,8 +6,9 @@ from fastapi import APIRouter, Response
 
 from shoal.server.engine.request import TokenLogprobs
 from shoal.server.http.answer import Choice, Json, NamedLogprob, answer, name_logprobs
+from shoal.server.http.blends import resolve_asked
 from shoal.server.http.generation import Delta
-from shoal.server.http.jobs import Job, encode_chat, make_job, resolve
+from shoal.server.http.jobs import Job, encode_chat, make_job
 from shoal.server.http.schemas import ChatRequest
 from shoal.server.http.services import Services, TextCodec
 
@@ -19,7 +20,7 @@ def chat_router(services: Services) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest) -> Response:
         arrival_s = time.monotonic()
-        adapter = await resolve(services, body.model)
+        adapter = await resolve_asked(services, body)
         messages = [message.as_template_input() for message in body.messages]
         prompt = await encode_chat(services, messages)
         job = await make_job(

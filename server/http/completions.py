@@ -8,8 +8,9 @@ from fastapi import APIRouter, Response
 from shoal.server.engine.request import TokenLogprobs
 from shoal.server.errors import PromptTooLong
 from shoal.server.http.answer import Choice, Json, answer, name_logprobs
+from shoal.server.http.blends import resolve_asked
 from shoal.server.http.generation import Delta
-from shoal.server.http.jobs import Job, check_token_ids, encode, make_job, resolve
+from shoal.server.http.jobs import Job, check_token_ids, encode, make_job
 from shoal.server.http.schemas import CompletionRequest
 from shoal.server.http.services import Services, TextCodec
 
@@ -24,7 +25,7 @@ def completions_router(services: Services) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest) -> Response:
         arrival_s = time.monotonic()
-        adapter = await resolve(services, body.model)
+        adapter = await resolve_asked(services, body)
         prompts = [await _ids(services, prompt, body) for prompt in body.prompt]
         job = await make_job(
             services,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from shoal.adapters.blending import Blend
 from shoal.adapters.errors import AdapterNameInvalid, AdapterNotFound
 from shoal.server.engine.request import SamplingParams
 from shoal.server.errors import InvalidRequest, ModelNotFound, PromptTooLong
@@ -30,7 +31,7 @@ class Job:
 
     Attributes:
         model: as the client wrote it; answers repeat it.
-        adapter: the version that the request runs with, or None for the base.
+        adapter: the version, or sum of versions, that the request runs with; None for the base.
         arrival_s: monotonic time.
         deadline_s: monotonic time from which the answer is of no use, or None.
         tenant, weight: who is charged for it, and at what share (``engine/fairness.py``).
@@ -38,7 +39,7 @@ class Job:
 
     id: str
     model: str
-    adapter: "AdapterInfo | None"
+    adapter: "AdapterInfo | Blend[AdapterInfo] | None"
     prompts: tuple[tuple[int, ...], ...]
     n: int
     sampling: SamplingParams
@@ -70,7 +71,19 @@ class Job:
         """``x-shoal-adapter`` when an adapter is used; the base has none."""
         if self.adapter is None:
             return {}
+        if isinstance(self.adapter, Blend):
+            return {"x-shoal-adapter": str(self.adapter)}
         return {"x-shoal-adapter": f"{self.adapter.name}@{self.adapter.version}"}
+
+    @property
+    def adapter_label(self) -> str | None:
+        """What metrics count it under: all blends are ``_blend``, which no adapter can be called.
+
+        Clients make them up as they go.
+        """
+        if isinstance(self.adapter, Blend):
+            return "_blend"
+        return self.adapter.name if self.adapter else None
 
 
 async def make_job(
@@ -78,7 +91,7 @@ async def make_job(
     body: Sampling,
     prompts: Sequence[Sequence[int]],
     *,
-    adapter: "AdapterInfo | None",
+    adapter: "AdapterInfo | Blend[AdapterInfo] | None",
     default_max_tokens: int | None,
     prompt_field: str,
     id_prefix: str,
