@@ -6,7 +6,7 @@ mean the same sum have the same digest, in whatever order they name its parts.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import fsum
 from typing import Generic, Protocol, TypeVar
@@ -22,8 +22,6 @@ _TAG = "shoal blend 1\n"
 class Version(Protocol):
     """The part of ``AdapterInfo`` that decides."""
 
-    @property
-    def name(self) -> str: ...
     @property
     def version(self) -> int: ...
     @property
@@ -47,9 +45,9 @@ class Blend(Generic[V]):
     parts: tuple[tuple[V, float], ...]
     digest: str
 
-    def __str__(self) -> str:
-        """``a@1*0.7,b@2*-0.3``, as asked."""
-        return ",".join(f"{v.name}@{v.version}*{_number(weight)}" for v, weight in self.asked)
+    def described(self, name_of: Callable[[V], str]) -> str:
+        """``a@1*0.7,b@2*-0.3``, as asked; ``name_of`` says what the caller calls an adapter."""
+        return ",".join(f"{name_of(v)}@{v.version}*{_number(weight)}" for v, weight in self.asked)
 
 
 def blended(asked: Sequence[tuple[V, float]]) -> Blend[V] | V | None:

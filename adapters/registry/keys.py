@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.registry.database import Database
-from shoal.adapters.registry.errors import KeyNotFound
+from shoal.adapters.registry.errors import KeyNotFound, RegistryUnavailable
 from shoal.adapters.registry.names import SHIPPED_OWNER, validate_owner
 from shoal.adapters.registry.tables import KEYS
 
@@ -29,6 +29,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 # How long a revoked key may still be accepted by a process that has just seen it.
 CACHE_S = 2.0
 CACHED_MAX = 10_000
+# How long a key that was good is believed while the database cannot be asked.
+OUTAGE_S = 3600.0
 LABEL_MAX = 128
 PAGE_MAX = 1000
 _LIMIT_MAX = 2**62
@@ -132,7 +134,8 @@ class Keys:
     def verify(self, secret: str) -> Key | None:
         """The key that ``secret`` belongs to; None if there is none or it was revoked.
 
-        A key that was verified less than ``cache_s`` ago is not looked up again.
+        A key that was verified less than ``cache_s`` ago is not looked up again. While the
+        database cannot be reached, one that was good within ``OUTAGE_S`` still is.
         """
         match = _SECRET.fullmatch(secret)
         if match is None:
@@ -143,8 +146,13 @@ class Keys:
             known = self._verified.get(hashed)
         if known is not None and now < known[1]:
             return known[0]
-        with self._database.read() as connection:
-            row = connection.execute(_BY_ID, {"wanted": match[1]}).one_or_none()
+        try:
+            with self._database.read() as connection:
+                row = connection.execute(_BY_ID, {"wanted": match[1]}).one_or_none()
+        except RegistryUnavailable:
+            if known is not None and now < known[1] + OUTAGE_S:
+                return known[0]
+            raise
         # Compared in a time that does not depend on where they differ.
         stored = "" if row is None else row.secret_sha256
         same = hmac.compare_digest(hashed, stored)
@@ -158,6 +166,12 @@ class Keys:
             while len(self._verified) > CACHED_MAX:
                 self._verified.popitem(last=False)
         return key
+
+    def remembered(self, secret: str) -> Key | None:
+        """As ``verify``, from memory alone: None also when the database has to be asked."""
+        with self._lock:
+            known = self._verified.get(_hash(secret))
+        return known[0] if known is not None and self._monotonic() < known[1] else None
 
     def page(self, *, limit: int = PAGE_MAX, after: str = "") -> tuple[list[Key], str | None]:
         """Keys by id, revoked ones too.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from shoal.adapters.blending import Blend, blended
 from shoal.adapters.errors import AdapterNameInvalid, AdapterNotFound
 from shoal.server.errors import InvalidRequest, ModelNotFound
+from shoal.server.http.caller import Caller
 from shoal.server.http.jobs import resolve
 from shoal.server.http.schemas import Sampling
 from shoal.server.http.services import Services
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 
 async def resolve_asked(
-    services: Services, body: Sampling
+    services: Services, caller: Caller, body: Sampling
 ) -> "AdapterInfo | Blend[AdapterInfo] | None":
-    """What ``model`` and ``adapters`` mean now; None for the base.
+    """What ``model`` and ``adapters`` mean to ``caller`` now; None for the base.
 
     Raises:
         InvalidRequest: both say something.
@@ -28,7 +29,7 @@ async def resolve_asked(
     """
     asked = body.adapters
     if asked is None:
-        return await resolve(services, body.model)
+        return await resolve(services, caller, body.model)
     if body.model != services.model_name:
         raise InvalidRequest(
             f"`model` is {body.model!r}: with `adapters` it must be the base,"
@@ -39,12 +40,14 @@ async def resolve_asked(
     def look_up() -> "list[tuple[AdapterInfo, float]]":
         found = []
         for index, part in enumerate(asked):
+            owner, reference = caller.acts_on(part.name)
             try:
-                found.append((services.library.resolve(part.name), part.weight))
+                info = services.library.resolve(reference, owner=owner)
             except (AdapterNotFound, AdapterNameInvalid) as error:
                 raise ModelNotFound(
                     f"no adapter {part.name!r}", param=f"adapters[{index}].name"
                 ) from error
+            found.append((info, part.weight))
         return found
 
     return blended(await services.lookup(look_up))

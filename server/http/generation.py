@@ -253,8 +253,9 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
         try:
             await (services.compose if isinstance(info, Blend) else services.load)(stage)
         except AdapterTooLarge as error:
-            label = "the blend" if isinstance(info, Blend) else f"adapter {info.name!r}"
-            raise Overloaded(f"no room for {label} just now: {error}") from error
+            raise Overloaded(
+                f"no room for adapter {job.adapter_name!r} just now: {error}"
+            ) from error
         except BlendRefused as error:
             raise from_adapter_error(error, param="adapters") from error
         services.metrics.stage_latency.observe(time.monotonic() - began)
