@@ -88,6 +88,7 @@ class World(Loaded):
         self.asked: list[Target] = []
         self.vectors = SpectralBasis(self.weight_of, SHAPE, folder)
         self.bank.add_spectral(self.vectors, SHAPE.targets())
+        self.svd = {target: self.vectors.factors(target) for target in SHAPE.targets()}
 
     def weight_of(self, target: Target) -> Tensor:
         self.asked.append(target)
@@ -111,7 +112,7 @@ class World(Loaded):
             target = Target(layer, module)
             if target in weights.tensors:
                 rows, columns, values = weights.tensors[target]
-                u, _, v = (part.double() for part in self.vectors.factors(target))
+                u, _, v = (part.double() for part in self.svd[target])
                 m = torch.zeros(u.shape[1], v.shape[1], dtype=torch.float64)
                 m[rows.long(), columns.long()] = values.double()
                 delta[:, outputs] = weights.scales[target] * x @ v @ m.T @ u.T
