@@ -26,6 +26,7 @@ from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
+from shoal.adapters.registry.keys import Keys
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import Places, places
 from shoal.adapters.spec import AdapterSpec, BaseShape, Target
@@ -296,6 +297,11 @@ class AdapterLibrary:
     def count(self, *, owner: str = "") -> int:
         """How many names ``owner`` has."""
         return self._registry.count(owner=owner)
+
+    @property
+    def keys(self) -> Keys:
+        """The API keys of those who work with the adapters."""
+        return self._registry.keys
 
     def close(self) -> None:
         """Close the database. Nothing may be called afterwards."""

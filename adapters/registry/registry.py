@@ -12,6 +12,7 @@ from contextlib import suppress
 from shoal.adapters.errors import AdapterConflict, AdapterNotFound
 from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
 from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.keys import Keys
 from shoal.adapters.registry.names import SHIPPED_OWNER, not_found, validate_name
 from shoal.adapters.registry.store import Store, open_store, places
 from shoal.adapters.registry.usage import UseRecorder
@@ -51,6 +52,7 @@ class Registry:
         self._reserved_names = reserved_names
         self._clock = clock
         self._uses = UseRecorder(database, clock=clock)
+        self._keys = Keys(database, clock=clock)
 
     @classmethod
     def open(
@@ -206,6 +208,11 @@ class Registry:
     def count(self, *, owner: str = "") -> int:
         """How many names ``owner`` has."""
         return self._of(owner).count()
+
+    @property
+    def keys(self) -> Keys:
+        """The API keys of those who work with the adapters."""
+        return self._keys
 
     def check(self) -> None:
         """See ``Catalog.check``."""

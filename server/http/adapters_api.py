@@ -34,20 +34,24 @@ def adapters_router(services: Services) -> APIRouter:
     router = APIRouter(prefix="/v1/adapters")
     library = services.library
 
-    @router.post("", status_code=201)
-    async def upload_adapter(request: Request) -> JSONResponse:
-        caller = caller_of(request)
-        caller.must_write()
+    async def receive(request: Request, caller: Caller) -> "AdapterInfo":
         async with received(request, max_bytes=services.config.max_upload_bytes) as upload:
             owner, name = caller.acts_on(upload.name)
             try:
                 with names_from("name"):
-                    info = await services.work(
+                    return await services.work(
                         lambda: library.upload(name, upload.files, owner=owner)
                     )
             except (AdapterError, ShoalError):
                 services.metrics.upload("refused")
                 raise
+
+    @router.post("", status_code=201)
+    async def upload_adapter(request: Request) -> JSONResponse:
+        caller = caller_of(request)
+        caller.must_write()
+        with services.quotas.begin(caller.owner, caller.limits):
+            info = await receive(request, caller)
         services.metrics.upload("accepted")
         location = {"Location": f"/v1/adapters/{caller.name_of(info)}"}
         return JSONResponse(adapter_json(caller, info), status_code=201, headers=location)

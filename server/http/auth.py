@@ -13,8 +13,10 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RegistryUnavailable
-from shoal.adapters.registry.keys import CACHE_S, Key
+from shoal.adapters.registry.keys import CACHE_S, Key, Keys
+from shoal.server.config import ServeConfig
 from shoal.server.errors import ShoalError, Unauthorized
 from shoal.server.http.caller import EVERYTHING, Caller, set_caller
 from shoal.server.http.errors import error_response, registry_response
@@ -103,6 +105,35 @@ class Authenticate:
                     raise
             self._asked_s = now
         return self._tenants
+
+
+async def is_open(services: Services) -> bool:
+    """Whether a request needs no key."""
+    keys = services.keys
+    if services.config.api_key or keys is None:
+        return not services.config.api_key
+    return not await services.lookup(keys.exist)
+
+
+def check_exposure(config: ServeConfig) -> None:
+    """Refuse to be open to other machines.
+
+    Raises:
+        ValueError: others reach the address, and there are no keys.
+        RegistryUnavailable: whether there are cannot be found out.
+    """
+    if config.api_key or is_loopback(config.host):
+        return
+    database = Database(config.registry_url)
+    try:
+        if Keys(database).exist():
+            return
+    finally:
+        database.close()
+    raise ValueError(
+        f"--host is {config.host!r}: without API keys this server listens on this machine alone;"
+        " make a key with `shoal keys create`, or give one with --api-key"
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -32,13 +32,11 @@ class Caller:
 
     Attributes:
         owner: whose bare names it uses, and who is charged; '' on a server without tenants.
-        weight: the owner's share of a busy server, relative to others'.
-        limits: what the owner may take; none at all by default.
+        limits: what the owner may take, and its share of a busy server; none by default.
     """
 
     owner: str
     role: Role
-    weight: int = 1
     limits: Limits = field(default_factory=Limits)
 
     def acts_on(self, reference: str) -> tuple[str, str]:

@@ -7,11 +7,12 @@ Owns the rules that need the model's facts (context length, vocabulary) and the 
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from shoal.adapters.blending import Blend
 from shoal.adapters.errors import AdapterNameInvalid, AdapterNotFound
+from shoal.adapters.registry.keys import Limits
 from shoal.server.engine.request import SamplingParams
 from shoal.server.errors import InvalidRequest, ModelNotFound, PromptTooLong
 from shoal.server.http.caller import Caller
@@ -36,7 +37,8 @@ class Job:
         adapter_name: what the client calls it; of a sum, its versions and weights.
         arrival_s: monotonic time.
         deadline_s: monotonic time from which the answer is of no use, or None.
-        tenant, weight: who is charged for it, and at what share (``engine/fairness.py``).
+        tenant: who is charged for it.
+        limits: what the tenant may take, and its share (``engine/fairness.py``).
     """
 
     id: str
@@ -53,7 +55,7 @@ class Job:
     arrival_s: float
     deadline_s: float | None = None
     tenant: str = ""
-    weight: int = 1
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def num_choices(self) -> int:
@@ -134,7 +136,7 @@ async def make_job(
         arrival_s=arrival_s,
         deadline_s=None if body.deadline_ms is None else arrival_s + body.deadline_ms / 1000,
         tenant=caller.owner,
-        weight=caller.weight,
+        limits=caller.limits,
     )
 
 

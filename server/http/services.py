@@ -37,6 +37,7 @@ from shoal.server.errors import (
     UnusableAdapter,
 )
 from shoal.server.http.metrics import Metrics
+from shoal.server.http.quotas import Quotas
 
 if TYPE_CHECKING:  # pulls in the tensor library, which nothing here needs at run time
     from shoal.adapters.blending import Blend
@@ -173,6 +174,7 @@ class Services:
     model_root: str = ""
     keys: KeyBook | None = None
     metrics: Metrics = field(init=False)
+    quotas: Quotas = field(default_factory=lambda: Quotas(time.monotonic), init=False)
     draining: bool = field(default=False, init=False)
     in_flight: int = field(default=0, init=False)
     started: int = field(default_factory=lambda: int(time.time()), init=False)

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -33,7 +34,7 @@ from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.plan import StepPlan
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.http.app import create_app
-from shoal.server.http.services import Services
+from shoal.server.http.services import KeyBook, Services
 from shoal.server.model.fake import FakeRunner
 from shoal.server.model.tokenizer import Tokenizer
 
@@ -254,7 +255,7 @@ class Parts:
 def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
     """``build(max_waiting=1)`` with fields of ``ServeConfig``."""
 
-    def make(**fields: object) -> Parts:
+    def make(library: Any = None, keys: KeyBook | None = None, **fields: object) -> Parts:
         config = ServeConfig(**{"served_model_name": "base", "shutdown_timeout": 0.2, **fields})
         gate = Gate()
         runner = FakeRunner(tokenizer.vocab_size, 16, before_step=gate)
@@ -269,7 +270,7 @@ def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
             max_wait_s=config.max_wait,
         )
         scheduler = Scheduler(limits, SlotTable(1024, 64), frozenset({EOS}))
-        library = MemoryLibrary()
+        library = library or MemoryLibrary()
         services = Services(
             config=config,
             engine=EngineClient(partial(EngineLoop, scheduler, runner)),
@@ -278,6 +279,7 @@ def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
             model_name="base",
             max_model_len=MAX_MODEL_LEN,
             vocab_size=tokenizer.vocab_size,
+            keys=keys,
         )
         return Parts(create_app(services), services, library, runner, gate)
 
