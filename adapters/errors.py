@@ -6,6 +6,7 @@
     ├── AdapterRejected      the upload cannot be served: names the tensor or field, and the rule
     ├── AdapterTooLarge      a byte limit was exceeded
     ├── AdapterNotFound      no such name or version (or not visible to the caller)
+    ├── BlendRefused         these adapters exist, and their sum cannot be served
     ├── AdapterConflict      the name is reserved, or a concurrent change won
     ├── AdapterNameInvalid   the name does not match the naming rule
     └── AdapterQuotaExceeded the owner may not have that much
@@ -38,6 +39,10 @@ class AdapterTooLarge(AdapterError):
 
 class AdapterNotFound(AdapterError):
     """No such adapter or version."""
+
+
+class BlendRefused(AdapterError):
+    """The weighted sum of some adapters cannot be served, however often it is tried."""
 
 
 class AdapterConflict(AdapterError):

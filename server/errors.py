@@ -12,7 +12,7 @@
     │   ├── ModelNotFound         404  neither the base nor an adapter
     │   ├── Conflict              409  contradicts what exists
     │   ├── BodyTooLarge          413  over a byte limit
-    │   ├── UnusableAdapter       422  an upload that cannot be served
+    │   ├── UnusableAdapter       422  an upload, or a blend, that cannot be served
     │   └── Overloaded            429  a queue is full; says when to come back
     └── EngineError               ours to mend (5xx)
         ├── EngineFailure         500  the step that carried this request failed
@@ -73,7 +73,7 @@ class BodyTooLarge(RequestError):
 
 
 class UnusableAdapter(RequestError):
-    """An uploaded adapter cannot be served."""
+    """An uploaded adapter, or a sum of adapters, cannot be served."""
 
 
 class Overloaded(RequestError):

@@ -23,6 +23,7 @@ from shoal.adapters.errors import (
     AdapterQuotaExceeded,
     AdapterRejected,
     AdapterTooLarge,
+    BlendRefused,
 )
 from shoal.adapters.spec import AdapterSpec
 from shoal.server.config import ServeConfig
@@ -41,6 +42,7 @@ from shoal.server.http.metrics import Metrics
 from shoal.server.http.quotas import Quotas
 
 if TYPE_CHECKING:  # pulls in the tensor library, which nothing here needs at run time
+    from shoal.adapters.blending import Blend
     from shoal.adapters.library import AdapterInfo
     from shoal.adapters.registry.keys import Key, Limits
 
@@ -93,6 +95,7 @@ class Library(Protocol):
     ) -> "AdapterInfo": ...
     def resolve(self, model: str, *, owner: str = "") -> "AdapterInfo": ...
     def stage(self, info: "AdapterInfo") -> AdapterSpec: ...
+    def stage_blend(self, blend: "Blend[AdapterInfo]") -> AdapterSpec: ...
     def unstage(self, spec: AdapterSpec) -> None: ...
     def list(self, *, limit: int, after: str | None, prefix: str = "", owner: str = "") -> Page: ...
     def list_shared(self, *, limit: int, after: str | None, owner: str = "") -> Page: ...
@@ -138,6 +141,7 @@ class TextCodec(Protocol):
 _ADAPTER_ERRORS: dict[type[AdapterError], type[ShoalError]] = {
     AdapterRejected: UnusableAdapter,
     AdapterTooLarge: BodyTooLarge,
+    BlendRefused: UnusableAdapter,
     AdapterNotFound: ModelNotFound,
     AdapterConflict: Conflict,
     AdapterNameInvalid: InvalidRequest,
@@ -186,6 +190,7 @@ class Services:
     started: int = field(default_factory=lambda: int(time.time()), init=False)
     _lookups: anyio.CapacityLimiter = field(init=False)
     _loads: anyio.CapacityLimiter = field(init=False)
+    _blends: anyio.CapacityLimiter = field(init=False)
     _texts: anyio.CapacityLimiter = field(init=False)
     _uploads: anyio.CapacityLimiter = field(init=False)
 
@@ -195,6 +200,7 @@ class Services:
         # is what waits for a disk: the first adapter on singular vectors may need gigabytes.
         self._lookups = anyio.CapacityLimiter(8)
         self._loads = anyio.CapacityLimiter(8)
+        self._blends = anyio.CapacityLimiter(8)
         self._texts = anyio.CapacityLimiter(2)
         self._uploads = anyio.CapacityLimiter(2)
 
@@ -205,6 +211,10 @@ class Services:
     async def load(self, call: Callable[[], T]) -> T:
         """Run what may have to read an adapter, or what it needs of the base, in a thread."""
         return await anyio.to_thread.run_sync(call, limiter=self._loads)
+
+    async def compose(self, call: Callable[[], T]) -> T:
+        """The same for a blend. Adapters that are loaded do not wait behind those computed."""
+        return await anyio.to_thread.run_sync(call, limiter=self._blends)
 
     async def tokenize(self, call: Callable[[], T]) -> T:
         """Run the tokenizer on a long text in a thread."""
