@@ -40,6 +40,7 @@ from shoal.server.errors import (
 )
 from shoal.server.http.metrics import Metrics
 from shoal.server.http.quotas import Quotas
+from shoal.server.http.uploads import Uploads
 
 if TYPE_CHECKING:  # pulls in the tensor library, which nothing here needs at run time
     from shoal.adapters.blending import Blend
@@ -184,6 +185,7 @@ class Services:
     model_root: str = ""
     keys: KeyBook | None = None
     metrics: Metrics = field(init=False)
+    uploads: Uploads = field(default_factory=Uploads, init=False)
     quotas: Quotas = field(default_factory=lambda: Quotas(time.monotonic), init=False)
     draining: bool = field(default=False, init=False)
     in_flight: int = field(default=0, init=False)
