@@ -369,7 +369,7 @@ class AdapterLibrary:
             terms = [Term(self._stored(info.digest), weight) for info, weight in blend.parts]
             packed = compose(
                 terms,
-                [f"{info.name}@{info.version}" for info, _ in blend.parts],
+                [f"{info.reference}@{info.version}" for info, _ in blend.parts],
                 blend.digest,
                 Base(self._shape, self._weight_of, self._basis),
                 dtype=self._dtype,
@@ -468,7 +468,7 @@ class AdapterLibrary:
 
 def _largest(blend: Blend[AdapterInfo]) -> str:
     largest, _ = max(blend.parts, key=lambda part: part[0].bytes)
-    return f"{largest.name}@{largest.version}"
+    return f"{largest.reference}@{largest.version}"
 
 
 @contextmanager
