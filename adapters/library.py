@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from shoal.adapters.basis import Basis, BasisStore, load_basis
+from shoal.adapters.basis import Basis, BasisStore
 from shoal.adapters.blending import Blend
 from shoal.adapters.composing import Base, compose
 from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge, BlendRefused
@@ -26,7 +26,7 @@ from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
-from shoal.adapters.registry.keys import Keys
+from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import Places, places
 from shoal.adapters.spec import AdapterSpec, BaseShape, Target
@@ -71,7 +71,6 @@ class AdapterLibrary:
         weight_of: WeightOf,
         canonical: Basis,
         bases: BasisStore,
-        bases_folder: Path,
         host: HostTier,
         on_basis: Callable[[Basis], None],
         dtype: torch.dtype,
@@ -86,7 +85,6 @@ class AdapterLibrary:
         self._weight_of = weight_of
         self._canonical = canonical
         self._bases = bases
-        self._bases_folder = bases_folder
         self._host = host
         self._on_basis = on_basis
         self._dtype = dtype
@@ -125,7 +123,7 @@ class AdapterLibrary:
             registry_url: SQLAlchemy URL of the catalog.
             store_url: fsspec URL of the store; None is the default place.
             shape, weight_of, canonical: the base, its weights and its canonical basis.
-            bases: uploaded bases, in the folder ``places(registry_url, store_url).bases``.
+            bases: uploaded bases, those of ``SharedBases.open(places(registry_url, store_url))``.
             host: where packed adapters live; this library loads and pins, the engine only reads.
             on_basis: told of a basis before an adapter that needs it is in the host tier. May be
                 called again for one it knows, from any thread.
@@ -156,7 +154,6 @@ class AdapterLibrary:
             weight_of=weight_of,
             canonical=canonical,
             bases=bases,
-            bases_folder=where.bases,
             host=host,
             on_basis=on_basis,
             dtype=dtype,
@@ -174,7 +171,14 @@ class AdapterLibrary:
             raise
         return library
 
-    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> AdapterInfo:
+    def upload(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        *,
+        owner: str = "",
+        limits: Limits | None = None,
+    ) -> AdapterInfo:
         """Validate an adapter, store it and make it what ``name`` means.
 
         When this returns, the adapter is durable and the next request can use it. When it raises,
@@ -183,18 +187,21 @@ class AdapterLibrary:
 
         Args:
             files: file name -> where it lies, such as ``adapter_config.json``. Not kept.
+            limits: of adapters and bytes that the owner may have; None is no limit.
 
         Raises:
-            AdapterNameInvalid, AdapterConflict, AdapterRejected, AdapterTooLarge.
+            AdapterNameInvalid, AdapterConflict, AdapterQuotaExceeded, AdapterRejected,
+            AdapterTooLarge.
         """
-        self._registry.claim(name, owner=owner)
+        self._registry.claim(name, owner=owner, limits=limits)
         weights = self._read(files, self._bases)
         content, record, packed = self._prepare(weights)
+        self._registry.claim(name, owner=owner, content=content, limits=limits)
         self._keep_basis(packed.spec)
         self._announce(packed.spec, [weights])
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
-        info = self._registry.publish(name, content, record, owner=owner)
+        info = self._registry.publish(name, content, record, owner=owner, limits=limits)
         log.info("uploaded adapter=%s@%d digest=%s", info.reference, info.version, info.digest)
         return info
 
@@ -439,17 +446,12 @@ class AdapterLibrary:
     def _basis(self, basis_id: str) -> Basis:
         if basis_id == self._canonical.id:
             return self._canonical
-        basis = self._bases.get(basis_id)
+        try:
+            basis = self._bases.find(basis_id, self._shape)
+        except (OSError, AdapterRejected) as error:
+            raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
         if basis is None:
-            # Another process may have accepted it since this one listed the folder.
-            path = self._bases_folder / f"{basis_id}.safetensors"
-            try:
-                basis = load_basis(path, self._shape)
-            except (OSError, AdapterRejected) as error:
-                raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
-            if basis.id != basis_id:
-                raise RecordDamaged(f"basis {basis_id} is damaged: its sha256 is {basis.id}")
-            self._bases.add(basis)
+            raise RecordDamaged(f"basis {basis_id} is missing")
         return basis
 
     def _publish_shipped(self, shipped: Path) -> None:

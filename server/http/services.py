@@ -20,6 +20,7 @@ from shoal.adapters.errors import (
     AdapterError,
     AdapterNameInvalid,
     AdapterNotFound,
+    AdapterQuotaExceeded,
     AdapterRejected,
     AdapterTooLarge,
     BlendRefused,
@@ -33,16 +34,18 @@ from shoal.server.errors import (
     Conflict,
     InvalidRequest,
     ModelNotFound,
+    QuotaExceeded,
     ShoalError,
     UnusableAdapter,
 )
 from shoal.server.http.metrics import Metrics
 from shoal.server.http.quotas import Quotas
+from shoal.server.http.uploads import Uploads
 
 if TYPE_CHECKING:  # pulls in the tensor library, which nothing here needs at run time
     from shoal.adapters.blending import Blend
     from shoal.adapters.library import AdapterInfo
-    from shoal.adapters.registry.keys import Key
+    from shoal.adapters.registry.keys import Key, Limits
 
 T = TypeVar("T")
 
@@ -83,7 +86,14 @@ class Engine(Protocol):
 class Library(Protocol):
     """The part of ``AdapterLibrary`` that HTTP uses: blocking, thread-safe."""
 
-    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> "AdapterInfo": ...
+    def upload(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        *,
+        owner: str = "",
+        limits: "Limits | None" = None,
+    ) -> "AdapterInfo": ...
     def resolve(self, model: str, *, owner: str = "") -> "AdapterInfo": ...
     def stage(self, info: "AdapterInfo") -> AdapterSpec: ...
     def stage_blend(self, blend: "Blend[AdapterInfo]") -> AdapterSpec: ...
@@ -136,6 +146,7 @@ _ADAPTER_ERRORS: dict[type[AdapterError], type[ShoalError]] = {
     AdapterNotFound: ModelNotFound,
     AdapterConflict: Conflict,
     AdapterNameInvalid: InvalidRequest,
+    AdapterQuotaExceeded: QuotaExceeded,
 }
 
 
@@ -174,6 +185,7 @@ class Services:
     model_root: str = ""
     keys: KeyBook | None = None
     metrics: Metrics = field(init=False)
+    uploads: Uploads = field(default_factory=Uploads, init=False)
     quotas: Quotas = field(default_factory=lambda: Quotas(time.monotonic), init=False)
     draining: bool = field(default=False, init=False)
     in_flight: int = field(default=0, init=False)

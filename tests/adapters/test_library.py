@@ -23,6 +23,7 @@ from shoal.adapters.errors import (
     AdapterError,
     AdapterNameInvalid,
     AdapterNotFound,
+    AdapterQuotaExceeded,
     AdapterRejected,
     AdapterTooLarge,
 )
@@ -39,6 +40,7 @@ from shoal.adapters.registry import stored
 from shoal.adapters.registry.archive import export_archive, import_archive
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RecordDamaged
+from shoal.adapters.registry.keys import Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import LocalStore, open_store
 from shoal.adapters.spec import BaseShape, Dims, Family, Target
@@ -234,7 +236,7 @@ def test_a_corrected_adapter_outlives_the_canonical_basis_and_fails_alone_withou
     (places(f"sqlite:///{tmp_path}/registry.db").bases / f"{CANONICAL.id}.safetensors").unlink()
     host = HostTier(1 << 20)
     library = open_library(canonical=other, host=host)
-    with pytest.raises(RecordDamaged, match=f"basis {CANONICAL.id} cannot be read"):
+    with pytest.raises(RecordDamaged, match=f"basis {CANONICAL.id} is missing"):
         library.stage(library.resolve("a"))
     assert len(host) == 0, "what is in the host tier can be staged"
 
@@ -281,7 +283,7 @@ def test_a_damaged_basis_fails_its_own_adapters_alone(open_library: Open, tmp_pa
     path.write_bytes(data)
     told: list[str] = []
     library = open_library(on_basis=lambda basis: told.append(basis.id))
-    with pytest.raises(RecordDamaged, match=f"basis {info.basis_id} is damaged"):
+    with pytest.raises(RecordDamaged, match=f"basis {info.basis_id} cannot be read: .* has sha256"):
         library.stage(library.resolve("a"))
     # Announced under another id, the engine would miss it in a step that others share.
     assert told == []
@@ -403,6 +405,21 @@ def test_what_is_refused_changes_nothing(open_library: Open, tmp_path: Path, fau
     assert not [p for p in (tmp_path / "registry.db.store/records").rglob("*") if p.is_file()]
     with pytest.raises(AdapterNotFound):
         library.resolve("a@1")
+
+
+@pytest.mark.parametrize("limits", [Limits(adapters=0), Limits(bytes=99)])
+def test_what_the_owner_has_no_room_for_changes_nothing(
+    open_library: Open, tmp_path: Path, limits: Limits
+) -> None:
+    host = HostTier(1 << 20)
+    library = open_library(host=host)
+    files = adapter_files(adapter(tmp_path, 1))
+    with pytest.raises(AdapterQuotaExceeded):
+        library.upload("a", files, owner="ann", limits=limits)
+    assert (library.count(owner="ann"), len(host)) == (0, 0)
+    assert not [p for p in (tmp_path / "registry.db.store/records").rglob("*") if p.is_file()]
+    library.upload("a", files, owner="ann", limits=Limits(adapters=1, bytes=1 << 20))
+    library.upload("a", files, owner="ann", limits=limits)  # what it has needs no room
 
 
 @pytest.mark.parametrize("where", ["store", "database"])

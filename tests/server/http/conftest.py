@@ -85,7 +85,7 @@ class MemoryLibrary:
         self.blends: list[Blend[Info]] = []
         self.folders: list[Path] = []
 
-    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> Info:
+    def upload(self, name: str, files: Mapping[str, Path], **whose: Any) -> Info:
         self.folders += [path.parent for path in files.values()]
         if not ADAPTER_NAME.fullmatch(name):
             raise AdapterNameInvalid(f"adapter name {name!r} must match {ADAPTER_NAME.pattern}")
