@@ -1,12 +1,15 @@
 """The library: upload to staged weights, with the real formats, registry and host tier."""
 
 import errno
+import gzip
 import io
 import os
 import random
 import shutil
 import tempfile
 import threading
+import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -657,3 +660,25 @@ def test_an_imported_adapter_is_served_bit_for_bit_also_by_a_running_library(
     spec = running.stage(running.resolve("a"))
     assert torch.equal(before.get(info.digest).data, after.get(info.digest).data)
     running.unstage(spec)
+
+
+def test_archives_that_unpack_to_much_are_refused_and_unpacked_by_nobody(
+    open_library: Open, tmp_path: Path
+) -> None:
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("adapter_model.safetensors", bytes(1 << 24))
+    library = open_library()
+    whole = adapter(tmp_path, 1)
+    for data in (bomb.getvalue(), gzip.compress(bytes(1 << 24)), b"\xff" * 8 + b"{}"):
+        for damaged in ("adapter_config.json", "adapter_model.safetensors"):
+            files = adapter_files(whole) | {damaged: tmp_path / "bomb"}
+            files[damaged].write_bytes(data)
+            tracemalloc.start()
+            try:
+                with pytest.raises(AdapterRejected):
+                    library.upload("a", files)
+                assert tracemalloc.get_traced_memory()[1] < 1 << 22
+            finally:
+                tracemalloc.stop()
+    assert names(library) == []
