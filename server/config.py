@@ -28,8 +28,8 @@ _MAX_PORT = 65535
 ADAPTERS_WANTED = 100_000
 # xformers' paged kernel reads this many tokens at a time.
 _XFORMERS_BLOCK = 64
-_HELPERS_MAX, _CORES_A_HELPER = 4, 4
 _GIB = 1 << 30
+_HELPERS_MAX, _CORES_A_HELPER = 4, 4  # of uploads; cores for each
 
 
 def parse_bytes(text: str) -> int:

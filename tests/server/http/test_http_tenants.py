@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from fastapi import FastAPI
 from tests.server.http.conftest import Parts
 
+from shoal.adapters.blending import Blend
 from shoal.adapters.registry.catalog import Content
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import open_store
 from shoal.adapters.spec import AdapterSpec
+from shoal.server.http.uploads import Uploads
 
 pytestmark = pytest.mark.anyio
 
@@ -42,6 +45,9 @@ class RegistryLibrary:
 
     def stage(self, info: Any) -> AdapterSpec:
         return AdapterSpec(info.digest, "core", info.rank, info.basis_id, info.packed_elements)
+
+    def stage_blend(self, blend: Blend[Any]) -> AdapterSpec:
+        return AdapterSpec(blend.digest, "core", 4, None, 64)
 
     def unstage(self, spec: AdapterSpec) -> None:
         pass
@@ -290,6 +296,27 @@ async def test_a_page_of_models_goes_on_from_ones_own_to_those_shared(house: Ope
             assert seen == every, limit
 
 
+async def test_a_blend_is_of_what_its_caller_sees(house: Open) -> None:
+    async with house() as h:
+        await furnish(h)
+        assert (await h.upload("bob", "song")).status_code == 201
+
+        async def blend(who: str, name: str) -> httpx.Response:
+            parts = [{"name": "song", "weight": 0.5}, {"name": name, "weight": 2}]
+            return await h.ask(who, "POST", "/v1/completions", json=JSON | {"adapters": parts})
+
+        response = await blend("bob", "ann/poem@1")
+        assert response.headers["x-shoal-adapter"] == "song@1*0.5,ann/poem@1*2"
+        answers = []
+        for reference in ("ann/diary", "ann/dairy", "eve/diary", "poem"):
+            refused = await blend("bob", reference)
+            answers.append((refused.status_code, refused.text.replace(reference, "NAME")))
+        assert len(set(answers)) == 1
+        assert answers[0][0] == 404
+        # Bob's song is as little there for Ann.
+        assert (await blend("ann", "poem")).json()["error"]["param"] == "adapters[0].name"
+
+
 async def test_a_share_ends_when_it_is_taken_back(house: Open) -> None:
     async with house() as h:
         await furnish(h)
@@ -404,6 +431,7 @@ async def test_a_tenant_has_no_more_than_its_keys_limits(house: Open) -> None:
             ("often", Limits(requests_per_minute=2)),
             ("much", Limits(tokens_per_minute=10)),
             ("shut", Limits(concurrent_requests=0)),
+            ("small", Limits(adapters=1, bytes=9)),
         ):
             h.secrets[who] = h.keys.create(role="tenant", owner=who, limits=limits)[1]
         assert (await h.complete("often", "base")).status_code == 200
@@ -417,8 +445,52 @@ async def test_a_tenant_has_no_more_than_its_keys_limits(house: Open) -> None:
         assert [(await h.complete("much", "base")).status_code for _ in range(3)] == [200, 200, 429]
         assert (await h.complete("shut", "base")).status_code == 429
         assert (await h.complete("ann", "base")).status_code == 200
+        assert (await h.upload("small", "one", b"123")).status_code == 201
+        assert (await h.upload("small", "two", b"123")).status_code == 403
+        assert (await h.upload("small", "one", b"12345")).status_code == 403, "bytes of both"
+        assert (await h.upload("admin", "small/two", b"123")).status_code == 201
         # Whatever became of a request, it is no longer in progress.
         assert not any(account.started for account in h.parts.services.quotas._owners.values())
+
+
+async def test_uploads_under_way_are_bounded_for_all_and_for_each(house: Open) -> None:
+    arrived = anyio.Event()
+    go_on = anyio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"--b\r\n"
+        arrived.set()
+        await go_on.wait()
+        yield b"--b--\r\n"
+
+    async with house() as h:
+        await furnish(h)
+        h.parts.services.uploads = Uploads(most=2, most_of_one=1)
+        statuses: dict[str, int] = {}
+
+        async def upload(who: str) -> None:
+            headers = {"Authorization": f"Bearer {h.secrets[who]}"} | {
+                "content-type": "multipart/form-data; boundary=b"
+            }
+            answer = await h.client.post("/v1/adapters", content=slowly(), headers=headers)
+            statuses[who] = answer.status_code
+
+        async with anyio.create_task_group() as tasks:
+            for who in ("ann", "bob"):
+                tasks.start_soon(upload, who)
+            await arrived.wait()
+            for _ in range(100):
+                if h.parts.services.uploads.under_way == 2:
+                    break
+                await anyio.sleep(0.05)
+            for who in ("ann", "admin"):
+                refused = await h.upload(who, "more")
+                assert refused.status_code == 429
+                assert refused.headers["retry-after"] == "1"
+            go_on.set()
+        assert statuses == {"ann": 400, "bob": 400}  # there was nothing in them
+        assert h.parts.services.uploads.under_way == 0
+        assert (await h.upload("ann", "more")).status_code == 201
 
 
 async def test_a_tenants_prompt_is_not_found_in_anothers_cache(house: Open) -> None:
