@@ -8,6 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -91,6 +92,8 @@ async def _answer(base_url: str, api_key: str | None, body: bytes, arrivals: lis
                 raise ServerError(chunk.decode(errors="replace")[:300])
     finally:
         writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
 
 
 def _head(host: str, path: str, api_key: str | None, length: int) -> bytes:
