@@ -19,6 +19,7 @@ from shoal.adapters.basis import Basis, BasisStore, load_basis
 from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
+from shoal.adapters.layouts import Layouts
 from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
@@ -88,6 +89,7 @@ class AdapterLibrary:
         self._max_bases = max_bases
         self._spectral = spectral
         self._on_spectral = on_spectral
+        self._layouts = Layouts(shape, dtype)
         self._loading = _KeyedLocks()
 
     @classmethod
@@ -299,12 +301,18 @@ class AdapterLibrary:
         if self._host.pin(info.digest):
             return  # another thread loaded it while we waited
         record = self._registry.read(info.digest)
+        weights = None
         try:
-            weights = from_record(record, self._shape)
+            packed = self._layouts.pack(record, info.digest)
+            if packed is None:
+                weights = from_record(record, self._shape)
         except AdapterRejected as error:
             # It was accepted once, so this is not the caller's mistake.
             raise RecordDamaged(f"record {info.digest} is unusable: {error}") from error
-        packed = self._pack(weights, info.digest)
+        if packed is None:
+            assert weights is not None
+            packed = self._pack(weights, info.digest)
+            self._layouts.learn(record, weights, packed)
         self._announce(packed.spec, weights)
         self._host.put(packed, pin=True)
 
@@ -318,10 +326,11 @@ class AdapterLibrary:
             with _disk_failures():
                 self._bases.add(self._canonical)
 
-    def _announce(self, spec: AdapterSpec, weights: AdapterWeights) -> None:
+    def _announce(self, spec: AdapterSpec, weights: AdapterWeights | None) -> None:
         """Give the bases that an adapter needs to whoever multiplies by them.
 
-        Always before it enters the host tier: whatever is in there can be staged as it is.
+        Always before it enters the host tier: whatever is in there can be staged as it is. A
+        ``core`` adapter's weights need not be known.
         """
         for section in spec.sections:
             if section.kind == "core" and section.basis_id is not None:
@@ -333,6 +342,7 @@ class AdapterLibrary:
                     )
                 self._on_basis(basis)
             if section.kind == "spectral":
+                assert weights is not None
                 self._announce_vectors(section.basis_id, weights, spec.digest)
 
     def _announce_vectors(self, basis_id: str | None, weights: AdapterWeights, digest: str) -> None:
