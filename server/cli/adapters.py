@@ -1,6 +1,6 @@
 """``shoal adapters ...``: manage the adapters of a running server over HTTP.
 
-``check`` and ``convert`` work on files; ``export`` and ``import`` on a registry, and so do ``list``,
+``check`` and ``convert`` work on files; ``export`` and ``import`` on a registry, as do ``list``,
 ``show``, ``activate`` and ``rm`` when given ``--registry``. They need no server: see their modules.
 """
 
