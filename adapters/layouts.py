@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from shoal.adapters.errors import AdapterRejected
-from shoal.adapters.families import core
 from shoal.adapters.formats.container import parse_header
-from shoal.adapters.packing import PackedAdapter
+from shoal.adapters.packing import PackedAdapter, pack_adapter
 from shoal.adapters.spec import AdapterSpec, BaseShape
 from shoal.adapters.weights import AdapterWeights
 
@@ -113,9 +112,7 @@ class Layouts:
         return PackedAdapter(replace(layout.spec, digest=digest), data)
 
     def _packed(self, weights: AdapterWeights) -> Tensor:
-        out = torch.empty(core.packed_elements(self._shape, weights.rank), dtype=torch.float64)
-        core.pack(weights, self._shape, out)
-        return out
+        return pack_adapter(weights, self._shape, "", torch.float64).data
 
 
 def _start(record: bytes) -> int:

@@ -9,14 +9,16 @@ a caller can see. Knows nothing of HTTP, the engine or the device.
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from shoal.adapters.basis import Basis, BasisStore, load_basis
-from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
+from shoal.adapters.basis import Basis, BasisStore
+from shoal.adapters.blending import Blend
+from shoal.adapters.composing import Base, compose
+from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge, BlendRefused
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.layouts import Layouts
@@ -25,12 +27,13 @@ from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
+from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import Places, places
 from shoal.adapters.spec import AdapterSpec, BaseShape, Target
 from shoal.adapters.spectral_basis import SpectralBasis
 from shoal.adapters.spectral_probe import ERROR_MAX, changed_target
-from shoal.adapters.weights import AdapterWeights, WeightOf
+from shoal.adapters.weights import AdapterWeights, Term, WeightOf
 
 __all__ = [
     "AdapterInfo",
@@ -43,6 +46,8 @@ __all__ = [
 
 # How many bases uploads may bring beside the canonical one: each widens the base's GEMMs.
 UPLOADED_BASES_MAX = 4
+# How many blends are composed at a time; those that are resident wait for nobody.
+COMPOSING_MAX = 2
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +58,8 @@ OnSpectral = Callable[[SpectralBasis, Collection[Target]], None]
 
 class AdapterLibrary:
     """The adapters of one base. All methods block and are thread-safe; see ``open``.
+
+    ``owner`` is on whose behalf a method is called: see ``Registry``.
 
     Besides what each method names, all may raise ``RegistryError`` (database or store failed).
     """
@@ -65,7 +72,6 @@ class AdapterLibrary:
         weight_of: WeightOf,
         canonical: Basis,
         bases: BasisStore,
-        bases_folder: Path,
         host: HostTier,
         on_basis: Callable[[Basis], None],
         dtype: torch.dtype,
@@ -80,7 +86,6 @@ class AdapterLibrary:
         self._weight_of = weight_of
         self._canonical = canonical
         self._bases = bases
-        self._bases_folder = bases_folder
         self._host = host
         self._on_basis = on_basis
         self._dtype = dtype
@@ -91,6 +96,7 @@ class AdapterLibrary:
         self._on_spectral = on_spectral
         self._layouts = Layouts(shape, dtype)
         self._loading = _KeyedLocks()
+        self._composing = threading.BoundedSemaphore(COMPOSING_MAX)
 
     @classmethod
     def open(
@@ -119,7 +125,7 @@ class AdapterLibrary:
             registry_url: SQLAlchemy URL of the catalog.
             store_url: fsspec URL of the store; None is the default place.
             shape, weight_of, canonical: the base, its weights and its canonical basis.
-            bases: uploaded bases, in the folder ``places(registry_url, store_url).bases``.
+            bases: uploaded bases, those of ``SharedBases.open(places(registry_url, store_url))``.
             host: where packed adapters live; this library loads and pins, the engine only reads.
             on_basis: told of a basis before an adapter that needs it is in the host tier. May be
                 called again for one it knows, from any thread.
@@ -150,7 +156,6 @@ class AdapterLibrary:
             weight_of=weight_of,
             canonical=canonical,
             bases=bases,
-            bases_folder=where.bases,
             host=host,
             on_basis=on_basis,
             dtype=dtype,
@@ -168,7 +173,14 @@ class AdapterLibrary:
             raise
         return library
 
-    def upload(self, name: str, files: Mapping[str, Path]) -> AdapterInfo:
+    def upload(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        *,
+        owner: str = "",
+        limits: Limits | None = None,
+    ) -> AdapterInfo:
         """Validate an adapter, store it and make it what ``name`` means.
 
         When this returns, the adapter is durable and the next request can use it. When it raises,
@@ -177,19 +189,22 @@ class AdapterLibrary:
 
         Args:
             files: file name -> where it lies, such as ``adapter_config.json``. Not kept.
+            limits: of adapters and bytes that the owner may have; None is no limit.
 
         Raises:
-            AdapterNameInvalid, AdapterConflict, AdapterRejected, AdapterTooLarge.
+            AdapterNameInvalid, AdapterConflict, AdapterQuotaExceeded, AdapterRejected,
+            AdapterTooLarge.
         """
-        self._registry.claim(name)
+        self._registry.claim(name, owner=owner, limits=limits)
         weights = self._read(files, self._bases)
         content, record, packed = self._prepare(weights)
+        self._registry.claim(name, owner=owner, content=content, limits=limits)
         self._keep_basis(packed.spec)
-        self._announce(packed.spec, weights)
+        self._announce(packed.spec, [weights])
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
-        info = self._registry.publish(name, content, record)
-        log.info("uploaded adapter=%s@%d digest=%s", info.name, info.version, info.digest)
+        info = self._registry.publish(name, content, record, owner=owner, limits=limits)
+        log.info("uploaded adapter=%s@%d digest=%s", info.reference, info.version, info.digest)
         return info
 
     def check(self, files: Mapping[str, Path]) -> AdapterWeights:
@@ -208,9 +223,9 @@ class AdapterLibrary:
         self._prepare(weights)
         return weights
 
-    def resolve(self, model: str) -> AdapterInfo:
+    def resolve(self, model: str, *, owner: str = "") -> AdapterInfo:
         """What ``name`` or ``name@version`` means now, or AdapterNotFound."""
-        return self._registry.resolve(model)
+        return self._registry.resolve(model, owner=owner)
 
     def stage(self, info: AdapterInfo) -> AdapterSpec:
         """Have the adapter packed and pinned in the host tier; ``unstage`` it once afterwards.
@@ -227,30 +242,74 @@ class AdapterLibrary:
         self._registry.note_use(info)
         return self._host.get(info.digest).spec
 
+    def stage_blend(self, blend: Blend[AdapterInfo]) -> AdapterSpec:
+        """As ``stage``, a weighted sum; composed once, however many ask.
+
+        Its adapters are read from the store and are not put in the host tier: the sum is rounded
+        once, from what they are there.
+
+        Raises:
+            BlendRefused: it cannot be served.
+            AdapterTooLarge, RecordDamaged: as ``stage``.
+        """
+        if not self._host.pin(blend.digest):
+            with self._loading.held(blend.digest):
+                self._compose_and_pin(blend)
+        for info, _ in blend.parts:
+            self._registry.note_use(info)
+        return self._host.get(blend.digest).spec
+
     def unstage(self, spec: AdapterSpec) -> None:
         """Undo one ``stage``: the host tier may forget the adapter when nobody else needs it."""
         self._host.unpin(spec.digest)
 
-    def list(self, *, limit: int, after: str | None = None, prefix: str = "") -> Page:
+    def list(
+        self, *, limit: int, after: str | None = None, prefix: str = "", owner: str = ""
+    ) -> Page:
         """Active versions by name, at most ``limit`` (from 1) behind ``after``; and the next
         ``after``, or None at the end. AdapterNameInvalid when ``after`` is not a name."""
-        return self._registry.page(limit=limit, after=after, prefix=prefix)
+        return self._registry.page(limit=limit, after=after, prefix=prefix, owner=owner)
 
-    def versions(self, name: str) -> History:
+    def list_shared(self, *, limit: int, after: str | None = None, owner: str = "") -> Page:
+        """As ``list``, what others share with ``owner``; ``after`` is ``owner/name``."""
+        return self._registry.shared_page(limit=limit, after=after, owner=owner)
+
+    def versions(self, name: str, *, owner: str = "") -> History:
         """Every version of ``name``, oldest first, or AdapterNotFound."""
-        return self._registry.versions(name)
+        return self._registry.versions(name, owner=owner)
 
-    def activate(self, name: str, version: int) -> AdapterInfo:
+    def activate(self, name: str, version: int, *, owner: str = "") -> AdapterInfo:
         """Let ``name`` mean ``version``, or AdapterNotFound."""
-        return self._registry.activate(name, version)
+        return self._registry.activate(name, version, owner=owner)
 
-    def delete(self, name: str) -> None:
+    def tag(self, name: str, tags: Mapping[str, str], *, owner: str = "") -> AdapterInfo:
+        """Give ``name`` these tags and no others, or AdapterNotFound, AdapterRejected."""
+        return self._registry.tag(name, tags, owner=owner)
+
+    def share(self, name: str, grantee: str | None, *, owner: str) -> None:
+        """Let ``grantee``, or everybody, see ``name``, or AdapterNotFound, AdapterRejected."""
+        self._registry.share(name, grantee, owner=owner)
+
+    def unshare(self, name: str, grantee: str | None, *, owner: str) -> None:
+        """Undo ``share``, or AdapterNotFound, AdapterRejected."""
+        self._registry.unshare(name, grantee, owner=owner)
+
+    def grantees(self, name: str, *, owner: str) -> Sequence[str | None]:
+        """With whom ``name`` is shared; None is everybody. AdapterNotFound."""
+        return self._registry.grantees(name, owner=owner)
+
+    def delete(self, name: str, *, owner: str = "") -> None:
         """Forget ``name`` and its versions, or AdapterNotFound. Running requests are not harmed."""
-        self._registry.delete(name)
+        self._registry.delete(name, owner=owner)
 
-    def count(self) -> int:
-        """How many names there are."""
-        return self._registry.count()
+    def count(self, *, owner: str = "") -> int:
+        """How many names ``owner`` has."""
+        return self._registry.count(owner=owner)
+
+    @property
+    def keys(self) -> Keys:
+        """The API keys of those who work with the adapters."""
+        return self._registry.keys
 
     def close(self) -> None:
         """Close the database. Nothing may be called afterwards."""
@@ -301,20 +360,46 @@ class AdapterLibrary:
         if self._host.pin(info.digest):
             return  # another thread loaded it while we waited
         record = self._registry.read(info.digest)
-        weights = None
-        try:
+        parts: list[AdapterWeights] = []
+        with _unusable(info.digest):
             packed = self._layouts.pack(record, info.digest)
-            if packed is None:
-                weights = from_record(record, self._shape)
-        except AdapterRejected as error:
-            # It was accepted once, so this is not the caller's mistake.
-            raise RecordDamaged(f"record {info.digest} is unusable: {error}") from error
         if packed is None:
-            assert weights is not None
+            with _unusable(info.digest):
+                weights = from_record(record, self._shape)
             packed = self._pack(weights, info.digest)
             self._layouts.learn(record, weights, packed)
-        self._announce(packed.spec, weights)
+            parts.append(weights)
+        self._announce(packed.spec, parts)
         self._host.put(packed, pin=True)
+
+    def _compose_and_pin(self, blend: Blend[AdapterInfo]) -> None:
+        if self._host.pin(blend.digest):
+            return  # another thread composed it while we waited
+        # So that those composed at a time take at most as much again as the host tier.
+        size, most = sum(info.bytes for info, _ in blend.parts), self._host.capacity_bytes
+        most //= COMPOSING_MAX
+        if size > most:
+            raise BlendRefused(
+                f"the blend's adapters take {size} bytes together, this server blends up to "
+                f"{most}; {_largest(blend)} is the largest"
+            )
+        with self._composing:
+            terms = [Term(self._stored(info.digest), weight) for info, weight in blend.parts]
+            packed = compose(
+                terms,
+                [f"{info.reference}@{info.version}" for info, _ in blend.parts],
+                blend.digest,
+                Base(self._shape, self._weight_of, self._basis),
+                dtype=self._dtype,
+                max_bytes=self._max_packed_bytes,
+            )
+            self._announce(packed.spec, [weights for weights, _ in terms])
+        self._host.put(packed, pin=True)
+
+    def _stored(self, digest: str) -> AdapterWeights:
+        record = self._registry.read(digest)
+        with _unusable(digest):
+            return from_record(record, self._shape)
 
     def _keep_basis(self, spec: AdapterSpec) -> None:
         """Keep the canonical basis with the first adapter on it.
@@ -326,11 +411,13 @@ class AdapterLibrary:
             with _disk_failures():
                 self._bases.add(self._canonical)
 
-    def _announce(self, spec: AdapterSpec, weights: AdapterWeights | None) -> None:
+    def _announce(self, spec: AdapterSpec, parts: Sequence[AdapterWeights]) -> None:
         """Give the bases that an adapter needs to whoever multiplies by them.
 
-        Always before it enters the host tier: whatever is in there can be staged as it is. A
-        ``core`` adapter's weights need not be known.
+        Args:
+            parts: what it was packed from; what is ``core`` alone need not be among them.
+
+        Always before it enters the host tier: whatever is in there can be staged as it is.
         """
         for section in spec.sections:
             if section.kind == "core" and section.basis_id is not None:
@@ -341,9 +428,9 @@ class AdapterLibrary:
                         f"which has {basis.rank}"
                     )
                 self._on_basis(basis)
-            if section.kind == "spectral":
-                assert weights is not None
-                self._announce_vectors(section.basis_id, weights, spec.digest)
+        for weights in parts:
+            if weights.family == "spectral":
+                self._announce_vectors(weights.basis_id, weights, spec.digest)
 
     def _announce_vectors(self, basis_id: str | None, weights: AdapterWeights, digest: str) -> None:
         basis = self._spectral
@@ -366,17 +453,12 @@ class AdapterLibrary:
     def _basis(self, basis_id: str) -> Basis:
         if basis_id == self._canonical.id:
             return self._canonical
-        basis = self._bases.get(basis_id)
+        try:
+            basis = self._bases.find(basis_id, self._shape)
+        except (OSError, AdapterRejected) as error:
+            raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
         if basis is None:
-            # Another process may have accepted it since this one listed the folder.
-            path = self._bases_folder / f"{basis_id}.safetensors"
-            try:
-                basis = load_basis(path, self._shape)
-            except (OSError, AdapterRejected) as error:
-                raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
-            if basis.id != basis_id:
-                raise RecordDamaged(f"basis {basis_id} is damaged: its sha256 is {basis.id}")
-            self._bases.add(basis)
+            raise RecordDamaged(f"basis {basis_id} is missing")
         return basis
 
     def _publish_shipped(self, shipped: Path) -> None:
@@ -394,12 +476,26 @@ class AdapterLibrary:
                 log.info("shipped adapter=%s@%d", info.name, info.version)
 
 
+def _largest(blend: Blend[AdapterInfo]) -> str:
+    largest, _ = max(blend.parts, key=lambda part: part[0].bytes)
+    return repr(f"{largest.reference}@{largest.version}")
+
+
 @contextmanager
 def _disk_failures() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise RegistryUnavailable(f"a file could not be read or written: {error}") from error
+
+
+@contextmanager
+def _unusable(digest: str) -> Iterator[None]:
+    """A stored record was accepted once, so what is wrong with it is not the caller's mistake."""
+    try:
+        yield
+    except AdapterRejected as error:
+        raise RecordDamaged(f"record {digest} is unusable: {error}") from error
 
 
 class _KeyedLocks:

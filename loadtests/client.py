@@ -157,9 +157,7 @@ async def _events(
             text = (await answer.aread()).decode(errors="replace")
             raise ServerError(f"HTTP {answer.status_code}: {text[:300]}")
         served = answer.headers.get(ADAPTER_HEADER)
-        # What is asked for may name its owner as well.
-        asked = (adapter or "").rpartition("/")[2]
-        if served is not None and asked not in (served, served.partition("@")[0]):
+        if served is not None and adapter not in (served, served.partition("@")[0]):
             raise ServerError(f"asked for {adapter}, the answer is {served}'s")
         async for line in answer.aiter_lines():
             if not line.startswith("data: "):

@@ -21,6 +21,7 @@ from shoal.adapters.basis import Basis, BasisStore, canonical_basis, canonical_p
 from shoal.adapters.families import core
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterLibrary, places
+from shoal.adapters.registry.shared_bases import SharedBases
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape
 from shoal.adapters.spectral_basis import SpectralBasis
@@ -142,6 +143,7 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
             config=config,
             engine=EngineClient(_engine_loop(config, plan, decoder, bank, host, runner)),
             library=library,
+            keys=library.keys,
             tokenizer=tokenizer,
             model_name=config.base_name,
             model_root=config.model,
@@ -259,7 +261,8 @@ def _open_library(
     registry_url = config.registry_url
     if config.registry is None:
         platformdirs.user_data_path("shoal").mkdir(parents=True, exist_ok=True)
-    bases = BasisStore(places(registry_url, config.store).bases)
+    shared = SharedBases.open(places(registry_url, config.store))
+    bases = BasisStore(shared.folder, shared)
     dummy = config.load_format == "dummy"
     if not dummy:
         # Kept beside the adapters that are written in it: should this machine's cache be lost and

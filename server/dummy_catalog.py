@@ -57,6 +57,7 @@ def _insert(connection: Connection, rows: int) -> None:
         f"INSERT INTO shares (owner, name, grantee) SELECT '{OWNER}', {name}, '{READER}' "
         f"FROM {series} WHERE n % {SHARED} = 0",
         f"INSERT INTO totals (owner, base_digest, names) VALUES ('{OWNER}', '{BASE}', {rows})",
+        f"INSERT INTO owners (owner, names, bytes) VALUES ('{OWNER}', {rows}, {7000 * rows})",
     ):
         connection.execute(text(statement))
     if not sqlite:

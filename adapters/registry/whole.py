@@ -30,17 +30,22 @@ class WholeCatalog:
         with self._database.read() as connection:
             return set(connection.execute(query).scalars())
 
-    def all(self, *, prefix: str = "") -> Iterator[tuple[str, AdapterInfo]]:
+    def all(
+        self, *, prefix: str = "", owner: str | None = None
+    ) -> Iterator[tuple[str, AdapterInfo]]:
         """Base digest and active version of every adapter, by base, owner and name.
 
         Args:
             prefix: only names that begin so, whoever owns them.
+            owner: only this one's; None is everybody's.
         """
         query = select(TOTALS.c.base_digest, TOTALS.c.owner).where(TOTALS.c.names > 0)
+        if owner is not None:
+            query = query.where(TOTALS.c.owner == owner)
         with self._database.read() as connection:
             groups = connection.execute(query.order_by(*query.selected_columns)).all()
-        for base_digest, owner in groups:
-            catalog = Catalog(self._database, base_digest=base_digest, owner=owner)
+        for base_digest, whose in groups:
+            catalog = Catalog(self._database, base_digest=base_digest, owner=whose)
             after: str | None = None
             while True:
                 infos, after = catalog.page(limit=PAGE_MAX, after=after, prefix=prefix)

@@ -30,6 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from shoal.adapters.registry.errors import RegistryError
     from shoal.adapters.registry.whole import WholeCatalog
 
+    if getattr(args, "shared", False):
+        print("error: --shared is of a key's owner: with --registry everything is", file=sys.stderr)
+        return 2
     try:
         file = sqlite_file(args.registry)
         if file is not None and not file.exists():  # opening would make one
@@ -49,17 +52,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def line(adapter: dict[str, Any], mark: str = "", base: str = "") -> str:
-    """One version for people; of an owner's, ``owner/name``.
+    """One version for people.
 
     Args:
         adapter: as ``GET /v1/adapters`` describes it.
         base: digest of its base, shown when given.
     """
-    owner = f"{adapter['owner']}/" if adapter.get("owner") else ""
     created = adapter.get("created")
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(created)) if created else ""
     return (
-        f"{mark}{owner}{adapter['name']}@{adapter['version']}  {adapter['family']} "
+        f"{mark}{adapter['name']}@{adapter['version']}  {adapter['family']} "
         f"r={adapter['rank']}  {adapter['bytes']} bytes  {adapter['digest'][:12]}  "
         + "  ".join(filter(None, (base and f"base {base[:12]}", when)))
     ).rstrip()
@@ -68,7 +70,7 @@ def line(adapter: dict[str, Any], mark: str = "", base: str = "") -> str:
 def _list(catalog: "WholeCatalog", args: argparse.Namespace) -> None:
     several = len(catalog.bases()) > 1
     found = False
-    for base_digest, info in catalog.all(prefix=args.prefix):
+    for base_digest, info in catalog.all(prefix=args.prefix, owner=args.owner):
         found = True
         print(line(_as_json(info), base=base_digest if several else ""))
     if not found:
@@ -98,5 +100,5 @@ _VERBS: dict[str, Callable[["WholeCatalog", argparse.Namespace], None]] = {
 
 
 def _as_json(info: "AdapterInfo") -> dict[str, Any]:
-    fields = ("owner", "name", "version", "family", "rank", "bytes", "digest", "created")
-    return {name: getattr(info, name) for name in fields}
+    fields = ("version", "family", "rank", "bytes", "digest", "created")
+    return {"name": info.reference, **{name: getattr(info, name) for name in fields}}

@@ -9,6 +9,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from shoal.adapters.blending import PARTS_MAX, WEIGHT_MAX
+from shoal.adapters.registry.names import TAGS_MAX
 from shoal.server.errors import InvalidRequest
 from shoal.server.http.fields import (
     CHOICES_MAX,
@@ -40,6 +42,13 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+class BlendPart(Body):
+    """One adapter of ``adapters``, and how much of it."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    weight: Annotated[float, Field(ge=-WEIGHT_MAX, le=WEIGHT_MAX)]
+
+
 class Sampling(Body):
     """The fields that chat and plain completions share."""
 
@@ -47,6 +56,8 @@ class Sampling(Body):
     neutral = NEUTRAL
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
+    # Ours: a weighted sum of adapters in place of one as the model.
+    adapters: Annotated[list[BlendPart], Field(min_length=1, max_length=PARTS_MAX)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
@@ -225,6 +236,12 @@ class ActivateRequest(Body):
     """``POST /v1/adapters/{name}/activate``."""
 
     version: Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class TagsRequest(Body):
+    """``PUT /v1/adapters/{name}/tags``; what may be in it is the registry's rule."""
+
+    tags: Annotated[dict[str, str], Field(max_length=TAGS_MAX)]
 
 
 class LoadLoraRequest(Body):

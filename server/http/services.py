@@ -20,8 +20,10 @@ from shoal.adapters.errors import (
     AdapterError,
     AdapterNameInvalid,
     AdapterNotFound,
+    AdapterQuotaExceeded,
     AdapterRejected,
     AdapterTooLarge,
+    BlendRefused,
 )
 from shoal.adapters.spec import AdapterSpec
 from shoal.server.config import ServeConfig
@@ -32,15 +34,22 @@ from shoal.server.errors import (
     Conflict,
     InvalidRequest,
     ModelNotFound,
+    QuotaExceeded,
     ShoalError,
     UnusableAdapter,
 )
 from shoal.server.http.metrics import Metrics
+from shoal.server.http.quotas import Quotas
+from shoal.server.http.uploads import Uploads
 
 if TYPE_CHECKING:  # pulls in the tensor library, which nothing here needs at run time
+    from shoal.adapters.blending import Blend
     from shoal.adapters.library import AdapterInfo
+    from shoal.adapters.registry.keys import Key, Limits
 
 T = TypeVar("T")
+
+Page = tuple[Sequence["AdapterInfo"], str | None]
 
 _POLL_S = 0.02
 
@@ -77,17 +86,36 @@ class Engine(Protocol):
 class Library(Protocol):
     """The part of ``AdapterLibrary`` that HTTP uses: blocking, thread-safe."""
 
-    def upload(self, name: str, files: Mapping[str, Path]) -> "AdapterInfo": ...
-    def resolve(self, model: str) -> "AdapterInfo": ...
+    def upload(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        *,
+        owner: str = "",
+        limits: "Limits | None" = None,
+    ) -> "AdapterInfo": ...
+    def resolve(self, model: str, *, owner: str = "") -> "AdapterInfo": ...
     def stage(self, info: "AdapterInfo") -> AdapterSpec: ...
+    def stage_blend(self, blend: "Blend[AdapterInfo]") -> AdapterSpec: ...
     def unstage(self, spec: AdapterSpec) -> None: ...
-    def list(
-        self, *, limit: int, after: str | None, prefix: str = ""
-    ) -> "tuple[list[AdapterInfo], str | None]": ...
-    def versions(self, name: str) -> "Sequence[AdapterInfo]": ...
-    def activate(self, name: str, version: int) -> "AdapterInfo": ...
-    def delete(self, name: str) -> None: ...
-    def count(self) -> int: ...
+    def list(self, *, limit: int, after: str | None, prefix: str = "", owner: str = "") -> Page: ...
+    def list_shared(self, *, limit: int, after: str | None, owner: str = "") -> Page: ...
+    def versions(self, name: str, *, owner: str = "") -> "Sequence[AdapterInfo]": ...
+    def activate(self, name: str, version: int, *, owner: str = "") -> "AdapterInfo": ...
+    def tag(self, name: str, tags: Mapping[str, str], *, owner: str = "") -> "AdapterInfo": ...
+    def share(self, name: str, grantee: str | None, *, owner: str) -> None: ...
+    def unshare(self, name: str, grantee: str | None, *, owner: str) -> None: ...
+    def grantees(self, name: str, *, owner: str) -> Sequence[str | None]: ...
+    def delete(self, name: str, *, owner: str = "") -> None: ...
+    def count(self, *, owner: str = "") -> int: ...
+
+
+class KeyBook(Protocol):
+    """The part of ``Keys`` that HTTP uses: blocking, thread-safe."""
+
+    def verify(self, secret: str) -> "Key | None": ...
+    def remembered(self, secret: str) -> "Key | None": ...
+    def exist(self) -> bool: ...
 
 
 class TextStream(Protocol):
@@ -114,9 +142,11 @@ class TextCodec(Protocol):
 _ADAPTER_ERRORS: dict[type[AdapterError], type[ShoalError]] = {
     AdapterRejected: UnusableAdapter,
     AdapterTooLarge: BodyTooLarge,
+    BlendRefused: UnusableAdapter,
     AdapterNotFound: ModelNotFound,
     AdapterConflict: Conflict,
     AdapterNameInvalid: InvalidRequest,
+    AdapterQuotaExceeded: QuotaExceeded,
 }
 
 
@@ -140,6 +170,7 @@ class Services:
 
     Attributes:
         model_name: the base's name in the API.
+        keys: of tenants; None if there can be none.
         model_root: what ``/v1/models`` shows as the base's ``root`` (where it came from).
         vocab_size: token ids of a request are below this.
     """
@@ -152,12 +183,16 @@ class Services:
     max_model_len: int
     vocab_size: int
     model_root: str = ""
+    keys: KeyBook | None = None
     metrics: Metrics = field(init=False)
+    uploads: Uploads = field(default_factory=Uploads, init=False)
+    quotas: Quotas = field(default_factory=lambda: Quotas(time.monotonic), init=False)
     draining: bool = field(default=False, init=False)
     in_flight: int = field(default=0, init=False)
     started: int = field(default_factory=lambda: int(time.time()), init=False)
     _lookups: anyio.CapacityLimiter = field(init=False)
     _loads: anyio.CapacityLimiter = field(init=False)
+    _blends: anyio.CapacityLimiter = field(init=False)
     _texts: anyio.CapacityLimiter = field(init=False)
     _uploads: anyio.CapacityLimiter = field(init=False)
 
@@ -167,6 +202,7 @@ class Services:
         # is what waits for a disk: the first adapter on singular vectors may need gigabytes.
         self._lookups = anyio.CapacityLimiter(8)
         self._loads = anyio.CapacityLimiter(8)
+        self._blends = anyio.CapacityLimiter(8)
         self._texts = anyio.CapacityLimiter(2)
         self._uploads = anyio.CapacityLimiter(2)
 
@@ -177,6 +213,10 @@ class Services:
     async def load(self, call: Callable[[], T]) -> T:
         """Run what may have to read an adapter, or what it needs of the base, in a thread."""
         return await anyio.to_thread.run_sync(call, limiter=self._loads)
+
+    async def compose(self, call: Callable[[], T]) -> T:
+        """The same for a blend. Adapters that are loaded do not wait behind those computed."""
+        return await anyio.to_thread.run_sync(call, limiter=self._blends)
 
     async def tokenize(self, call: Callable[[], T]) -> T:
         """Run the tokenizer on a long text in a thread."""

@@ -74,7 +74,7 @@ def test_failures_are_samples_with_a_reason(response: httpx.Response, says: str)
     [
         ("a", "a@3", True),
         ("a@3", "a@3", True),
-        ("acme/a", "a@1", True),
+        ("acme/a", "acme/a@1", True),
         ("a", None, True),  # another kind of server
         ("a", "b@3", False),
         ("a@2", "a@3", False),

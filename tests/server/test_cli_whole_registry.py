@@ -40,6 +40,9 @@ def test_all_owners_and_bases_are_listed_shown_and_changed(
     assert "base cccccccccccc" in out
     assert main(["adapters", "list", "--prefix", "co", *where]) == 0
     assert said(capsys) == ["coffee@1"]
+    assert main(["adapters", "list", "--owner", "acme", *where]) == 0
+    assert said(capsys) == ["acme/tea@1"]
+    assert main(["adapters", "list", "--shared", *where]) == 2
     assert main(["adapters", "activate", "tea", "1", *where]) == 0
     assert main(["adapters", "show", "tea", *where]) == 0
     assert said(capsys) == ["tea@1", "*tea@1", "tea@2"]
