@@ -310,16 +310,16 @@ def _import_batch(
             if digest not in digests or digest in found:
                 continue
             try:
-                record = stored.decode(digest, payload, member.name)
+                stored.verify(digest, payload, member.name)
             except RecordDamaged as error:
                 raise AdapterRejected(f"archive: {member.name}", str(error)) from error
             found.add(digest)
-            if len(record) > PACKED_BYTES_MAX:
+            if len(payload) > PACKED_BYTES_MAX:
                 # What is there already is not written again, so nobody may be collecting it.
                 database.transact(partial(garbage.spare, digest=digest, now=time.time()))
-                store.put(digest, record)
+                store.put(digest, stored.decode(digest, payload, member.name))
                 continue
-            small[digest] = record
+            small[digest] = payload
             size += len(payload)
             if size >= BATCH_BYTES:
                 store.put_many(list(small.items()))

@@ -232,9 +232,10 @@ def _replace(database: Database, store: Store, name: str, report: Report, before
             if digest not in wanted:
                 continue
             try:
-                batch[digest] = stored.decode(digest, payload, name)
+                stored.verify(digest, payload, name)
             except RecordDamaged:
                 continue  # if there is no other copy, it is among the damaged
+            batch[digest] = payload
             size += len(payload)
         if size >= BATCH_BYTES:
             keep()
