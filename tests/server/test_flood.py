@@ -147,13 +147,14 @@ class Town:
             door.take()
             scheduler.tick(self.now_s)
             while len(under_way) < 1 + load.lookahead and (plan := scheduler.plan()) is not None:
-                self.seen["loads"] += len(plan.adapter_loads)
+                self.seen["loads"] += len(plan.adapter_loads) + len(plan.prefetches)
                 under_way.append(plan)
             if not under_way:
                 self.now_s = max(self.now_s + STEP_S, calls[0][0])
                 continue
             plan = under_way.popleft()
             self.now_s += STEP_S + TOKEN_S * plan.num_tokens + LOAD_S * len(plan.adapter_loads)
+            self.now_s += LOAD_S * len(plan.prefetches)
             tokens = {row.request_id: GO_ON for row in plan.rows if row.sample}
             for event in scheduler.commit(plan, StepResult(token_ids=tokens)):
                 name = event.request_id
