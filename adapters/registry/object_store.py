@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import fsspec.asyn
@@ -106,6 +107,10 @@ class ObjectStore:
         """See ``Store``."""
         self.packs.forget(name)
         return self._retire(f"{self._root}/packs/{name}", before)
+
+    def leftovers(self, before: float) -> list[Path]:
+        """See ``Store``. Parts of interrupted multipart uploads are for the bucket's rules."""
+        return []
 
     def _retire(self, path: str, before: float) -> bool:
         try:

@@ -159,14 +159,15 @@ class Registry:
         """
         older_than = self._clock() - grace_s
         removed = 0
-        while digests := self._catalog.collectable(older_than):
+        while True:
+            digests = self._catalog.collectable(older_than)
+            # Also of none: it forgets what turned out to be somebody else's, too.
             now_removed = self._catalog.forget(
                 digests, older_than=older_than, remove_bytes=self._store.delete
             )
             removed += now_removed
             if now_removed == 0:
-                break  # another process collects the same ones
-        return removed
+                return removed  # nothing is left, or another process collects the same ones
 
     def count(self) -> int:
         """How many names there are."""
