@@ -9,7 +9,7 @@ a caller can see. Knows nothing of HTTP, the engine or the device.
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
+from shoal.adapters.registry.keys import Keys
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import Places, places
 from shoal.adapters.spec import AdapterSpec, BaseShape, Target
@@ -52,6 +53,8 @@ OnSpectral = Callable[[SpectralBasis, Collection[Target]], None]
 
 class AdapterLibrary:
     """The adapters of one base. All methods block and are thread-safe; see ``open``.
+
+    ``owner`` is on whose behalf a method is called: see ``Registry``.
 
     Besides what each method names, all may raise ``RegistryError`` (database or store failed).
     """
@@ -166,7 +169,7 @@ class AdapterLibrary:
             raise
         return library
 
-    def upload(self, name: str, files: Mapping[str, Path]) -> AdapterInfo:
+    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> AdapterInfo:
         """Validate an adapter, store it and make it what ``name`` means.
 
         When this returns, the adapter is durable and the next request can use it. When it raises,
@@ -179,15 +182,15 @@ class AdapterLibrary:
         Raises:
             AdapterNameInvalid, AdapterConflict, AdapterRejected, AdapterTooLarge.
         """
-        self._registry.claim(name)
+        self._registry.claim(name, owner=owner)
         weights = self._read(files, self._bases)
         content, record, packed = self._prepare(weights)
         self._keep_basis(packed.spec)
         self._announce(packed.spec, weights)
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
-        info = self._registry.publish(name, content, record)
-        log.info("uploaded adapter=%s@%d digest=%s", info.name, info.version, info.digest)
+        info = self._registry.publish(name, content, record, owner=owner)
+        log.info("uploaded adapter=%s@%d digest=%s", info.reference, info.version, info.digest)
         return info
 
     def check(self, files: Mapping[str, Path]) -> AdapterWeights:
@@ -206,9 +209,9 @@ class AdapterLibrary:
         self._prepare(weights)
         return weights
 
-    def resolve(self, model: str) -> AdapterInfo:
+    def resolve(self, model: str, *, owner: str = "") -> AdapterInfo:
         """What ``name`` or ``name@version`` means now, or AdapterNotFound."""
-        return self._registry.resolve(model)
+        return self._registry.resolve(model, owner=owner)
 
     def stage(self, info: AdapterInfo) -> AdapterSpec:
         """Have the adapter packed and pinned in the host tier; ``unstage`` it once afterwards.
@@ -229,26 +232,53 @@ class AdapterLibrary:
         """Undo one ``stage``: the host tier may forget the adapter when nobody else needs it."""
         self._host.unpin(spec.digest)
 
-    def list(self, *, limit: int, after: str | None = None, prefix: str = "") -> Page:
+    def list(
+        self, *, limit: int, after: str | None = None, prefix: str = "", owner: str = ""
+    ) -> Page:
         """Active versions by name, at most ``limit`` (from 1) behind ``after``; and the next
         ``after``, or None at the end. AdapterNameInvalid when ``after`` is not a name."""
-        return self._registry.page(limit=limit, after=after, prefix=prefix)
+        return self._registry.page(limit=limit, after=after, prefix=prefix, owner=owner)
 
-    def versions(self, name: str) -> History:
+    def list_shared(self, *, limit: int, after: str | None = None, owner: str = "") -> Page:
+        """As ``list``, what others share with ``owner``; ``after`` is ``owner/name``."""
+        return self._registry.shared_page(limit=limit, after=after, owner=owner)
+
+    def versions(self, name: str, *, owner: str = "") -> History:
         """Every version of ``name``, oldest first, or AdapterNotFound."""
-        return self._registry.versions(name)
+        return self._registry.versions(name, owner=owner)
 
-    def activate(self, name: str, version: int) -> AdapterInfo:
+    def activate(self, name: str, version: int, *, owner: str = "") -> AdapterInfo:
         """Let ``name`` mean ``version``, or AdapterNotFound."""
-        return self._registry.activate(name, version)
+        return self._registry.activate(name, version, owner=owner)
 
-    def delete(self, name: str) -> None:
+    def tag(self, name: str, tags: Mapping[str, str], *, owner: str = "") -> AdapterInfo:
+        """Give ``name`` these tags and no others, or AdapterNotFound, AdapterRejected."""
+        return self._registry.tag(name, tags, owner=owner)
+
+    def share(self, name: str, grantee: str | None, *, owner: str) -> None:
+        """Let ``grantee``, or everybody, see ``name``, or AdapterNotFound, AdapterRejected."""
+        self._registry.share(name, grantee, owner=owner)
+
+    def unshare(self, name: str, grantee: str | None, *, owner: str) -> None:
+        """Undo ``share``, or AdapterNotFound, AdapterRejected."""
+        self._registry.unshare(name, grantee, owner=owner)
+
+    def grantees(self, name: str, *, owner: str) -> Sequence[str | None]:
+        """With whom ``name`` is shared; None is everybody. AdapterNotFound."""
+        return self._registry.grantees(name, owner=owner)
+
+    def delete(self, name: str, *, owner: str = "") -> None:
         """Forget ``name`` and its versions, or AdapterNotFound. Running requests are not harmed."""
-        self._registry.delete(name)
+        self._registry.delete(name, owner=owner)
 
-    def count(self) -> int:
-        """How many names there are."""
-        return self._registry.count()
+    def count(self, *, owner: str = "") -> int:
+        """How many names ``owner`` has."""
+        return self._registry.count(owner=owner)
+
+    @property
+    def keys(self) -> Keys:
+        """The API keys of those who work with the adapters."""
+        return self._registry.keys
 
     def close(self) -> None:
         """Close the database. Nothing may be called afterwards."""

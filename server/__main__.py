@@ -16,7 +16,8 @@ import shoal
 VERBS = {
     "serve": "serve a base model and its adapters over an OpenAI-style endpoint",
     "train": "train a LoRA-XS, MiSS or LoRA adapter from a JSONL file",
-    "adapters": "list, push, show, activate, rm, check, convert, export or import adapters",
+    "adapters": "list, push, show, activate, share, tag, rm, check, convert, export, import",
+    "keys": "create, list, change or revoke the API keys of a registry",
     "doctor": "check a registry's catalog against its store, and repair it",
     "basis": "export or import the shared basis that LoRA-XS adapters live in",
     "bench": "measure a running server, or the engine alone",

@@ -142,6 +142,7 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
             config=config,
             engine=EngineClient(_engine_loop(config, plan, decoder, bank, host, runner)),
             library=library,
+            keys=library.keys,
             tokenizer=tokenizer,
             model_name=config.base_name,
             model_root=config.model,

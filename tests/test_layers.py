@@ -32,6 +32,7 @@ PURE = (
     "shoal.server.engine.request",
     "shoal.server.engine.scheduler",
     "shoal.server.errors",
+    "shoal.server.http.quotas",
     "shoal.server.model.fake",
 )
 DEVICE = ("torch", "triton", "numpy")

@@ -99,6 +99,11 @@ class AdapterInfo:
     tags: Mapping[str, str] = field(default_factory=dict, hash=False)
     used: float | None = None
 
+    @property
+    def reference(self) -> str:
+        """``owner/name``, or the bare name where there are no owners: unique in the registry."""
+        return f"{self.owner}/{self.name}" if self.owner else self.name
+
 
 # Statements are built once: building one costs more than running it, and every request has one.
 _COLUMNS = (

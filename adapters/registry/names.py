@@ -8,6 +8,8 @@ from shoal.adapters.spec import ADAPTER_NAME
 
 # Stands for all owners in the table of shares; no owner can be called so.
 EVERYBODY = "*"
+# Owns what comes with the software; no key is made for it.
+SHIPPED_OWNER = "shoal"
 
 TAGS_MAX = 16
 TAG_VALUE_MAX = 256

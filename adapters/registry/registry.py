@@ -6,12 +6,14 @@ name refers to, never a name without bytes. Knows nothing of tensors.
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
-from shoal.adapters.errors import AdapterConflict
+from shoal.adapters.errors import AdapterConflict, AdapterNotFound
 from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
 from shoal.adapters.registry.database import Database
-from shoal.adapters.registry.names import not_found, validate_name
+from shoal.adapters.registry.keys import Keys
+from shoal.adapters.registry.names import SHIPPED_OWNER, not_found, validate_name
 from shoal.adapters.registry.store import Store, open_store, places
 from shoal.adapters.registry.usage import UseRecorder
 
@@ -22,9 +24,11 @@ _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class Registry:
-    """Durable adapters of one base, by name and version; thread-safe.
+    """Durable adapters of one base, by owner, name and version; thread-safe.
 
-    Several processes may open one registry; each sees the others' changes at once.
+    Several processes may open one registry; each sees the others' changes at once. Methods that
+    take an ``owner`` do what that owner may do and see, and no more; '' is the only owner while
+    there are no keys. What names and references mean is said in ``catalog.Catalog``.
 
     Args:
         database, store: where it lives; ``close`` closes the database.
@@ -44,10 +48,11 @@ class Registry:
     ) -> None:
         self._database = database
         self._store = store
-        self._catalog = Catalog(database, base_digest=base_digest)
+        self._base_digest = base_digest
         self._reserved_names = reserved_names
         self._clock = clock
         self._uses = UseRecorder(database, clock=clock)
+        self._keys = Keys(database, clock=clock)
 
     @classmethod
     def open(
@@ -72,16 +77,18 @@ class Registry:
             Database(registry_url), store, base_digest=base_digest, reserved_names=reserved_names
         )
 
-    def claim(self, name: str) -> None:
+    def claim(self, name: str, *, owner: str = "") -> None:
         """Check that ``name`` may be uploaded; changes nothing.
 
         Raises:
             AdapterNameInvalid, AdapterConflict: it may not.
         """
         self._check_name(name)
-        self._catalog.claim(name)
+        self._of(owner).claim(name)
 
-    def publish(self, name: str, content: Content, record: bytes) -> AdapterInfo:
+    def publish(
+        self, name: str, content: Content, record: bytes, *, owner: str = ""
+    ) -> AdapterInfo:
         """Make ``record`` the active version of ``name``: durable when this returns.
 
         A record that ``name`` already has is made active as the version it is.
@@ -91,15 +98,22 @@ class Registry:
             RegistryUnavailable: nothing has changed, unless the connection was lost while
                 committing. Publishing the same again is harmless.
         """
-        self.claim(name)
+        self.claim(name, owner=owner)
         self._put(content.digest, record)
-        return self._catalog.publish(name, content, created=self._clock())
+        return self._of(owner).publish(name, content, created=self._clock())
 
     def publish_shipped(self, name: str, content: Content, record: bytes) -> AdapterInfo | None:
-        """Like ``publish``, unless a user changed or deleted ``name``: then None."""
+        """Like ``publish``, unless a user changed or deleted ``name``: then None.
+
+        Also as ``shoal/name``, which everybody sees: who has a key does not see the bare one.
+        """
         self._check_name(name)
         self._put(content.digest, record)
-        return self._catalog.publish_shipped(name, content, created=self._clock())
+        shared = self._of(SHIPPED_OWNER)
+        shared.publish_shipped(name, content, created=self._clock())
+        with suppress(AdapterNotFound):  # an admin may have deleted it
+            shared.share(name, None)
+        return self._of("").publish_shipped(name, content, created=self._clock())
 
     def read(self, digest: str) -> bytes:
         """The record of ``digest``, verified.
@@ -109,8 +123,8 @@ class Registry:
         """
         return self._store.get(digest)
 
-    def resolve(self, model: str) -> AdapterInfo:
-        """What ``name`` (its active version) or ``name@version`` means.
+    def resolve(self, model: str, *, owner: str = "") -> AdapterInfo:
+        """What ``name`` (its active version) or ``name@version`` means to ``owner``.
 
         Each may be ``owner/name`` for an adapter that its owner has shared.
 
@@ -119,31 +133,53 @@ class Registry:
         """
         name, at, number = model.partition("@")
         if not at:
-            return self._catalog.get(name)
+            return self._of(owner).get(name)
         if _VERSION.fullmatch(number) is None:
             raise not_found(model)
-        return self._catalog.get(name, int(number))
+        return self._of(owner).get(name, int(number))
 
     def page(
-        self, *, limit: int, after: str | None = None, prefix: str = ""
+        self, *, limit: int, after: str | None = None, prefix: str = "", owner: str = ""
     ) -> tuple[list[AdapterInfo], str | None]:
         """See ``Catalog.page``."""
-        return self._catalog.page(limit=limit, after=after, prefix=prefix)
+        return self._of(owner).page(limit=limit, after=after, prefix=prefix)
 
-    def versions(self, name: str) -> list[AdapterInfo]:
+    def shared_page(
+        self, *, limit: int, after: str | None = None, owner: str = ""
+    ) -> tuple[list[AdapterInfo], str | None]:
+        """See ``Catalog.shared_page``."""
+        return self._of(owner).shared_page(limit=limit, after=after)
+
+    def versions(self, name: str, *, owner: str = "") -> list[AdapterInfo]:
         """Every version of ``name``, oldest first, or AdapterNotFound."""
-        return self._catalog.versions(name)
+        return self._of(owner).versions(name)
 
-    def activate(self, name: str, version: int) -> AdapterInfo:
+    def activate(self, name: str, version: int, *, owner: str = "") -> AdapterInfo:
         """Let ``name`` mean ``version``, or AdapterNotFound."""
-        return self._catalog.activate(name, version)
+        return self._of(owner).activate(name, version)
 
-    def delete(self, name: str) -> None:
+    def tag(self, name: str, tags: Mapping[str, str], *, owner: str = "") -> AdapterInfo:
+        """See ``Catalog.tag``."""
+        return self._of(owner).tag(name, tags)
+
+    def share(self, name: str, grantee: str | None, *, owner: str) -> None:
+        """See ``Catalog.share``."""
+        self._of(owner).share(name, grantee)
+
+    def unshare(self, name: str, grantee: str | None, *, owner: str) -> None:
+        """See ``Catalog.unshare``."""
+        self._of(owner).unshare(name, grantee)
+
+    def grantees(self, name: str, *, owner: str) -> list[str | None]:
+        """See ``Catalog.grantees``."""
+        return self._of(owner).grantees(name)
+
+    def delete(self, name: str, *, owner: str = "") -> None:
         """Forget ``name``, or AdapterNotFound. Its version numbers are not used again.
 
         The bytes stay until ``collect``, because requests may be running with them.
         """
-        self._catalog.delete(name, now=self._clock())
+        self._of(owner).delete(name, now=self._clock())
 
     def note_use(self, info: AdapterInfo) -> None:
         """The adapter is being used. Does not wait for the database, and never fails."""
@@ -158,33 +194,47 @@ class Registry:
             How many records were removed.
         """
         older_than = self._clock() - grace_s
+        catalog = self._of("")  # garbage is nobody's
         removed = 0
         while True:
-            digests = self._catalog.collectable(older_than)
+            digests = catalog.collectable(older_than)
             # Also of none: it forgets what turned out to be somebody else's, too.
-            now_removed = self._catalog.forget(
+            now_removed = catalog.forget(
+                digests, older_than=older_than, remove_bytes=self._store.delete
+            )
+            removed += now_removed
+            if now_removed == 0:
+                return removed  # nothing is left, or another process collects the same ones
                 digests, older_than=older_than, remove_bytes=self._store.delete
             )
             removed += now_removed
             if now_removed == 0:
                 return removed  # nothing is left, or another process collects the same ones
 
-    def count(self) -> int:
-        """How many names there are."""
-        return self._catalog.count()
+    def count(self, *, owner: str = "") -> int:
+        """How many names ``owner`` has."""
+        return self._of(owner).count()
+
+    @property
+    def keys(self) -> Keys:
+        """The API keys of those who work with the adapters."""
+        return self._keys
 
     def check(self) -> None:
         """See ``Catalog.check``."""
-        self._catalog.check()
+        self._of("").check()
 
     def close(self) -> None:
         """Write what is still to be written and close the database."""
         self._uses.close()
         self._database.close()
 
+    def _of(self, owner: str) -> Catalog:
+        return Catalog(self._database, base_digest=self._base_digest, owner=owner)
+
     def _put(self, digest: str, record: bytes) -> None:
         # First, so that bytes which are there already stay until the name exists.
-        self._catalog.spare(digest, now=self._clock())
+        self._of("").spare(digest, now=self._clock())
         self._store.put(digest, record)
 
     def _check_name(self, name: str) -> None:

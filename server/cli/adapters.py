@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def verb(name: str, help: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=help, description=help, parents=[connection])
 
-    verb("list", "list active adapters").add_argument("--prefix", default="", help="names only")
+    listing = verb("list", "list active adapters")
+    listing.add_argument("--prefix", default="", help="names that begin so")
+    listing.add_argument("--shared", action="store_true", help="what others share with you")
+    listing.add_argument("--owner", help="of this owner, with an admin key")
     push = verb("push", "upload an adapter directory; usable by the next request")
     push.add_argument("name", help="name to serve it under")
     push.add_argument("directory", type=Path, help=f"folder with {' and '.join(FILES)}")
@@ -48,6 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     activate.add_argument("name")
     activate.add_argument("version", type=int)
     verb("rm", "delete an adapter (its name stops resolving)").add_argument("name")
+    tag = verb("tag", "give an adapter these tags and no others; without any, take them away")
+    tag.add_argument("name")
+    tag.add_argument("tags", nargs="*", metavar="KEY=VALUE")
+    for name, help in (
+        ("share", "let another owner use an adapter, as YOU/NAME; without one, say who may"),
+        ("unshare", "undo share"),
+    ):
+        shares = verb(name, help)
+        shares.add_argument("name")
+        shares.add_argument(
+            "owner", nargs="?" if name == "share" else None, help="* is everybody", metavar="OWNER"
+        )
     for name, module in OFFLINE.items():
         module.add_arguments(verbs.add_parser(name, help=module.HELP, description=module.HELP))
     for name, help, add in (
@@ -78,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(client: httpx.Client, args: argparse.Namespace) -> None:
     query = {"prefix": args.prefix} if args.prefix else {}
+    if args.shared:
+        query["shared"] = "true"
+    if args.owner is not None:
+        query["owner"] = args.owner
     while True:
         page = _answer(client.get("/v1/adapters", params=query))
         for adapter in page["data"]:
@@ -86,7 +105,7 @@ def _list(client: httpx.Client, args: argparse.Namespace) -> None:
             print("no adapters", file=sys.stderr)
         if not page.get("has_more"):
             return
-        query["after"] = page["data"][-1]["name"]
+        query["after"] = page["next"]
 
 
 def _push(client: httpx.Client, args: argparse.Namespace) -> None:
@@ -115,14 +134,54 @@ def _rm(client: httpx.Client, args: argparse.Namespace) -> None:
     print(f"deleted {args.name}")
 
 
-_VERBS = {"list": _list, "push": _push, "show": _show, "activate": _activate, "rm": _rm}
+def _tag(client: httpx.Client, args: argparse.Namespace) -> None:
+    pairs = [tag.partition("=") for tag in args.tags]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise CommandError(f"{wrong[0]!r} is no tag: write KEY=VALUE")
+    body = {"tags": {key: value for key, _, value in pairs}}
+    shown = _answer(client.put(f"{_path(args.name)}/tags", json=body))["tags"]
+    print(" ".join(f"{key}={value}" for key, value in shown.items()) or "no tags")
+
+
+def _share(client: httpx.Client, args: argparse.Namespace) -> None:
+    if args.owner is not None:
+        _answer(client.put(_share_path(args)))
+    owners = [share["owner"] for share in _answer(client.get(f"{_path(args.name)}/shares"))["data"]]
+    print(f"{args.name} is shared with " + (", ".join(owners) or "nobody"))
+
+
+def _unshare(client: httpx.Client, args: argparse.Namespace) -> None:
+    _answer(client.delete(_share_path(args)))
+    print(f"{args.name} is no longer shared with {args.owner}")
+
+
+_VERBS = {
+    "list": _list,
+    "push": _push,
+    "show": _show,
+    "activate": _activate,
+    "rm": _rm,
+    "tag": _tag,
+    "share": _share,
+    "unshare": _unshare,
+}
 
 
 def _path(name: str) -> str:
     """Route of one adapter. Checked here, because ``../models`` would name another route."""
-    if not ADAPTER_NAME.fullmatch(name):
-        raise CommandError(f"{name!r} is no adapter name: it must match {ADAPTER_NAME.pattern}")
+    for part in name.split("/", 1):
+        if not ADAPTER_NAME.fullmatch(part):
+            raise CommandError(
+                f"{name!r} is no adapter name: it must match {ADAPTER_NAME.pattern}, and may have"
+                " its owner's name and a / before it"
+            )
     return f"/v1/adapters/{name}"
+
+
+def _share_path(args: argparse.Namespace) -> str:
+    if args.owner != "*" and not ADAPTER_NAME.fullmatch(args.owner):
+        raise CommandError(f"{args.owner!r} is no owner: it must match {ADAPTER_NAME.pattern}")
+    return f"{_path(args.name)}/shares/{args.owner}"
 
 
 def _answer(response: httpx.Response) -> Any:

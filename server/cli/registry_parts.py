@@ -21,10 +21,32 @@ class RegistryParts:
     bases: Path
 
 
+def add_registry_argument(parser: argparse.ArgumentParser) -> None:
+    """Which registry, for a command that needs no stored bytes."""
+    parser.add_argument("--registry", metavar="URL", help="as for serve (default: the same)")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which registry."""
-    parser.add_argument("--registry", metavar="URL", help="as for serve (default: the same)")
+    add_registry_argument(parser)
     parser.add_argument("--store", metavar="URL", help="as for serve (default: the same)")
+
+
+@contextmanager
+def open_database(args: argparse.Namespace) -> "Iterator[Database]":
+    """Open, or create, the database that ``args`` of ``add_registry_argument`` name.
+
+    Raises:
+        RegistryError: it cannot be opened.
+    """
+    from shoal.adapters.registry.database import Database
+    from shoal.server.config import ServeConfig
+
+    database = Database(ServeConfig(registry=args.registry).registry_url)
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 @contextmanager
@@ -34,14 +56,9 @@ def open_parts(args: argparse.Namespace) -> Iterator[RegistryParts]:
     Raises:
         RegistryError: it cannot be opened.
     """
-    from shoal.adapters.registry.database import Database
     from shoal.adapters.registry.store import open_store, places
     from shoal.server.config import ServeConfig
 
-    url = ServeConfig(registry=args.registry).registry_url
-    where = places(url, args.store)
-    database = Database(url)
-    try:
+    where = places(ServeConfig(registry=args.registry).registry_url, args.store)
+    with open_database(args) as database:
         yield RegistryParts(database, open_store(where.store_url), where.bases)
-    finally:
-        database.close()

@@ -29,10 +29,12 @@ def _serve(asked: ServeConfig) -> int:
     from shoal.adapters.library import RegistryError
     from shoal.server.assemble import assemble
     from shoal.server.http.app import create_app
+    from shoal.server.http.auth import check_exposure
     from shoal.server.http.serving import serve
     from shoal.server.model.config import ModelError
 
     try:
+        check_exposure(asked)
         with assemble(asked) as services:
             return serve(create_app(services), services, asked)
     except (ModelError, RegistryError, OSError, ValueError) as problem:

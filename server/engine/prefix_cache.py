@@ -1,9 +1,11 @@
 """Finding KV blocks that already hold the beginning of a prompt.
 
 Pure. Only full blocks are shared. A block's key is a cryptographic hash over its parent's key
-and its tokens, beginning with the adapter's digest: equal keys mean equal adapter *content* and
-equal tokens from position 0 on. Tenants share this cache, so a collision that somebody could
-construct would show them another tenant's text; hence a 256-bit BLAKE2b and not ``hash()``.
+and its tokens, beginning with the tenant and the adapter's digest: equal keys mean the same
+tenant, equal adapter *content* and equal tokens from position 0 on. A tenant does not find
+another's blocks: how long a prompt takes, and ``cached_tokens``, would tell it what others have
+sent. And a collision that somebody could construct would show it another's text; hence a 256-bit
+BLAKE2b and not ``hash()``.
 """
 
 from array import array
@@ -21,10 +23,18 @@ class KeyChain:
     ``token_ids`` is the sequence's own list and may grow at its end.
     """
 
-    def __init__(self, adapter_digest: str, token_ids: Sequence[int], block_tokens: int) -> None:
+    def __init__(
+        self,
+        adapter_digest: str,
+        token_ids: Sequence[int],
+        block_tokens: int,
+        tenant: str = "",
+    ) -> None:
         self._token_ids = token_ids
         self._block_tokens = block_tokens
-        root = blake2b(adapter_digest.encode(), digest_size=_KEY_BYTES, person=b"shoal-adapter")
+        # A NUL is in no digest, so that no two pairs are written alike.
+        whose = f"{adapter_digest}\0{tenant}".encode()
+        root = blake2b(whose, digest_size=_KEY_BYTES, person=b"shoal-adapter")
         self._keys = [root.digest()]
 
     def key(self, index: int) -> bytes:

@@ -82,7 +82,10 @@ class Sequence:
         self.tokens = list(request.prompt_ids)
         self.length = self._prompt_tokens = len(self.tokens)
         self.chain = KeyChain(
-            request.adapter.digest if request.adapter else "", self.tokens, block_tokens
+            request.adapter.digest if request.adapter else "",
+            self.tokens,
+            block_tokens,
+            request.tenant,
         )
         self.computed = self.scheduled = 0
         self.in_flight = 0

@@ -1,4 +1,4 @@
-"""``/v1/adapters``: upload, list, show, history, activate, delete.
+"""``/v1/adapters``: upload, list, show, history, activate, tags, shares, delete.
 
 The rules (names, versions, what can be served) are the library's; here they become HTTP.
 """
@@ -9,10 +9,12 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from shoal.adapters.errors import AdapterError
-from shoal.server.errors import ShoalError
+from shoal.adapters.registry.names import EVERYBODY
+from shoal.server.errors import InvalidRequest, ShoalError
 from shoal.server.http.answer import Json
+from shoal.server.http.caller import Caller, caller_of
 from shoal.server.http.models_api import PAGE_MAX, Limit
-from shoal.server.http.schemas import ActivateRequest
+from shoal.server.http.schemas import ActivateRequest, TagsRequest
 from shoal.server.http.services import Services, names_from
 from shoal.server.http.uploads import received
 
@@ -20,66 +22,133 @@ if TYPE_CHECKING:
     from shoal.adapters.library import AdapterInfo
 
 Prefix = Annotated[str, Query(max_length=128)]
+_LIST_OWNER = "list another owner's adapters"
 
 
 def adapters_router(services: Services) -> APIRouter:
-    """The adapter routes."""
+    """The adapter routes.
+
+    ``name`` is a bare name or ``owner/name``; what the caller may not see answers 404 like what
+    does not exist, whatever is asked of it.
+    """
     router = APIRouter(prefix="/v1/adapters")
     library = services.library
 
-    @router.post("", status_code=201)
-    async def upload_adapter(request: Request) -> JSONResponse:
+    async def receive(request: Request, caller: Caller) -> "AdapterInfo":
         async with received(request, max_bytes=services.config.max_upload_bytes) as upload:
+            owner, name = caller.acts_on(upload.name)
             try:
                 with names_from("name"):
-                    info = await services.work(lambda: library.upload(upload.name, upload.files))
+                    return await services.work(
+                        lambda: library.upload(name, upload.files, owner=owner)
+                    )
             except (AdapterError, ShoalError):
                 services.metrics.upload("refused")
                 raise
+
+    @router.post("", status_code=201)
+    async def upload_adapter(request: Request) -> JSONResponse:
+        caller = caller_of(request)
+        caller.must_write()
+        with services.quotas.begin(caller.owner, caller.limits):
+            info = await receive(request, caller)
         services.metrics.upload("accepted")
-        location = {"Location": f"/v1/adapters/{info.name}"}
-        return JSONResponse(adapter_json(info), status_code=201, headers=location)
+        location = {"Location": f"/v1/adapters/{caller.name_of(info)}"}
+        return JSONResponse(adapter_json(caller, info), status_code=201, headers=location)
 
     @router.get("")
     async def list_adapters(
-        limit: Limit = PAGE_MAX, after: str | None = None, prefix: Prefix = ""
+        request: Request,
+        limit: Limit = PAGE_MAX,
+        after: str | None = None,
+        prefix: Prefix = "",
+        shared: bool = False,
+        owner: str | None = None,
     ) -> Json:
+        caller = caller_of(request)
+        whose = caller.owner if owner is None else owner
+        if whose != caller.owner:
+            caller.must_be_admin(_LIST_OWNER)
         with names_from("after"):
-            infos, following = await services.lookup(
-                lambda: library.list(limit=limit, after=after, prefix=prefix)
-            )
+            if shared:
+                if prefix:
+                    raise InvalidRequest("`prefix` does not go with `shared`", param="prefix")
+                infos, following = await services.lookup(
+                    lambda: library.list_shared(limit=limit, after=after, owner=whose)
+                )
+            else:
+                infos, following = await services.lookup(
+                    lambda: library.list(limit=limit, after=after, prefix=prefix, owner=whose)
+                )
         return {
             "object": "list",
-            "data": [adapter_json(info) for info in infos],
+            "data": [adapter_json(caller, info) for info in infos],
             "has_more": following is not None,
+            "next": following,
         }
 
-    @router.get("/{name}")
-    async def show_adapter(name: str) -> Json:
-        return adapter_json(await services.lookup(lambda: library.resolve(name)))
+    # Before `/{name}`, which takes every path.
+    @router.get("/{name:path}/versions")
+    async def list_versions(name: str, request: Request) -> Json:
+        caller = caller_of(request)
+        owner, reference = caller.acts_on(name)
+        infos = await services.lookup(lambda: library.versions(reference, owner=owner))
+        return {"object": "list", "data": [adapter_json(caller, info) for info in infos]}
 
-    @router.get("/{name}/versions")
-    async def list_versions(name: str) -> Json:
-        infos = await services.lookup(lambda: library.versions(name))
-        return {"object": "list", "data": [adapter_json(info) for info in infos]}
+    @router.post("/{name:path}/activate")
+    async def activate_version(name: str, body: ActivateRequest, request: Request) -> Json:
+        caller, owner, own = _writing(request, name)
+        info = await services.lookup(lambda: library.activate(own, body.version, owner=owner))
+        return adapter_json(caller, info)
 
-    @router.post("/{name}/activate")
-    async def activate_version(name: str, body: ActivateRequest) -> Json:
-        return adapter_json(await services.lookup(lambda: library.activate(name, body.version)))
+    @router.put("/{name:path}/tags")
+    async def tag_adapter(name: str, body: TagsRequest, request: Request) -> Json:
+        caller, owner, own = _writing(request, name)
+        info = await services.lookup(lambda: library.tag(own, body.tags, owner=owner))
+        return adapter_json(caller, info)
 
-    @router.delete("/{name}", status_code=204)
-    async def delete_adapter(name: str) -> Response:
-        await services.lookup(lambda: library.delete(name))
+    @router.get("/{name:path}/shares")
+    async def list_shares(name: str, request: Request) -> Json:
+        owner, own = caller_of(request).acts_on(name)
+        grantees = await services.lookup(lambda: library.grantees(own, owner=owner))
+        return {"object": "list", "data": [{"owner": who or EVERYBODY} for who in grantees]}
+
+    @router.put("/{name:path}/shares/{grantee}", status_code=204)
+    async def share_adapter(name: str, grantee: str, request: Request) -> Response:
+        _, owner, own = _writing(request, name)
+        whom = None if grantee == EVERYBODY else grantee
+        await services.lookup(lambda: library.share(own, whom, owner=owner))
+        return Response(status_code=204)
+
+    @router.delete("/{name:path}/shares/{grantee}", status_code=204)
+    async def unshare_adapter(name: str, grantee: str, request: Request) -> Response:
+        _, owner, own = _writing(request, name)
+        whom = None if grantee == EVERYBODY else grantee
+        await services.lookup(lambda: library.unshare(own, whom, owner=owner))
+        return Response(status_code=204)
+
+    @router.get("/{name:path}")
+    async def show_adapter(name: str, request: Request) -> Json:
+        caller = caller_of(request)
+        owner, reference = caller.acts_on(name)
+        info = await services.lookup(lambda: library.resolve(reference, owner=owner))
+        return adapter_json(caller, info)
+
+    @router.delete("/{name:path}", status_code=204)
+    async def delete_adapter(name: str, request: Request) -> Response:
+        _, owner, own = _writing(request, name)
+        await services.lookup(lambda: library.delete(own, owner=owner))
         return Response(status_code=204)
 
     return router
 
 
-def adapter_json(info: "AdapterInfo") -> Json:
-    """One version as JSON."""
-    return {
+def adapter_json(caller: Caller, info: "AdapterInfo") -> Json:
+    """One version as JSON. Whom it is shared with does not learn how it is used."""
+    shown: Json = {
         "object": "adapter",
-        "name": info.name,
+        "name": caller.name_of(info),
+        "owner": info.owner,
         "version": info.version,
         "digest": info.digest,
         "family": info.family,
@@ -90,3 +159,14 @@ def adapter_json(info: "AdapterInfo") -> Json:
         "created": int(info.created),
         "active": info.active,
     }
+    if caller.sees_all_of(info):
+        shown["tags"] = dict(info.tags)
+        shown["used"] = None if info.used is None else int(info.used)
+    return shown
+
+
+def _writing(request: Request, name: str) -> tuple[Caller, str, str]:
+    """The caller, if it may change adapters at all, and the owner and name that it means."""
+    caller = caller_of(request)
+    caller.must_write()
+    return caller, *caller.acts_on(name)

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 import shoal
 from shoal.server.http import errors
 from shoal.server.http.adapters_api import adapters_router
-from shoal.server.http.auth import RequireKey
+from shoal.server.http.auth import Authenticate
 from shoal.server.http.chat import chat_router
 from shoal.server.http.completions import completions_router
 from shoal.server.http.health import health_router
@@ -53,6 +53,6 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(make_router(services))
     # The last one added is the outermost.
     app.add_middleware(LimitBody, max_bytes=services.config.max_body_bytes)
-    app.add_middleware(RequireKey, keys=services.config.api_key)
+    app.add_middleware(Authenticate, services=services, static=services.config.api_key)
     app.add_middleware(Admit, services=services)
     return app

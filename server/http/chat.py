@@ -2,10 +2,11 @@
 
 import time
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from shoal.server.engine.request import TokenLogprobs
 from shoal.server.http.answer import Choice, Json, NamedLogprob, answer, name_logprobs
+from shoal.server.http.caller import caller_of
 from shoal.server.http.generation import Delta
 from shoal.server.http.jobs import Job, encode_chat, make_job, resolve
 from shoal.server.http.schemas import ChatRequest
@@ -17,15 +18,17 @@ def chat_router(services: Services) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest) -> Response:
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
         arrival_s = time.monotonic()
-        adapter = await resolve(services, body.model)
+        caller = caller_of(request)
+        adapter = await resolve(services, caller, body.model)
         messages = [message.as_template_input() for message in body.messages]
         prompt = await encode_chat(services, messages)
         job = await make_job(
             services,
             body,
             [prompt],
+            caller=caller,
             adapter=adapter,
             default_max_tokens=None,
             prompt_field="messages",

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Sequence
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from shoal.server.engine.request import TokenLogprobs
 from shoal.server.errors import PromptTooLong
 from shoal.server.http.answer import Choice, Json, answer, name_logprobs
+from shoal.server.http.caller import caller_of
 from shoal.server.http.generation import Delta
 from shoal.server.http.jobs import Job, check_token_ids, encode, make_job, resolve
 from shoal.server.http.schemas import CompletionRequest
@@ -22,14 +23,16 @@ def completions_router(services: Services) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> Response:
+    async def completions(body: CompletionRequest, request: Request) -> Response:
         arrival_s = time.monotonic()
-        adapter = await resolve(services, body.model)
+        caller = caller_of(request)
+        adapter = await resolve(services, caller, body.model)
         prompts = [await _ids(services, prompt, body) for prompt in body.prompt]
         job = await make_job(
             services,
             body,
             prompts,
+            caller=caller,
             adapter=adapter,
             default_max_tokens=_DEFAULT_MAX_TOKENS,
             prompt_field="prompt",

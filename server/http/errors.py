@@ -49,6 +49,16 @@ def error_response(error: ShoalError) -> JSONResponse:
     return JSONResponse(error_body(error), status_code=status, headers=headers)
 
 
+def registry_response(error: RegistryError) -> JSONResponse:
+    """The answer when the registry fails. The error may name paths and URLs: for the log only."""
+    logger.error("registry: %s", error)
+    away = isinstance(error, RegistryUnavailable)
+    message = "the adapter registry cannot be reached" if away else "internal error"
+    body = _body(message, "server_error", "registry_error", None)
+    headers = {"Retry-After": _RETRY_S} if away else None
+    return JSONResponse(body, status_code=503 if away else 500, headers=headers)
+
+
 def internal_body() -> dict[str, Any]:
     """The body for our own bugs: it tells a client nothing about our insides."""
     return _body("internal error", "server_error", "internal_error", None)
@@ -67,15 +77,10 @@ def install(app: FastAPI, services: Services) -> None:
         return await on_shoal(request, from_adapter_error(error))
 
     async def on_registry(request: Request, error: Exception) -> JSONResponse:
-        # Its message may name paths and URLs: for the log only.
-        logger.error("registry: %s", error)
-        away = isinstance(error, RegistryUnavailable)
-        status = 503 if away else 500
-        services.metrics.error(status)
-        message = "the adapter registry cannot be reached" if away else "internal error"
-        body = _body(message, "server_error", "registry_error", None)
-        headers = {"Retry-After": _RETRY_S} if away else None
-        return JSONResponse(body, status_code=status, headers=headers)
+        assert isinstance(error, RegistryError)
+        response = registry_response(error)
+        services.metrics.error(response.status_code)
+        return response
 
     async def on_validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

@@ -21,6 +21,7 @@ from shoal.adapters.spec import AdapterSpec
 from shoal.server.engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from shoal.server.errors import Draining, EngineFailure, Overloaded
 from shoal.server.http.jobs import Job
+from shoal.server.http.quotas import Grant
 from shoal.server.http.services import Services, TextStream
 from shoal.server.http.stop_strings import StopMatcher
 
@@ -83,14 +84,24 @@ class Generation:
         Raises:
             ShoalError: nothing more will come; its message is for the client.
         """
+        job = self.job
+        with self.services.quotas.begin(job.tenant, job.limits) as grant:
+            grant.charge(self.usage.prompt_tokens)
+            async with aclosing(self._run(grant)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def _run(self, grant: Grant) -> AsyncGenerator[Delta, None]:
         async with _staged(self.services, self.job) as adapter:
-            runs = [self._choice(index, adapter) for index in range(self.job.num_choices)]
+            runs = [self._choice(i, adapter, grant) for i in range(self.job.num_choices)]
             source = runs[0] if len(runs) == 1 else _merge(runs)
             async with aclosing(source):
                 async for delta in source:
                     yield delta
 
-    async def _choice(self, index: int, adapter: AdapterSpec | None) -> AsyncGenerator[Delta, None]:
+    async def _choice(
+        self, index: int, adapter: AdapterSpec | None, grant: Grant
+    ) -> AsyncGenerator[Delta, None]:
         job = self.job
         request = Request(
             id=f"{job.id}-{index}",
@@ -98,7 +109,7 @@ class Generation:
             sampling=job.sampling_of(index),
             adapter=adapter,
             tenant=job.tenant,
-            weight=job.weight,
+            weight=job.limits.weight,
             arrival_s=job.arrival_s,
             deadline_s=job.deadline_s,
         )
@@ -111,6 +122,7 @@ class Generation:
                     self._check(event)
                     times.tokens(event)
                     self.usage.completion_tokens += len(event.token_ids)
+                    grant.charge(len(event.token_ids))
                     if index % job.n == 0:
                         self.usage.cached_tokens += event.cached_tokens
                     delta = text.take(event)
@@ -209,7 +221,7 @@ class _Times:
 
     def ended(self, request_id: str) -> None:
         job, elapsed_s = self._job, time.monotonic() - self._job.arrival_s
-        adapter = job.adapter.name if job.adapter else None
+        adapter = job.adapter.reference if job.adapter else None
         self._metrics.prompt_length.observe(self._prompt_tokens)
         self._metrics.generation_length.observe(self._count)
         if self._count:
@@ -253,7 +265,9 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
         try:
             await services.load(stage)
         except AdapterTooLarge as error:
-            raise Overloaded(f"no room for adapter {info.name!r} just now: {error}") from error
+            raise Overloaded(
+                f"no room for adapter {job.adapter_name!r} just now: {error}"
+            ) from error
         services.metrics.stage_latency.observe(time.monotonic() - began)
         # A client that left while the thread worked is not worth a step.
         await anyio.lowlevel.checkpoint_if_cancelled()

@@ -7,12 +7,14 @@ Owns the rules that need the model's facts (context length, vocabulary) and the 
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from shoal.adapters.errors import AdapterNameInvalid, AdapterNotFound
+from shoal.adapters.registry.keys import Limits
 from shoal.server.engine.request import SamplingParams
 from shoal.server.errors import InvalidRequest, ModelNotFound, PromptTooLong
+from shoal.server.http.caller import Caller
 from shoal.server.http.schemas import Sampling
 from shoal.server.http.services import Services
 
@@ -31,14 +33,17 @@ class Job:
     Attributes:
         model: as the client wrote it; answers repeat it.
         adapter: the version that the request runs with, or None for the base.
+        adapter_name: what the client calls it.
         arrival_s: monotonic time.
         deadline_s: monotonic time from which the answer is of no use, or None.
-        tenant, weight: who is charged for it, and at what share (``engine/fairness.py``).
+        tenant: who is charged for it.
+        limits: what the tenant may take, and its share (``engine/fairness.py``).
     """
 
     id: str
     model: str
     adapter: "AdapterInfo | None"
+    adapter_name: str
     prompts: tuple[tuple[int, ...], ...]
     n: int
     sampling: SamplingParams
@@ -49,7 +54,7 @@ class Job:
     arrival_s: float
     deadline_s: float | None = None
     tenant: str = ""
-    weight: int = 1
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def num_choices(self) -> int:
@@ -70,7 +75,7 @@ class Job:
         """``x-shoal-adapter`` when an adapter is used; the base has none."""
         if self.adapter is None:
             return {}
-        return {"x-shoal-adapter": f"{self.adapter.name}@{self.adapter.version}"}
+        return {"x-shoal-adapter": f"{self.adapter_name}@{self.adapter.version}"}
 
 
 async def make_job(
@@ -78,6 +83,7 @@ async def make_job(
     body: Sampling,
     prompts: Sequence[Sequence[int]],
     *,
+    caller: Caller,
     adapter: "AdapterInfo | None",
     default_max_tokens: int | None,
     prompt_field: str,
@@ -102,6 +108,7 @@ async def make_job(
         id=f"{id_prefix}-{secrets.token_hex(12)}",
         model=body.model,
         adapter=adapter,
+        adapter_name="" if adapter is None else caller.name_of(adapter),
         prompts=tuple(tuple(ids) for ids in prompts),
         n=body.choices_per_prompt,
         sampling=_sampling(
@@ -115,19 +122,22 @@ async def make_job(
         created=int(time.time()),
         arrival_s=arrival_s,
         deadline_s=None if body.deadline_ms is None else arrival_s + body.deadline_ms / 1000,
+        tenant=caller.owner,
+        limits=caller.limits,
     )
 
 
-async def resolve(services: Services, model: str) -> "AdapterInfo | None":
-    """The adapter version that ``model`` means now; None for the base.
+async def resolve(services: Services, caller: Caller, model: str) -> "AdapterInfo | None":
+    """The adapter version that ``model`` means to ``caller`` now; None for the base.
 
     Raises:
         ModelNotFound: neither.
     """
     if model == services.model_name:
         return None
+    owner, reference = caller.acts_on(model)
     try:
-        return await services.lookup(lambda: services.library.resolve(model))
+        return await services.lookup(lambda: services.library.resolve(reference, owner=owner))
     except (AdapterNotFound, AdapterNameInvalid) as error:
         raise ModelNotFound(
             f"no model {model!r}: it is neither the base {services.model_name!r} nor an adapter",

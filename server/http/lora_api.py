@@ -6,10 +6,11 @@ folder it may read from, and no path, link or ``..`` leads out of that.
 
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
 from shoal.server.errors import Forbidden, InvalidRequest
+from shoal.server.http.caller import caller_of
 from shoal.server.http.schemas import LoadLoraRequest, UnloadLoraRequest
 from shoal.server.http.services import Services, names_from
 
@@ -20,20 +21,20 @@ def lora_router(services: Services) -> APIRouter:
     library = services.library
 
     @router.post("/v1/load_lora_adapter")
-    async def load_lora_adapter(body: LoadLoraRequest) -> PlainTextResponse:
-        root = _allowed_root(services)
+    async def load_lora_adapter(body: LoadLoraRequest, request: Request) -> PlainTextResponse:
+        root, owner, name = _allowed(services, request, body.lora_name)
 
         def load() -> None:
-            library.upload(body.lora_name, adapter_files(root, body.lora_path))
+            library.upload(name, adapter_files(root, body.lora_path), owner=owner)
 
         with names_from("lora_name"):
             await services.work(load)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter")
-    async def unload_lora_adapter(body: UnloadLoraRequest) -> PlainTextResponse:
-        _allowed_root(services)
-        await services.lookup(lambda: library.delete(body.lora_name))
+    async def unload_lora_adapter(body: UnloadLoraRequest, request: Request) -> PlainTextResponse:
+        _, owner, name = _allowed(services, request, body.lora_name)
+        await services.lookup(lambda: library.delete(name, owner=owner))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router
@@ -72,6 +73,14 @@ def _found(root: Path, path: str) -> dict[str, Path]:
             f"`lora_path` is {path[:200]!r}: holds no adapter_config.json", param="lora_path"
         )
     return files
+
+
+def _allowed(services: Services, request: Request, reference: str) -> tuple[Path, str, str]:
+    """The root, and the owner and name that ``reference`` means."""
+    caller = caller_of(request)
+    # The folder may hold everybody's adapters.
+    caller.must_be_admin("load adapters from the server's disk")
+    return _allowed_root(services), *caller.acts_on(reference)
 
 
 def _allowed_root(services: Services) -> Path:

@@ -1,10 +1,12 @@
-"""``GET /v1/models`` and ``/v1/models/{id}``: the base first, then the adapters by name."""
+"""``GET /v1/models`` and ``/v1/models/{id}``: the base, then the adapters one can use."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 
 from shoal.server.http.answer import Json
+from shoal.server.http.caller import Caller, caller_of
 from shoal.server.http.jobs import resolve
 from shoal.server.http.services import Services, names_from
 
@@ -21,35 +23,58 @@ def models_router(services: Services) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models")
-    async def list_models(limit: Limit = PAGE_MAX, after: str | None = None) -> Json:
+    async def list_models(
+        request: Request, limit: Limit = PAGE_MAX, after: str | None = None
+    ) -> Json:
+        caller = caller_of(request)
         data: list[Json] = []
         if after is None:
             data.append(_base(services))
         elif after == services.model_name:
             after = None
-        room, following = limit - len(data), None
-        if room:
-            with names_from("after"):
-                infos, following = await services.lookup(
-                    lambda: services.library.list(limit=room, after=after)
-                )
-            data += [_adapter(services, info) for info in infos]
-        else:
-            following = "" if await services.lookup(services.library.count) else None
+        infos, more = await _page(services, caller.owner, limit - len(data), after)
+        data += [_adapter(services, caller, info) for info in infos]
         return {
             "object": "list",
             "data": data,
             "first_id": data[0]["id"] if data else None,
             "last_id": data[-1]["id"] if data else None,
-            "has_more": following is not None,
+            "has_more": more,
         }
 
     @router.get("/v1/models/{model:path}")
-    async def show_model(model: str) -> Json:
-        info = await resolve(services, model)
-        return _base(services) if info is None else _adapter(services, info) | {"id": model}
+    async def show_model(model: str, request: Request) -> Json:
+        caller = caller_of(request)
+        info = await resolve(services, caller, model)
+        if info is None:
+            return _base(services)
+        return _adapter(services, caller, info) | {"id": model}
 
     return router
+
+
+async def _page(
+    services: Services, owner: str, limit: int, after: str | None
+) -> "tuple[Sequence[AdapterInfo], bool]":
+    """Up to ``limit`` adapters that ``owner`` can use, and whether there are more: first its own
+    by name, then those shared with it by ``owner/name``."""
+    library = services.library
+    infos: Sequence[AdapterInfo] = ()
+    with names_from("after"):
+        if after is None or "/" not in after:
+            infos, following = await services.lookup(
+                lambda: library.list(limit=max(limit, 1), after=after, owner=owner)
+            )
+            if len(infos) > limit or following is not None:
+                return infos[:limit], True
+            after = None
+        if not owner:
+            return infos, False  # who has no name was given nothing
+        room, cursor = limit - len(infos), after
+        shared, following = await services.lookup(
+            lambda: library.list_shared(limit=max(room, 1), after=cursor, owner=owner)
+        )
+    return [*infos, *shared[:room]], len(shared) > room or following is not None
 
 
 def _base(services: Services) -> Json:
@@ -64,13 +89,14 @@ def _base(services: Services) -> Json:
     }
 
 
-def _adapter(services: Services, info: "AdapterInfo") -> Json:
+def _adapter(services: Services, caller: Caller, info: "AdapterInfo") -> Json:
+    name = caller.name_of(info)
     return {
-        "id": info.name,
+        "id": name,
         "object": "model",
         "created": int(info.created),
-        "owned_by": "shoal",
-        "root": f"{info.name}@{info.version}",
+        "owned_by": info.owner or "shoal",
+        "root": f"{name}@{info.version}",
         "parent": services.model_name,
         "max_model_len": services.max_model_len,
     }

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from shoal.adapters.registry.names import TAGS_MAX
 from shoal.server.errors import InvalidRequest
 from shoal.server.http.fields import (
     CHOICES_MAX,
@@ -225,6 +226,12 @@ class ActivateRequest(Body):
     """``POST /v1/adapters/{name}/activate``."""
 
     version: Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class TagsRequest(Body):
+    """``PUT /v1/adapters/{name}/tags``; what may be in it is the registry's rule."""
+
+    tags: Annotated[dict[str, str], Field(max_length=TAGS_MAX)]
 
 
 class LoadLoraRequest(Body):

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from shoal.server.config import ServeConfig
+from shoal.server.http.auth import is_open
 from shoal.server.http.services import Services
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ async def _serve(
             timeout_graceful_shutdown=_FLUSH_S,
         ),
         url=_url(config.host, listener),
+        is_open=await is_open(services),
     )
     drains: list[asyncio.Task[None]] = []
 
@@ -87,9 +89,10 @@ async def _serve(
 class _Server(uvicorn.Server):
     """uvicorn without signal handlers of its own, that says where it listens."""
 
-    def __init__(self, config: uvicorn.Config, *, url: str) -> None:
+    def __init__(self, config: uvicorn.Config, *, url: str, is_open: bool) -> None:
         super().__init__(config)
         self._url = url
+        self._is_open = is_open
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -99,6 +102,12 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             print(f"shoal is listening on {self._url}", flush=True)
+            if self._is_open:
+                print(
+                    "no API keys: everyone on this machine may do everything, until"
+                    " `shoal keys create` has made one",
+                    flush=True,
+                )
 
 
 def _listen(config: ServeConfig) -> socket.socket:

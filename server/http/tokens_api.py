@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from shoal.server.http.answer import Json
+from shoal.server.http.caller import caller_of
 from shoal.server.http.jobs import check_token_ids, encode, encode_chat, resolve
 from shoal.server.http.schemas import DetokenizeRequest, TokenizeRequest
 from shoal.server.http.services import Services
@@ -21,8 +22,8 @@ def tokens_router(services: Services) -> APIRouter:
     router = APIRouter()
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Json:
-        await _known(services, body.model)
+    async def tokenize(body: TokenizeRequest, request: Request) -> Json:
+        await _known(services, request, body.model)
         if body.messages is not None:
             messages = [message.as_template_input() for message in body.messages]
             ids = await encode_chat(
@@ -43,8 +44,8 @@ def tokens_router(services: Services) -> APIRouter:
         }
 
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Json:
-        await _known(services, body.model)
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Json:
+        await _known(services, request, body.model)
         check_token_ids(services, body.tokens, "tokens")
         text = await _off_loop_if_long(
             services,
@@ -64,6 +65,6 @@ def _strings(services: Services, ids: Sequence[int]) -> list[str]:
     return [services.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
 
 
-async def _known(services: Services, model: str | None) -> None:
+async def _known(services: Services, request: Request, model: str | None) -> None:
     if model is not None:
-        await resolve(services, model)  # adapters share the base's tokenizer
+        await resolve(services, caller_of(request), model)  # adapters share the base's tokenizer

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from sqlalchemy import event, select, update
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import KeyNotFound
-from shoal.adapters.registry.keys import CACHE_S, Keys, Limits
+from shoal.adapters.registry.keys import CACHE_S, WEIGHT_MAX, Keys, Limits
 from shoal.adapters.registry.tables import KEYS
 
 
@@ -149,6 +150,10 @@ def test_keys_are_listed_page_by_page(keys: Keys) -> None:
         {"limits": Limits(bytes=2**63)},
         {"limits": Limits(tokens_per_minute=True)},
         {"limits": Limits(tokens_per_minute=1.5)},  # type: ignore[arg-type]
+        {"limits": Limits(weight=0)},
+        {"limits": Limits(weight=WEIGHT_MAX + 1)},
+        {"limits": Limits(weight=True)},
+        {"limits": Limits(weight=None)},  # type: ignore[arg-type]
     ],
 )
 def test_values_that_a_key_cannot_have_are_refused(keys: Keys, values: dict[str, Any]) -> None:
@@ -171,3 +176,52 @@ def test_a_limit_that_a_newer_release_added_does_not_lock_anybody_out(
     with database.write() as connection:
         connection.execute(update(KEYS).values(limits={"adapters": 3, "petaflops": 1}))
     assert keys.verify(secret) == key
+
+
+def test_changed_limits_hold_here_at_once_and_elsewhere_within_seconds(
+    keys: Keys, database: Database, time: Time
+) -> None:
+    elsewhere = Keys(database, monotonic=time)
+    key, secret = keys.create(role="tenant", owner="ann", limits=Limits(adapters=3, weight=5))
+    other, other_secret = keys.create(role="tenant", owner="ann")
+    for known in (keys, elsewhere):
+        assert known.verify(secret) == key
+    limits = Limits(bytes=9, weight=WEIGHT_MAX)
+    changed = keys.change(key.id, limits=limits)
+    assert changed == replace(key, limits=limits)
+    assert keys.verify(secret) == keys.get(key.id) == changed
+    time.now += CACHE_S
+    assert elsewhere.verify(secret) == changed
+    assert keys.verify(other_secret) == other, "no other key has changed"
+
+
+def test_a_refused_change_changes_nothing(keys: Keys) -> None:
+    key, _ = keys.create(role="tenant", owner="ann", limits=Limits(adapters=3))
+    with pytest.raises(AdapterRejected, match="limit adapters"):
+        keys.change(key.id, limits=Limits(adapters=-1))
+    for call in (lambda id: keys.change(id, limits=Limits()), keys.get):
+        for wrong in ("0" * 16, "\ud800"):
+            with pytest.raises(KeyNotFound):
+                call(wrong)
+    assert keys.get(key.id) == key
+
+
+def test_a_revoked_key_stays_revoked_when_its_limits_change(keys: Keys) -> None:
+    key, secret = keys.create(role="tenant", owner="ann")
+    keys.revoke(key.id)
+    assert keys.change(key.id, limits=Limits(adapters=1)).revoked == 50.0
+    assert keys.verify(secret) is None
+
+
+def test_one_owners_keys_are_listed(keys: Keys) -> None:
+    made = {owner: {keys.create(role="admin", owner=owner)[0].id} for owner in ("ann", "bob", "")}
+    made["ann"].add(keys.create(role="read-only", owner="ann")[0].id)
+    for owner, ids in made.items():
+        page, after = keys.page(limit=1, owner=owner)
+        if after is not None:
+            rest, after = keys.page(limit=1, owner=owner, after=after)
+            page += rest
+        assert after is None
+        assert {key.id for key in page} == ids
+        assert {key.owner for key in page} == {owner}
+    assert keys.page(owner="nobody") == ([], None)

@@ -5,9 +5,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -30,7 +31,7 @@ from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.plan import StepPlan
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.http.app import create_app
-from shoal.server.http.services import Services
+from shoal.server.http.services import KeyBook, Services
 from shoal.server.model.fake import FakeRunner
 from shoal.server.model.tokenizer import Tokenizer
 
@@ -57,10 +58,20 @@ class Info:
     active: bool = True
     basis_id: str | None = None
     packed_elements: int = 64
+    owner: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    used: float | None = None
+
+    @property
+    def reference(self) -> str:
+        return f"{self.owner}/{self.name}" if self.owner else self.name
+
+
+InfoPage = tuple[list[Info], str | None]
 
 
 class MemoryLibrary:
-    """The library's contract, on dicts; counts pins and how uploads were left behind."""
+    """The library's contract, on dicts, for one owner; counts pins and how uploads were left."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -70,7 +81,7 @@ class MemoryLibrary:
         self.staged = 0
         self.folders: list[Path] = []
 
-    def upload(self, name: str, files: Mapping[str, Path]) -> Info:
+    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> Info:
         self.folders += [path.parent for path in files.values()]
         if not ADAPTER_NAME.fullmatch(name):
             raise AdapterNameInvalid(f"adapter name {name!r} must match {ADAPTER_NAME.pattern}")
@@ -89,7 +100,7 @@ class MemoryLibrary:
             self._active[name] = found.version
         return found
 
-    def resolve(self, model: str) -> Info:
+    def resolve(self, model: str, *, owner: str = "") -> Info:
         name, at, version = model.partition("@")
         with self._guard:
             if name not in self._active or (at and not version):
@@ -111,27 +122,30 @@ class MemoryLibrary:
             self.pins[spec.digest] -= 1
 
     def list(
-        self, *, limit: int, after: str | None = None, prefix: str = ""
-    ) -> tuple[list[Info], str | None]:
+        self, *, limit: int, after: str | None = None, prefix: str = "", owner: str = ""
+    ) -> InfoPage:
         assert limit >= 1
         names = sorted(n for n in self._active if n.startswith(prefix) and n > (after or ""))
         page = [self.resolve(name) for name in names[:limit]]
         return page, page[-1].name if len(names) > limit else None
 
-    def versions(self, name: str) -> Sequence[Info]:
+    def list_shared(self, *, limit: int, after: str | None = None, owner: str = "") -> InfoPage:
+        return [], None
+
+    def versions(self, name: str, *, owner: str = "") -> Sequence[Info]:
         latest = self.resolve(name)
         return [replace(i, active=i.version == latest.version) for i in self._versions[name]]
 
-    def activate(self, name: str, version: int) -> Info:
+    def activate(self, name: str, version: int, *, owner: str = "") -> Info:
         self.resolve(f"{name}@{version}")
         self._active[name] = version
         return self.resolve(name)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, owner: str = "") -> None:
         self.resolve(name)
         del self._active[name]
 
-    def count(self) -> int:
+    def count(self, *, owner: str = "") -> int:
         return len(self._active)
 
 
@@ -228,7 +242,7 @@ class Parts:
 def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
     """``build(max_waiting=1)`` with fields of ``ServeConfig``."""
 
-    def make(**fields: object) -> Parts:
+    def make(library: Any = None, keys: KeyBook | None = None, **fields: object) -> Parts:
         config = ServeConfig(**{"served_model_name": "base", "shutdown_timeout": 0.2, **fields})
         gate = Gate()
         runner = FakeRunner(tokenizer.vocab_size, 16, before_step=gate)
@@ -243,7 +257,7 @@ def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
             max_wait_s=config.max_wait,
         )
         scheduler = Scheduler(limits, SlotTable(1024, 64), frozenset({EOS}))
-        library = MemoryLibrary()
+        library = library or MemoryLibrary()
         services = Services(
             config=config,
             engine=EngineClient(partial(EngineLoop, scheduler, runner)),
@@ -252,6 +266,7 @@ def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
             model_name="base",
             max_model_len=MAX_MODEL_LEN,
             vocab_size=tokenizer.vocab_size,
+            keys=keys,
         )
         return Parts(create_app(services), services, library, runner, gate)
 

@@ -180,7 +180,7 @@ async def test_no_room_for_an_adapter_is_a_429_that_can_be_tried_again(serve: Se
 async def test_a_registry_that_is_away_is_a_503_without_its_url(serve: Serve) -> None:
     async with serve() as h:
 
-        def away(model: str) -> object:
+        def away(model: str, *, owner: str = "") -> object:
             raise RegistryUnavailable("postgresql://user:password@host/db")
 
         h.library.resolve = away
