@@ -205,11 +205,6 @@ class Registry:
             removed += now_removed
             if now_removed == 0:
                 return removed  # nothing is left, or another process collects the same ones
-                digests, older_than=older_than, remove_bytes=self._store.delete
-            )
-            removed += now_removed
-            if now_removed == 0:
-                return removed  # nothing is left, or another process collects the same ones
 
     def count(self, *, owner: str = "") -> int:
         """How many names ``owner`` has."""
