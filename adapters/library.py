@@ -23,6 +23,7 @@ from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
+from shoal.adapters.registry.collecting import Collector
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
 from shoal.adapters.registry.keys import Keys
 from shoal.adapters.registry.registry import Registry
@@ -92,6 +93,7 @@ class AdapterLibrary:
         self._spectral = spectral
         self._on_spectral = on_spectral
         self._loading = _KeyedLocks()
+        self._collector = Collector(lambda stopping: registry.collect(stopping=stopping))
 
     @classmethod
     def open(
@@ -167,6 +169,7 @@ class AdapterLibrary:
         except BaseException:
             library.close()
             raise
+        library._collector.start()
         return library
 
     def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> AdapterInfo:
@@ -282,6 +285,7 @@ class AdapterLibrary:
 
     def close(self) -> None:
         """Close the database. Nothing may be called afterwards."""
+        self._collector.close()
         self._registry.close()
 
     def _read(self, files: Mapping[str, Path], bases: BasisStore) -> AdapterWeights:
