@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -231,6 +232,13 @@ class AdapterLibrary:
         self._registry.note_use(info)
         return self._host.get(info.digest).spec
 
+    def stage_resident(self, info: AdapterInfo) -> AdapterSpec | None:
+        """``stage`` of what is in the host tier; None when it is not. Waits for no disk."""
+        if not self._host.pin(info.digest):
+            return None
+        self._registry.note_use(info)
+        return self._host.get(info.digest).spec
+
     def unstage(self, spec: AdapterSpec) -> None:
         """Undo one ``stage``: the host tier may forget the adapter when nobody else needs it."""
         self._host.unpin(spec.digest)
@@ -426,25 +434,52 @@ def _disk_failures() -> Iterator[None]:
         raise RegistryUnavailable(f"a file could not be read or written: {error}") from error
 
 
+@dataclass(slots=True)
+class _KeyedLock:
+    """One of ``_KeyedLocks``.
+
+    Attributes:
+        users: who hold or await it.
+        came: how many ever have.
+        failure, failed: what the last holder could not reach, and who had come until then.
+    """
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    came: int = 0
+    failure: RegistryUnavailable | None = None
+    failed: int = 0
+
+
 class _KeyedLocks:
-    """One lock per key, kept only while somebody holds or awaits it."""
+    """One lock per key, kept only while somebody holds or awaits it.
+
+    When the holder fails because the registry is away, so do those who waited for it meanwhile:
+    one after another, they would wait as long as all of them together.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._locks: dict[str, tuple[threading.Lock, int]] = {}
+        self._locks: dict[str, _KeyedLock] = {}
 
     @contextmanager
     def held(self, key: str) -> Iterator[None]:
         with self._guard:
-            lock, users = self._locks.get(key, (threading.Lock(), 0))
-            self._locks[key] = (lock, users + 1)
+            entry = self._locks.setdefault(key, _KeyedLock())
+            entry.users += 1
+            entry.came += 1
+            number = entry.came
         try:
-            with lock:
-                yield
+            with entry.lock:
+                if entry.failure is not None and number <= entry.failed:
+                    raise RegistryUnavailable(str(entry.failure)) from entry.failure
+                try:
+                    yield
+                except RegistryUnavailable as error:
+                    entry.failure, entry.failed = error, entry.came
+                    raise
         finally:
             with self._guard:
-                lock, users = self._locks[key]
-                if users == 1:
+                entry.users -= 1
+                if not entry.users:
                     del self._locks[key]
-                else:
-                    self._locks[key] = (lock, users - 1)

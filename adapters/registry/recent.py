@@ -79,11 +79,17 @@ class RecentMeanings:
 
     @contextmanager
     def changing(self, owner: str, reference: str) -> Iterator[None]:
-        """This process changes what a name means in the block, whether or not that succeeds."""
+        """This process changes what a name means in the block.
+
+        What the database did not answer leaves what is known: it may not have happened.
+        """
+        name = split_reference(reference, owner)
         try:
             yield
+        except RegistryUnavailable:
+            name = None
+            raise
         finally:
-            name = split_reference(reference, owner)
             with self._lock:
                 # Look-ups that are under way may have seen what was before.
                 self._changes += 1

@@ -43,6 +43,9 @@ class RegistryLibrary:
     def stage(self, info: Any) -> AdapterSpec:
         return AdapterSpec(info.digest, "core", info.rank, info.basis_id, info.packed_elements)
 
+    def stage_resident(self, info: Any) -> AdapterSpec | None:
+        return None
+
     def unstage(self, spec: AdapterSpec) -> None:
         pass
 
