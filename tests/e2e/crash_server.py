@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 # Imports, and then forks a server for each line.
 _FORGE = """
@@ -97,15 +99,21 @@ class Forge:
         return self._process.stdout.readline()
 
 
-@contextmanager
-def forge(model: Path, folder: Path) -> Iterator[Forge]:
-    """Servers of ``model``, with logs in ``folder``; what lives at the end is killed."""
+@pytest.fixture(scope="session")
+def forge(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
+    """Starts servers of the tiny model; what lives at the end is killed."""
+    model, folder = tiny.path, tmp_path_factory.mktemp("servers")
     process = subprocess.Popen(
         [sys.executable, "-c", _FORGE, str(model)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": f"{folder}/cache",
+            "XDG_DATA_HOME": f"{folder}/data",
+        },
     )
     made = Forge(process, model, folder)
     with process:

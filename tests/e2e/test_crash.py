@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import select
 from tests.adapters.databases import postgres
 from tests.e2e.crash_clients import ANSWER_TOKENS, Material, Visit, World, settle
-from tests.e2e.crash_server import forge
+from tests.e2e.crash_server import Forge
 
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.registry import Registry
@@ -53,10 +53,11 @@ FLAGS = ["--device=cpu", "--dtype=float32", "--no-shipped-adapters", "--served-m
 FLAGS += [f"--{name}={size}" for name, size in SIZES.items()]
 
 
-def materials(tiny: Any, make_adapter: Callable[..., Any]) -> list[Material]:
+def materials(tiny: Any, make_adapter: Callable[..., Any], count: int) -> list[Material]:
     """Adapters of which no two answer alike, nor like the base."""
-    made = []
-    for seed, (kind, rank) in enumerate(KINDS * (2 + IS_WHOLE)):
+    made: list[Material] = []
+    for seed in range(count):
+        kind, rank = KINDS[seed % len(KINDS)]
         # All of the kind that brings its own basis share one: few are kept.
         adapter = make_adapter(kind, rank, 3 if kind == "foreign_xs" else seed)
         if kind == "foreign_xs" and seed > len(KINDS):
@@ -70,7 +71,6 @@ def materials(tiny: Any, make_adapter: Callable[..., Any]) -> list[Material]:
 
 
 @pytest.mark.timeout(3600 if IS_WHOLE else 300)
-@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize(
     "kind",
     [
@@ -82,46 +82,50 @@ def materials(tiny: Any, make_adapter: Callable[..., Any]) -> list[Material]:
     ],
 )
 def test_kill_9_loses_nothing_that_was_acknowledged_and_serves_nothing_else(
-    kind: str, request: pytest.FixtureRequest, tiny: Any, make_adapter: Any, tmp_path: Path
+    kind: str,
+    request: pytest.FixtureRequest,
+    forge: Forge,
+    tiny: Any,
+    make_adapter: Any,
+    tmp_path: Path,
 ) -> None:
     url = f"sqlite:///{tmp_path}/registry.db"
     if kind == "postgresql":
         url = request.getfixturevalue("postgres").new_database()[1]
     store_url = f"{tmp_path}/store"
     place = (f"--registry={url}", f"--store={store_url}")
-    world = World(materials(tiny, make_adapter), NAMES)
+    world = World(materials(tiny, make_adapter, 15 if IS_WHOLE else 9), NAMES)
     rng = random.Random(SEED)
     cut_off = 0
     began = time.monotonic()
-    with forge(tiny.path, tmp_path) as servers:
-        for life in range(KILLS + 1):
-            server = servers.start(*FLAGS, *place)
-            settle(world, server.url)
-            left = CHANGES - sum(world.changes.values())
-            share = CHANGES / (KILLS + 1) * rng.uniform(0.6, 1.1)
-            is_last = life == KILLS
-            visit = Visit(
-                world,
-                server,
-                changes=max(1, left if is_last else round(share)),
-                delay_s=None if is_last else _delay_s(rng),
-                seed=SEED * 1000 + life,
-            )
-            visit.run()
-            cut_off += visit.unanswered
-            if is_last:
-                server.kill()
-            assert servers.bury(server) == signal.SIGKILL
-            log = server.log.read_text()
-            assert "Traceback" not in log, log
-            assert " ERROR " not in log, log
-            # Before some restarts everything is cleared away that may be.
-            if is_last or rng.random() < 0.5:
-                _clear(url, store_url)
-        server = servers.start(*FLAGS, *place)
+    for life in range(KILLS + 1):
+        server = forge.start(*FLAGS, *place)
         settle(world, server.url)
-        server.kill()
-        servers.bury(server)
+        left = CHANGES - sum(world.changes.values())
+        share = CHANGES / (KILLS + 1) * rng.uniform(0.6, 1.1)
+        is_last = life == KILLS
+        visit = Visit(
+            world,
+            server,
+            changes=max(1, left if is_last else round(share)),
+            delay_s=None if is_last else _delay_s(rng),
+            seed=SEED * 1000 + life,
+        )
+        visit.run()
+        cut_off += visit.unanswered
+        if is_last:
+            server.kill()
+        assert forge.bury(server) == signal.SIGKILL
+        log = server.log.read_text()
+        assert "Traceback" not in log, log
+        assert " ERROR " not in log, log
+        # Before some restarts everything is cleared away that may be.
+        if is_last or rng.random() < 0.5:
+            _clear(url, store_url)
+    server = forge.start(*FLAGS, *place)
+    settle(world, server.url)
+    server.kill()
+    forge.bury(server)
     print(
         f"\n{kind}: seed {SEED}, {world.changes}, {KILLS} kills, {cut_off} changes cut off, "
         f"reads {world.reads}, {time.monotonic() - began:.0f} s"
