@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -337,15 +337,32 @@ def canonical_path(cache_dir: Path, shape: BaseShape, rank: int) -> Path:
 # ------------------------------------------------------------------------------- the known ones
 
 
+class BasisFiles(Protocol):
+    """Where a ``BasisStore``'s files are shared with other hosts."""
+
+    def fetch(self, basis_id: str) -> Path:
+        """Where the file is, which need not exist."""
+        ...
+
+    def send(self, basis_id: str) -> None:
+        """Let other hosts have it: durable when this returns."""
+        ...
+
+
 class BasisStore:
     """The known bases, by id, each durably kept as ``<directory>/<id>.safetensors``.
 
     Thread-safe. All of them stay in memory, where matching an upload needs them; callers bound
     their number with ``limit``.
+
+    Args:
+        directory: made if it is missing.
+        files: of the same directory, when other hosts need what is added.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: BasisFiles | None = None) -> None:
         self._directory = directory
+        self._files = files
         self._lock = threading.Lock()
         self._bases: dict[str, Basis] = {}
         directory.mkdir(parents=True, exist_ok=True)
@@ -390,5 +407,28 @@ class BasisStore:
             if limit is not None and alike >= limit:
                 return False
             save_basis(basis, self._directory / f"{basis.id}.safetensors")
+            if self._files is not None:
+                self._files.send(basis.id)
             self._bases[basis.id] = basis
             return True
+
+    def find(self, basis_id: str, shape: BaseShape) -> Basis | None:
+        """As ``get``, also what another process has added since this store was opened.
+
+        Raises:
+            AdapterRejected, OSError: as ``load_basis``.
+        """
+        basis = self.get(basis_id)
+        if basis is not None:
+            return basis
+        path = self._directory / f"{basis_id}.safetensors"
+        if self._files is not None:
+            path = self._files.fetch(basis_id)
+        try:
+            basis = load_basis(path, shape)
+        except FileNotFoundError:
+            return None
+        if basis.id != basis_id:
+            raise AdapterRejected(path.name, f"has sha256 {basis.id}")
+        with self._lock:
+            return self._bases.setdefault(basis_id, basis)

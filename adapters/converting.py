@@ -21,6 +21,7 @@ from torch import Tensor
 from shoal.adapters.corrections import explicit
 from shoal.adapters.deltas import BaseParts
 from shoal.adapters.errors import AdapterError
+from shoal.adapters.families import core, fold
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.formats.container import (
     DTYPES,
@@ -164,16 +165,12 @@ def as_lora(weights: AdapterWeights, base: BaseParts) -> AdapterWeights:
     tensors: dict[Target, tuple[Tensor, ...]] = {}
     for target, parts in weights.tensors.items():
         if weights.family == "fold":
-            rank, d_in = parts[0].shape[0], base.shape.dims[target.module].d_in
-            a = torch.zeros(rank, d_in, dtype=parts[0].dtype)
-            columns = torch.arange(d_in)
-            a[columns % rank, columns] = 1.0
-            tensors[target] = (a, parts[0].T.contiguous())
+            tensors[target] = fold.factors(parts[0], base.shape.dims[target.module].d_in)
         elif weights.family == "core":
             assert weights.basis_id is not None
-            b = _leading(base, weights.basis_id, target, parts[0].shape[0])
-            frozen = b.double().T @ base.weight_of(target).detach().cpu().double()
-            tensors[target] = ((parts[0].double() @ frozen).float(), b)
+            known_b = base.basis_of(weights.basis_id).factors[target]
+            a, b = core.factors(parts[0], known_b, base.weight_of(target))
+            tensors[target] = (a.float(), b)
         else:
             tensors[target] = parts
     return AdapterWeights(weights.format, "lora", tensors, weights.scales)
@@ -184,10 +181,6 @@ def _not_low_rank(weights: AdapterWeights) -> Iterator[str]:
         yield "it multiplies every output of the base by a factor of its own"
     if weights.family == "spectral":
         yield "it changes any of the base's singular values"
-
-
-def _leading(base: BaseParts, basis_id: str, target: Target, rank: int) -> Tensor:
-    return base.basis_of(basis_id).factors[target][:, :rank].contiguous()
 
 
 def write_plain_lora(weights: AdapterWeights, shape: BaseShape, out: Path, base: str) -> None:

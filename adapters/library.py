@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
-from shoal.adapters.basis import Basis, BasisStore, load_basis
-from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge
+from shoal.adapters.basis import Basis, BasisStore
+from shoal.adapters.blending import Blend
+from shoal.adapters.composing import Base, compose
+from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge, BlendRefused
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
@@ -26,13 +28,13 @@ from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
 from shoal.adapters.registry.collecting import Collector
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
-from shoal.adapters.registry.keys import Keys
+from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import Places, places
 from shoal.adapters.spec import AdapterSpec, BaseShape, Target
 from shoal.adapters.spectral_basis import SpectralBasis
 from shoal.adapters.spectral_probe import ERROR_MAX, changed_target
-from shoal.adapters.weights import AdapterWeights, WeightOf
+from shoal.adapters.weights import AdapterWeights, Term, WeightOf
 
 __all__ = [
     "AdapterInfo",
@@ -45,6 +47,8 @@ __all__ = [
 
 # How many bases uploads may bring beside the canonical one: each widens the base's GEMMs.
 UPLOADED_BASES_MAX = 4
+# How many blends are composed at a time; those that are resident wait for nobody.
+COMPOSING_MAX = 2
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +73,6 @@ class AdapterLibrary:
         weight_of: WeightOf,
         canonical: Basis,
         bases: BasisStore,
-        bases_folder: Path,
         host: HostTier,
         on_basis: Callable[[Basis], None],
         dtype: torch.dtype,
@@ -84,7 +87,6 @@ class AdapterLibrary:
         self._weight_of = weight_of
         self._canonical = canonical
         self._bases = bases
-        self._bases_folder = bases_folder
         self._host = host
         self._on_basis = on_basis
         self._dtype = dtype
@@ -95,6 +97,8 @@ class AdapterLibrary:
         self._on_spectral = on_spectral
         self._loading = _KeyedLocks()
         self._collector = Collector(lambda stopping: registry.collect(stopping=stopping))
+        # Whoever composes has several records in memory at once.
+        self._composing = threading.BoundedSemaphore(COMPOSING_MAX)
 
     @classmethod
     def open(
@@ -123,7 +127,7 @@ class AdapterLibrary:
             registry_url: SQLAlchemy URL of the catalog.
             store_url: fsspec URL of the store; None is the default place.
             shape, weight_of, canonical: the base, its weights and its canonical basis.
-            bases: uploaded bases, in the folder ``places(registry_url, store_url).bases``.
+            bases: uploaded bases, those of ``SharedBases.open(places(registry_url, store_url))``.
             host: where packed adapters live; this library loads and pins, the engine only reads.
             on_basis: told of a basis before an adapter that needs it is in the host tier. May be
                 called again for one it knows, from any thread.
@@ -154,7 +158,6 @@ class AdapterLibrary:
             weight_of=weight_of,
             canonical=canonical,
             bases=bases,
-            bases_folder=where.bases,
             host=host,
             on_basis=on_basis,
             dtype=dtype,
@@ -173,7 +176,14 @@ class AdapterLibrary:
         library._collector.start()
         return library
 
-    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> AdapterInfo:
+    def upload(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        *,
+        owner: str = "",
+        limits: Limits | None = None,
+    ) -> AdapterInfo:
         """Validate an adapter, store it and make it what ``name`` means.
 
         When this returns, the adapter is durable and the next request can use it. When it raises,
@@ -182,18 +192,21 @@ class AdapterLibrary:
 
         Args:
             files: file name -> where it lies, such as ``adapter_config.json``. Not kept.
+            limits: of adapters and bytes that the owner may have; None is no limit.
 
         Raises:
-            AdapterNameInvalid, AdapterConflict, AdapterRejected, AdapterTooLarge.
+            AdapterNameInvalid, AdapterConflict, AdapterQuotaExceeded, AdapterRejected,
+            AdapterTooLarge.
         """
-        self._registry.claim(name, owner=owner)
+        self._registry.claim(name, owner=owner, limits=limits)
         weights = self._read(files, self._bases)
         content, record, packed = self._prepare(weights)
+        self._registry.claim(name, owner=owner, content=content, limits=limits)
         self._keep_basis(packed.spec)
-        self._announce(packed.spec, weights)
+        self._announce(packed.spec, [weights])
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
-        info = self._registry.publish(name, content, record, owner=owner)
+        info = self._registry.publish(name, content, record, owner=owner, limits=limits)
         log.info("uploaded adapter=%s@%d digest=%s", info.reference, info.version, info.digest)
         return info
 
@@ -232,12 +245,31 @@ class AdapterLibrary:
         self._registry.note_use(info)
         return self._host.get(info.digest).spec
 
-    def stage_resident(self, info: AdapterInfo) -> AdapterSpec | None:
+    def stage_resident(self, wanted: AdapterInfo | Blend[AdapterInfo]) -> AdapterSpec | None:
         """``stage`` of what is in the host tier; None when it is not. Waits for no disk."""
-        if not self._host.pin(info.digest):
+        if not self._host.pin(wanted.digest):
             return None
-        self._registry.note_use(info)
-        return self._host.get(info.digest).spec
+        parts = [info for info, _ in wanted.parts] if isinstance(wanted, Blend) else [wanted]
+        for info in parts:
+            self._registry.note_use(info)
+        return self._host.get(wanted.digest).spec
+
+    def stage_blend(self, blend: Blend[AdapterInfo]) -> AdapterSpec:
+        """As ``stage``, a weighted sum; composed once, however many ask.
+
+        Its adapters are read from the store and are not put in the host tier: the sum is rounded
+        once, from what they are there.
+
+        Raises:
+            BlendRefused: it cannot be served.
+            AdapterTooLarge, RecordDamaged: as ``stage``.
+        """
+        if not self._host.pin(blend.digest):
+            with self._loading.held(blend.digest):
+                self._compose_and_pin(blend)
+        for info, _ in blend.parts:
+            self._registry.note_use(info)
+        return self._host.get(blend.digest).spec
 
     def unstage(self, spec: AdapterSpec) -> None:
         """Undo one ``stage``: the host tier may forget the adapter when nobody else needs it."""
@@ -340,15 +372,40 @@ class AdapterLibrary:
     def _load_and_pin(self, info: AdapterInfo) -> None:
         if self._host.pin(info.digest):
             return  # another thread loaded it while we waited
-        record = self._registry.read(info.digest)
+        weights = self._stored(info.digest)
+        packed = self._pack(weights, info.digest)
+        self._announce(packed.spec, [weights])
+        self._host.put(packed, pin=True)
+
+    def _compose_and_pin(self, blend: Blend[AdapterInfo]) -> None:
+        if self._host.pin(blend.digest):
+            return  # another thread composed it while we waited
+        size = sum(info.bytes for info, _ in blend.parts)
+        if size > self._host.capacity_bytes:
+            raise BlendRefused(
+                f"the blend's adapters take {size} bytes, {self._host.capacity_bytes} can be "
+                f"read at once; {_largest(blend)} is the largest"
+            )
+        with self._composing:
+            terms = [Term(self._stored(info.digest), weight) for info, weight in blend.parts]
+            packed = compose(
+                terms,
+                [f"{info.name}@{info.version}" for info, _ in blend.parts],
+                blend.digest,
+                Base(self._shape, self._weight_of, self._basis),
+                dtype=self._dtype,
+                max_bytes=self._max_packed_bytes,
+            )
+            self._announce(packed.spec, [weights for weights, _ in terms])
+        self._host.put(packed, pin=True)
+
+    def _stored(self, digest: str) -> AdapterWeights:
+        record = self._registry.read(digest)
         try:
-            weights = from_record(record, self._shape)
+            return from_record(record, self._shape)
         except AdapterRejected as error:
             # It was accepted once, so this is not the caller's mistake.
-            raise RecordDamaged(f"record {info.digest} is unusable: {error}") from error
-        packed = self._pack(weights, info.digest)
-        self._announce(packed.spec, weights)
-        self._host.put(packed, pin=True)
+            raise RecordDamaged(f"record {digest} is unusable: {error}") from error
 
     def _keep_basis(self, spec: AdapterSpec) -> None:
         """Keep the canonical basis with the first adapter on it.
@@ -360,8 +417,11 @@ class AdapterLibrary:
             with _disk_failures():
                 self._bases.add(self._canonical)
 
-    def _announce(self, spec: AdapterSpec, weights: AdapterWeights) -> None:
+    def _announce(self, spec: AdapterSpec, parts: Sequence[AdapterWeights]) -> None:
         """Give the bases that an adapter needs to whoever multiplies by them.
+
+        Args:
+            parts: what it was packed from.
 
         Always before it enters the host tier: whatever is in there can be staged as it is.
         """
@@ -374,8 +434,9 @@ class AdapterLibrary:
                         f"which has {basis.rank}"
                     )
                 self._on_basis(basis)
-            if section.kind == "spectral":
-                self._announce_vectors(section.basis_id, weights, spec.digest)
+        for weights in parts:
+            if weights.family == "spectral":
+                self._announce_vectors(weights.basis_id, weights, spec.digest)
 
     def _announce_vectors(self, basis_id: str | None, weights: AdapterWeights, digest: str) -> None:
         basis = self._spectral
@@ -398,17 +459,12 @@ class AdapterLibrary:
     def _basis(self, basis_id: str) -> Basis:
         if basis_id == self._canonical.id:
             return self._canonical
-        basis = self._bases.get(basis_id)
+        try:
+            basis = self._bases.find(basis_id, self._shape)
+        except (OSError, AdapterRejected) as error:
+            raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
         if basis is None:
-            # Another process may have accepted it since this one listed the folder.
-            path = self._bases_folder / f"{basis_id}.safetensors"
-            try:
-                basis = load_basis(path, self._shape)
-            except (OSError, AdapterRejected) as error:
-                raise RecordDamaged(f"basis {basis_id} cannot be read: {error}") from error
-            if basis.id != basis_id:
-                raise RecordDamaged(f"basis {basis_id} is damaged: its sha256 is {basis.id}")
-            self._bases.add(basis)
+            raise RecordDamaged(f"basis {basis_id} is missing")
         return basis
 
     def _publish_shipped(self, shipped: Path) -> None:
@@ -424,6 +480,11 @@ class AdapterLibrary:
                 continue
             if info is not None:
                 log.info("shipped adapter=%s@%d", info.name, info.version)
+
+
+def _largest(blend: Blend[AdapterInfo]) -> str:
+    largest, _ = max(blend.parts, key=lambda part: part[0].bytes)
+    return f"{largest.name}@{largest.version}"
 
 
 @contextmanager

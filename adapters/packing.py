@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.families import core, fold, lora, scale, spectral
-from shoal.adapters.spec import UNIT_ELEMENTS, AdapterSpec, BaseShape, Section, SectionKind
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.spec import UNIT_ELEMENTS, AdapterSpec, BaseShape, Family, Section, SectionKind
+from shoal.adapters.weights import AdapterWeights, Correction, Term, Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,18 @@ def make_spec(weights: AdapterWeights, shape: BaseShape, digest: str) -> Adapter
     Raises:
         AdapterRejected: ``fold`` ranks whose least common multiple is too large.
     """
-    *before, own = _parts(weights, shape)
+    return make_sum_spec([Term(weights)], shape, digest)
+
+
+def make_sum_spec(terms: Terms, shape: BaseShape, digest: str) -> AdapterSpec:
+    """As ``make_spec`` of a weighted sum: a section for each kind that a term has.
+
+    Args:
+        terms: at least one. Their ``core`` matrices and corrections are on one basis, and there
+            are none where a term has row scales (whichever came first, the other would see what it
+            did): ``composing.py`` sees to that.
+    """
+    *before, own = _parts(terms, shape)
     extra: list[Section] = []
     unit = 0
     for part in before:
@@ -49,7 +60,7 @@ def make_spec(weights: AdapterWeights, shape: BaseShape, digest: str) -> Adapter
         unit += -(-part.elements // UNIT_ELEMENTS)
     return AdapterSpec(
         digest=digest,
-        family=weights.family,
+        family=cast(Family, own.kind),  # row scales have a lora part behind them
         rank=own.rank,
         basis_id=own.basis_id,
         packed_elements=unit * UNIT_ELEMENTS + own.elements,
@@ -70,9 +81,14 @@ def pack_adapter(
     Raises:
         AdapterRejected: a value is beyond what ``dtype`` holds, or see ``make_spec``.
     """
-    spec = make_spec(weights, shape, digest)
+    return pack_sum([Term(weights)], shape, digest, dtype)
+
+
+def pack_sum(terms: Terms, shape: BaseShape, digest: str, dtype: torch.dtype) -> PackedAdapter:
+    """As ``pack_adapter`` of a weighted sum, see ``make_sum_spec``. Sums are float64."""
+    spec = make_sum_spec(terms, shape, digest)
     data = torch.zeros(spec.packed_elements, dtype=dtype)
-    for section, part in zip(spec.sections, _parts(weights, shape), strict=True):
+    for section, part in zip(spec.sections, _parts(terms, shape), strict=True):
         part.fill(data.narrow(0, section.unit * UNIT_ELEMENTS, part.elements))
     if not bool(torch.isfinite(data).all()):
         raise AdapterRejected("adapter_model.safetensors", f"scaled values overflow {dtype}")
@@ -89,37 +105,56 @@ class _Part(NamedTuple):
     fill: Callable[[Tensor], None]
 
 
-def _parts(weights: AdapterWeights, shape: BaseShape) -> Iterator[_Part]:
-    """The sections of ``weights`` in the order in which they lie and apply, its family's last.
+def _parts(terms: Terms, shape: BaseShape) -> Iterator[_Part]:
+    """The sections of a sum in the order in which they lie and apply.
 
     The first two change ``y0`` and so come before whatever is added to it.
     """
-    correction = weights.correction
-    if correction is not None:
-        rank = max(correction.ranks.values())
-        elements = core.packed_elements(shape, rank)
-        yield _Part(
-            "core",
-            rank,
-            elements,
-            correction.basis_id,
-            lambda out: core.pack(core.of_correction(correction), shape, out),
-        )
-    if weights.row_scales:
+    by_family: dict[Family, list[Term]] = {}
+    for term in terms:
+        by_family.setdefault(term.weights.family, []).append(term)
+    corrected = [term for term in terms if term.weights.correction is not None]
+    yield from _core_part(by_family.get("core", []), corrected, shape)
+    scaled = [term for term in terms if term.weights.row_scales]
+    if scaled:
         elements = scale.packed_elements(shape)
-        yield _Part("scale", 0, elements, None, partial(scale.pack, weights, shape))
-    if weights.family == "core":
-        elements = core.packed_elements(shape, weights.rank)
-        fill = partial(core.pack, weights, shape)
-        yield _Part("core", weights.rank, elements, weights.basis_id, fill)
-    elif weights.family == "fold":
-        rank = fold.packed_rank(weights)
+        yield _Part("scale", 0, elements, None, partial(scale.pack, scaled, shape))
+    folds = by_family.get("fold")
+    if folds:
+        rank = fold.packed_rank(folds)
         elements = fold.packed_elements(shape, rank)
-        yield _Part("fold", rank, elements, None, partial(fold.pack, weights, shape))
-    elif weights.family == "lora":
-        elements = lora.packed_elements(shape, weights.rank)
-        yield _Part("lora", weights.rank, elements, None, partial(lora.pack, weights, shape))
-    else:
-        elements = spectral.packed_elements(shape, weights.rank)
-        fill = partial(spectral.pack, weights, shape)
-        yield _Part("spectral", weights.rank, elements, weights.basis_id, fill)
+        yield _Part("fold", rank, elements, None, partial(fold.pack, folds, shape))
+    loras = by_family.get("lora")
+    if loras:
+        rank = lora.packed_rank(loras)
+        elements = lora.packed_elements(shape, rank)
+        yield _Part("lora", rank, elements, None, partial(lora.pack, loras, shape))
+    spectrals = by_family.get("spectral")
+    if spectrals:
+        rank = spectral.packed_rank(spectrals)
+        elements = spectral.packed_elements(shape, rank)
+        basis_id = spectrals[0].weights.basis_id
+        yield _Part("spectral", rank, elements, basis_id, partial(spectral.pack, spectrals, shape))
+
+
+def _core_part(cores: Terms, corrected: Terms, shape: BaseShape) -> Iterator[_Part]:
+    """``core`` terms, and what corrections take away, as one section."""
+    corrections: list[tuple[Correction, float]] = [
+        (weights.correction, factor)
+        for weights, factor in corrected
+        if weights.correction is not None
+    ]
+    if not cores and not corrections:
+        return
+    ranks = [weights.rank for weights, _ in cores]
+    ranks += [max(correction.ranks.values()) for correction, _ in corrections]
+    basis_ids = {weights.basis_id for weights, _ in cores}
+    basis_ids |= {correction.basis_id for correction, _ in corrections}
+    (basis_id,) = basis_ids
+    elements = core.packed_elements(shape, max(ranks))
+
+    def fill(out: Tensor) -> None:
+        turned = [Term(core.of_correction(each), factor) for each, factor in corrections]
+        core.pack([*cores, *turned], shape, out)
+
+    yield _Part("core", max(ranks), elements, basis_id, fill)

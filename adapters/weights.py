@@ -4,9 +4,9 @@ A format reader makes it, the registry stores its canonical record, a family pac
 device bank. It knows nothing of files, names or devices.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -82,3 +82,14 @@ class AdapterWeights:
         Of ``spectral``, the most entries that a target has.
         """
         return max((parts[0].shape[0] for parts in self.tensors.values()), default=0)
+
+
+class Term(NamedTuple):
+    """One adapter of a weighted sum: its deltas, multiplied by ``factor``."""
+
+    weights: AdapterWeights
+    factor: float = 1.0
+
+
+# A sum of deltas; most have one term. Its order decides how sums round, nothing else.
+Terms = Sequence[Term]

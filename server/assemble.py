@@ -21,6 +21,7 @@ from shoal.adapters.basis import Basis, BasisStore, canonical_basis
 from shoal.adapters.families import core
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterLibrary, places
+from shoal.adapters.registry.shared_bases import SharedBases
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import UNIT_ELEMENTS, BaseShape
 from shoal.adapters.spectral_basis import SpectralBasis
@@ -242,7 +243,8 @@ def _open_library(
     registry_url = config.registry_url
     if config.registry is None:
         platformdirs.user_data_path("shoal").mkdir(parents=True, exist_ok=True)
-    bases = BasisStore(places(registry_url, config.store).bases)
+    shared = SharedBases.open(places(registry_url, config.store))
+    bases = BasisStore(shared.folder, shared)
     dummy = config.load_format == "dummy"
     if not dummy:
         # Kept beside the adapters that are written in it: should this machine's cache be lost and

@@ -8,10 +8,11 @@
     │   ├── PromptTooLong         400  prompt + max_tokens exceed the model's context
     │   ├── Unauthorized          401  no or unknown key
     │   ├── Forbidden             403  the key may not do this
+    │   │   └── QuotaExceeded     403  the key's owner may not have that much
     │   ├── ModelNotFound         404  neither the base nor an adapter
     │   ├── Conflict              409  contradicts what exists
     │   ├── BodyTooLarge          413  over a byte limit
-    │   ├── UnusableAdapter       422  an upload that cannot be served
+    │   ├── UnusableAdapter       422  an upload, or a blend, that cannot be served
     │   └── Overloaded            429  a queue is full; says when to come back
     └── EngineError               ours to mend (5xx)
         ├── EngineFailure         500  the step that carried this request failed
@@ -55,6 +56,10 @@ class Forbidden(RequestError):
     """The key is known but may not do this."""
 
 
+class QuotaExceeded(Forbidden):
+    """The key's owner may not have that much; trying again later does not help."""
+
+
 class ModelNotFound(RequestError):
     """``model`` names neither the base nor an adapter the caller may use."""
 
@@ -68,7 +73,7 @@ class BodyTooLarge(RequestError):
 
 
 class UnusableAdapter(RequestError):
-    """An uploaded adapter cannot be served."""
+    """An uploaded adapter, or a sum of adapters, cannot be served."""
 
 
 class Overloaded(RequestError):
@@ -105,6 +110,7 @@ STATUS: dict[type[ShoalError], tuple[int, str, str]] = {
     PromptTooLong: (400, "invalid_request_error", "context_length_exceeded"),
     Unauthorized: (401, "authentication_error", "invalid_api_key"),
     Forbidden: (403, "permission_error", "forbidden"),
+    QuotaExceeded: (403, "permission_error", "quota_exceeded"),
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     Conflict: (409, "invalid_request_error", "conflict"),
     BodyTooLarge: (413, "invalid_request_error", "body_too_large"),

@@ -23,7 +23,7 @@ from shoal.adapters.families.tiles import (
     gather_whole,
 )
 from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group, Target
-from shoal.adapters.weights import AdapterWeights, Correction
+from shoal.adapters.weights import AdapterWeights, Correction, Terms
 
 # Of a basis that an upload brings; adapters on larger ones are served as ``lora``. A basis takes
 # device memory at its rank for every layer and module, and that has to be set aside at start.
@@ -40,15 +40,47 @@ def record_offset(shape: BaseShape, rank: int, layer: int, module: str) -> int:
     return (layer * len(MODULES) + MODULES.index(module)) * rank * rank
 
 
-def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
-    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with ``weights``."""
-    rank = weights.rank
+def summed(terms: Terms) -> dict[Target, Tensor]:
+    """``Σ factor·s·R`` per target: ``(r, r)`` float64 of the largest rank, smaller ones padded."""
+    sums: dict[Target, Tensor] = {}
+    for weights, factor in terms:
+        for target, (r_matrix,) in weights.tensors.items():
+            added = r_matrix.to(torch.float64) * (weights.scales[target] * factor)
+            known = sums.get(target)
+            if known is not None:
+                rank = max(known.shape[0], added.shape[0])
+                added = _padded(added, rank) + _padded(known, rank)
+            sums[target] = added
+    return sums
+
+
+def factors(r_matrix: Tensor, basis: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What it is as ``lora``: ``A = R BᵀW`` in float64, and the leading columns of ``B``.
+
+    Args:
+        r_matrix: ``(r, r)``.
+        basis: ``B (d_out, r or more)``.
+        weight: ``(d_out, d_in)``; the product is made on its device.
+    """
+    b = basis[:, : r_matrix.shape[0]].contiguous()
+    wide = b.to(weight.device, torch.float64)
+    frozen = (wide.T @ weight.detach().to(torch.float64)).cpu()
+    return r_matrix.to(torch.float64) @ frozen, b
+
+
+def pack(terms: Terms, shape: BaseShape, out: Tensor) -> None:
+    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with a sum on one basis."""
+    rank = max(weights.rank for weights, _ in terms)
     out.zero_()
     table = out.view(shape.num_layers, len(MODULES), rank, rank)
-    for target, (r_matrix,) in weights.tensors.items():
+    for target, r_matrix in summed(terms).items():
         own = r_matrix.shape[0]
-        scaled = r_matrix.to(torch.float64) * weights.scales[target]
-        table[target.layer, MODULES.index(target.module), :own, :own] = scaled.to(out.dtype)
+        table[target.layer, MODULES.index(target.module), :own, :own] = r_matrix.to(out.dtype)
+
+
+def _padded(matrix: Tensor, rank: int) -> Tensor:
+    more = rank - matrix.shape[0]
+    return torch.nn.functional.pad(matrix, (0, more, 0, more))
 
 
 def of_correction(correction: Correction) -> AdapterWeights:

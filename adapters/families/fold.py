@@ -20,7 +20,7 @@ from torch import Tensor
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.families.tiles import Records, Segment, Tiling, Tokens, apply_tiles
 from shoal.adapters.spec import GROUPS, BaseShape, Group, Target
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.weights import AdapterWeights, Terms
 
 # Mixed ranks cost their least common multiple; beyond this the adapter is better served as lora.
 RANK_MAX = 1024
@@ -29,13 +29,14 @@ RANK_MAX = 1024
 RUN_ELEMENTS_MIN = 16
 
 
-def packed_rank(weights: AdapterWeights) -> int:
-    """The rank all targets are packed at: the least common multiple of their own.
+def packed_rank(terms: Terms) -> int:
+    """The rank all targets of a sum are packed at: the least common multiple of their own.
 
     Raises:
         AdapterRejected: it exceeds ``RANK_MAX``.
     """
-    ranks = {parts[0].shape[0] for parts in weights.tensors.values()} - {0}
+    every = (parts for weights, _ in terms for parts in weights.tensors.values())
+    ranks = {parts[0].shape[0] for parts in every} - {0}
     rank = math.lcm(*ranks) if ranks else 0
     if rank > RANK_MAX:
         raise AdapterRejected(
@@ -61,9 +62,19 @@ def record_offset(shape: BaseShape, rank: int, layer: int, group: Group) -> int:
     return columns * rank
 
 
-def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
-    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with ``weights``."""
-    rank = packed_rank(weights)
+def factors(d_matrix: Tensor, d_in: int) -> tuple[Tensor, Tensor]:
+    """What it is as ``lora``: the 0/1 matrix of the fold, and ``Dᵀ``; exact in any dtype."""
+    rank = d_matrix.shape[0]
+    a = torch.zeros(rank, d_in, dtype=d_matrix.dtype)
+    if rank:
+        columns = torch.arange(d_in)
+        a[columns % rank, columns] = 1.0
+    return a, d_matrix.T.contiguous()
+
+
+def pack(terms: Terms, shape: BaseShape, out: Tensor) -> None:
+    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with a sum."""
+    rank = packed_rank(terms)
     out.zero_()
     for layer in range(shape.num_layers):
         for group, modules in GROUPS.items():
@@ -74,12 +85,22 @@ def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
             for module in modules:
                 columns = slice(start, start + shape.dims[module].d_out)
                 start = columns.stop
-                parts = weights.tensors.get(Target(layer, module))
-                if parts is None or parts[0].shape[0] == 0:
-                    continue
-                scale = weights.scales[Target(layer, module)]
-                scaled = parts[0].to(torch.float64) * scale
-                table[:, columns] = scaled.repeat(rank // parts[0].shape[0], 1).to(out.dtype)
+                total = _summed(terms, Target(layer, module), rank)
+                if total is not None:
+                    table[:, columns] = total.to(out.dtype)
+
+
+def _summed(terms: Terms, target: Target, rank: int) -> Tensor | None:
+    """``Σ factor·s·D`` of one target: ``(rank, d_out)`` float64; None where nobody changes it."""
+    total = None
+    for weights, factor in terms:
+        parts = weights.tensors.get(target)
+        if parts is None or parts[0].shape[0] == 0:
+            continue
+        scaled = parts[0].to(torch.float64) * (weights.scales[target] * factor)
+        repeated = scaled.repeat(rank // parts[0].shape[0], 1)
+        total = repeated if total is None else total.add_(repeated)
+    return total
 
 
 def reference(

@@ -7,6 +7,7 @@ the delta as well, ``s·(x Aᵀ) (g ⊙ B)ᵀ``, so they are folded into ``B``; 
 ``scale.py``'s.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from shoal.adapters.families.tiles import Records, Segment, Tiling, Tokens, apply_tiles
 from shoal.adapters.spec import GROUPS, BaseShape, Group, Target
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.weights import AdapterWeights, Terms
 
 
 def group_elements(shape: BaseShape, rank: int, group: Group) -> int:
@@ -38,9 +39,20 @@ def record_offset(shape: BaseShape, rank: int, layer: int, group: Group) -> int:
     return offset
 
 
-def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
-    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with ``weights``."""
-    rank = weights.rank
+def packed_rank(terms: Terms) -> int:
+    """The rank all targets of a sum are packed at: the largest sum of a target's ranks."""
+    ranks: Counter[Target] = Counter()
+    for weights, _ in terms:
+        ranks.update({target: a.shape[0] for target, (a, _) in weights.tensors.items()})
+    return max(ranks.values(), default=0)
+
+
+def pack(terms: Terms, shape: BaseShape, out: Tensor) -> None:
+    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with a sum.
+
+    The factors of one term lie behind those of the one before: that adds up their deltas.
+    """
+    rank = packed_rank(terms)
     out.zero_()
     for layer in range(shape.num_layers):
         for group, modules in GROUPS.items():
@@ -54,13 +66,18 @@ def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
                 columns = slice(start, start + shape.dims[module].d_out)
                 start = columns.stop
                 target = Target(layer, module)
-                if target in weights.tensors:
+                used = 0
+                for weights, factor in terms:
+                    if target not in weights.tensors:
+                        continue
                     a, b = weights.tensors[target]
-                    a_rows[i, : a.shape[0]] = a.to(out.dtype)
-                    scaled = b.to(torch.float64) * weights.scales[target]
+                    own = slice(used, used + a.shape[0])
+                    used = own.stop
+                    a_rows[i, own] = a.to(out.dtype)
+                    scaled = b.to(torch.float64) * (weights.scales[target] * factor)
                     if target in weights.row_scales:
                         scaled *= weights.row_scales[target].to(torch.float64)[:, None]
-                    bt[: a.shape[0], columns] = scaled.T.to(out.dtype)
+                    bt[own, columns] = scaled.T.to(out.dtype)
 
 
 def reference(

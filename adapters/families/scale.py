@@ -13,7 +13,7 @@ from torch import Tensor
 from shoal.adapters.families import fold
 from shoal.adapters.families.tiles import Records, Segment, Tiling, Tokens, apply_tiles
 from shoal.adapters.spec import GROUPS, BaseShape, Group, Target
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.weights import AdapterWeights, Terms
 
 
 def packed_elements(shape: BaseShape) -> int:
@@ -26,17 +26,23 @@ def record_offset(shape: BaseShape, layer: int, group: Group) -> int:
     return fold.record_offset(shape, 1, layer, group)
 
 
-def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
-    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with the row scales."""
+def pack(terms: Terms, shape: BaseShape, out: Tensor) -> None:
+    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with a sum's row scales.
+
+    What they add to ``y0`` is linear in ``g - 1``, so that is what is summed.
+    """
     out.zero_()
     for layer in range(shape.num_layers):
         for group, modules in GROUPS.items():
             start = record_offset(shape, layer, group)
             for module in modules:
                 width = shape.dims[module].d_out
-                g = weights.row_scales.get(Target(layer, module))
-                if g is not None:
-                    out.narrow(0, start, width).copy_(g.to(torch.float64) - 1.0)
+                total = torch.zeros(width, dtype=torch.float64)
+                for weights, factor in terms:
+                    g = weights.row_scales.get(Target(layer, module))
+                    if g is not None:
+                        total += factor * (g.to(torch.float64) - 1.0)
+                out.narrow(0, start, width).copy_(total)
                 start += width
 
 

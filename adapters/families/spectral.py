@@ -20,7 +20,7 @@ from shoal.adapters.families import tiles
 from shoal.adapters.families.tiles import Records, Segment, Tiling, Tokens, apply_tiles
 from shoal.adapters.spec import GROUPS, MODULES, BaseShape, Group, Target
 from shoal.adapters.spectral_basis import Factors
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.weights import AdapterWeights, Terms
 
 # float16's exponent is all ones from 0x7C00 on: the smallest such index of the three dtypes.
 COMPONENTS_MAX = 0x7C00
@@ -48,15 +48,42 @@ def record_offset(shape: BaseShape, rank: int, layer: int, module: str) -> int:
     return layer * (packed_elements(shape, rank) // shape.num_layers) + inside
 
 
-def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
-    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with ``weights``.
+def packed_rank(terms: Terms) -> int:
+    """The most entries that a target of a sum has: places that several share count once."""
+    if len(terms) == 1:
+        return terms[0].weights.rank  # of shapes alone
+    return max((len(values) for _, _, values in summed(terms).values()), default=0)
+
+
+def summed(terms: Terms) -> dict[Target, tuple[Tensor, Tensor, Tensor]]:
+    """Rows, columns and ``Σ factor·s·values`` (float64) per target, sorted, each place once."""
+    found: dict[Target, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for weights, factor in terms:
+        for target, (rows, columns, values) in weights.tensors.items():
+            scaled = values.to(torch.float64) * (weights.scales[target] * factor)
+            found.setdefault(target, []).append((rows, columns, scaled))
+    return {target: _merged(parts) for target, parts in found.items()}
+
+
+def _merged(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    rows, columns, values = (torch.cat(same) for same in zip(*parts, strict=True))
+    width = int(columns.max()) + 1 if len(columns) else 1
+    places, where = torch.unique(rows.long() * width + columns, return_inverse=True)
+    sums = torch.zeros(len(places), dtype=torch.float64).index_add_(0, where, values)
+    return places // width, places % width, sums
+
+
+def pack(terms: Terms, shape: BaseShape, out: Tensor) -> None:
+    """Fill ``out`` (1-D, ``packed_elements`` long, the bank's dtype) with a sum.
 
     Raises:
         AdapterRejected: a target has more than ``COMPONENTS_MAX`` singular components.
     """
-    rank = weights.rank
+    rank = packed_rank(terms)
     out.zero_()
-    for target, (rows, columns, values) in weights.tensors.items():
+    for target, (rows, columns, values) in summed(terms).items():
         if min(shape.dims[target.module]) > COMPONENTS_MAX:
             raise AdapterRejected(
                 str(target), f"spectral adapters have at most {COMPONENTS_MAX} components"
@@ -68,8 +95,7 @@ def pack(weights: AdapterWeights, shape: BaseShape, out: Tensor) -> None:
         count = len(values)
         table[0, :count] = rows.to(integer).view(out.dtype)
         table[1, :count] = columns.to(integer).view(out.dtype)
-        scaled = values.to(torch.float64) * weights.scales[target]
-        table[2, :count] = scaled.to(out.dtype)
+        table[2, :count] = values.to(out.dtype)
 
 
 def reference(

@@ -195,12 +195,14 @@ def import_archive(
     bases: Path,
     source: BinaryIO,
     *,
+    on_base: Callable[[str], object] = lambda basis_id: None,
     progress: Progress = lambda done, of: None,
 ) -> Outcome:
     """Publish the adapters of an archive, batch by batch: each is durable before its names exist.
 
     Args:
         source: an archive, compressed or not; need not seek.
+        on_base: told the id of each basis that is in the folder now, before an adapter needs it.
 
     Raises:
         AdapterRejected: not an archive, cut off, or a record with another digest. The batches
@@ -224,6 +226,7 @@ def import_archive(
                     ended = True
                 elif match[1]:
                     _import_base(bases, match[1], member, file)
+                    on_base(match[1])
                 elif match[2] == "adapters":
                     batch = _read_lines(member, file)
                 elif batch is None:

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Row, delete, insert, select
 
+from shoal.adapters.registry import totals
 from shoal.adapters.registry.catalog import Catalog, Content, Source
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.tables import ADAPTERS, GARBAGE, SHARES, VERSIONS
+from shoal.adapters.registry.totals import Amount
 
 # Parameters of one statement; SQLite takes 32,766.
 _CHUNK = 500
@@ -85,6 +87,7 @@ def publish_many(database: Database, adapters: Sequence[Adapter]) -> Outcome:
 
     def work(connection: Connection) -> Outcome:
         outcome = Outcome()
+        more: dict[tuple[str, str], Amount] = {}
         rows = _rows(connection, adapters)
         known = _digests(connection, [row.id for row in rows.values() if row.deleted_at is None])
         new = []
@@ -99,18 +102,23 @@ def publish_many(database: Database, adapters: Sequence[Adapter]) -> Outcome:
             else:
                 catalog = Catalog(database, base_digest=adapter.base_digest, owner=adapter.owner)
                 version = adapter.active_version
-                catalog._place(
+                placed = catalog._place(
                     connection, row, adapter.name, version.content, version.source, version.created
                 )
+                _count(more, adapter, placed.more)
                 outcome.updated += 1
-        _insert(database, connection, new)
+        _insert(connection, new)
         outcome.added = len(new)
+        for adapter in new:
+            size = sum(version.content.bytes for version in adapter.versions)
+            _count(more, adapter, Amount(1, size))
+        totals.add_many(connection, more)  # last, because others wait here
         return outcome
 
     return database.transact(work)
 
 
-def _insert(database: Database, connection: Connection, adapters: Sequence[Adapter]) -> None:
+def _insert(connection: Connection, adapters: Sequence[Adapter]) -> None:
     if not adapters:
         return
     values: list[dict[str, Any]] = [
@@ -155,14 +163,12 @@ def _insert(database: Database, connection: Connection, adapters: Sequence[Adapt
     ]
     if shares:
         connection.execute(insert(SHARES), shares)
-    counts: dict[tuple[str, str], int] = {}
-    for adapter in adapters:
-        key = adapter.owner, adapter.base_digest
-        counts[key] = counts.get(key, 0) + 1
-    # Last and in one order, because others wait here.
-    for (owner, base_digest), count in sorted(counts.items()):
-        catalog = Catalog(database, base_digest=base_digest, owner=owner)
-        catalog._add_to_total(connection, count)
+
+
+def _count(more: dict[tuple[str, str], Amount], adapter: Adapter, amount: Amount) -> None:
+    key = adapter.owner, adapter.base_digest
+    names, size = more.get(key, Amount(0, 0))
+    more[key] = Amount(names + amount.names, size + amount.bytes)
 
 
 def _rows(connection: Connection, adapters: Iterable[Adapter]) -> dict[tuple[str, str], Row[Any]]:

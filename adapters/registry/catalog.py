@@ -10,7 +10,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -20,6 +20,7 @@ from sqlalchemy import (
     bindparam,
     delete,
     exists,
+    func,
     insert,
     select,
     tuple_,
@@ -27,9 +28,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from shoal.adapters.errors import AdapterConflict, AdapterRejected
-from shoal.adapters.registry import garbage
+from shoal.adapters.errors import AdapterConflict, AdapterQuotaExceeded, AdapterRejected
+from shoal.adapters.registry import garbage, totals
 from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.keys import Limits
 from shoal.adapters.registry.names import (
     EVERYBODY,
     not_found,
@@ -38,7 +40,15 @@ from shoal.adapters.registry.names import (
     validate_owner,
     validate_tags,
 )
-from shoal.adapters.registry.tables import ADAPTERS, GARBAGE, SHARES, TOTALS, VERSIONS
+from shoal.adapters.registry.tables import (
+    ADAPTERS,
+    GARBAGE,
+    OWNERS,
+    SHARES,
+    TOTALS,
+    VERSIONS,
+)
+from shoal.adapters.registry.totals import Amount
 from shoal.adapters.spec import ADAPTER_NAME, Family
 
 PAGE_MAX = 1000
@@ -105,6 +115,13 @@ class AdapterInfo:
         return f"{self.owner}/{self.name}" if self.owner else self.name
 
 
+class _Placed(NamedTuple):
+    """A version, and what its owner has more by it."""
+
+    version: int
+    more: Amount
+
+
 # Statements are built once: building one costs more than running it, and every request has one.
 _COLUMNS = (
     ADAPTERS.c.owner,
@@ -160,32 +177,61 @@ class Catalog:
         self._base_digest = base_digest
         self._owner = owner
 
-    def claim(self, name: str) -> None:
+    def claim(
+        self, name: str, *, content: Content | None = None, limits: Limits | None = None
+    ) -> None:
         """Check that ``publish`` would take ``name`` now; changes nothing.
 
+        Args:
+            content, limits: as for ``publish``. Without content, no more is refused than what
+                would be with any.
+
         Raises:
-            AdapterNameInvalid, AdapterConflict: as ``publish``.
+            AdapterNameInvalid, AdapterConflict, AdapterQuotaExceeded: as ``publish``.
         """
         validate_name(name)
         with self._database.read() as connection:
-            self._check_base(name, self._adapter(connection, name))
+            row = self._adapter(connection, name)
+            self._check_base(name, row)
+            if limits is None:
+                return
+            is_new = row is None or row.deleted_at is not None
+            has = totals.used(connection, self._owner)
+            if content is not None:
+                known = row is not None and self._version_of(connection, row.id, content.digest)
+                if not known:
+                    totals.check_room(has, Amount(int(is_new), content.bytes), limits)
+            elif is_new:
+                totals.check_room(has, Amount(1, 0), limits)
+                if limits.bytes is not None and has.bytes >= limits.bytes:
+                    raise AdapterQuotaExceeded(
+                        "bytes", allowed=limits.bytes, used=has.bytes, needed=None
+                    )
 
-    def publish(self, name: str, content: Content, *, created: float) -> AdapterInfo:
+    def publish(
+        self, name: str, content: Content, *, created: float, limits: Limits | None = None
+    ) -> AdapterInfo:
         """Add ``content`` as the next version of ``name`` and make it active.
 
         Content that ``name`` already has (by digest) is made active as the version it is.
 
+        Args:
+            limits: the owner may have no more adapters and bytes than these, whoever else uploads
+                for it at the same time. What is made active again needs no room.
+
         Raises:
             AdapterNameInvalid: ``name`` breaks the rule.
             AdapterConflict: ``name`` belongs to an adapter of another base.
+            AdapterQuotaExceeded: there is no room within ``limits``.
         """
         validate_name(name)
 
         def work(connection: Connection) -> AdapterInfo:
             row = self._adapter(connection, name)
             self._check_base(name, row)
-            version = self._place(connection, row, name, content, "upload", created)
-            return self._info(connection, name, version)
+            placed = self._place(connection, row, name, content, "upload", created)
+            totals.add(connection, self._owner, self._base_digest, placed.more, limits=limits)
+            return self._info(connection, name, placed.version)
 
         return self._transact(work)
 
@@ -212,8 +258,9 @@ class Catalog:
                 ).all()
                 if any(v.source == "upload" or v.digest == content.digest for v in known):
                     return None
-            version = self._place(connection, row, name, content, "shipped", created)
-            return self._info(connection, name, version)
+            placed = self._place(connection, row, name, content, "shipped", created)
+            totals.add(connection, self._owner, self._base_digest, placed.more)
+            return self._info(connection, name, placed.version)
 
         return self._transact(work)
 
@@ -362,8 +409,11 @@ class Catalog:
             row = self._live_adapter(connection, name)
             self._set(connection, row.id, deleted_at=now, tags={}, used=None)
             connection.execute(delete(SHARES).where(*_shares_of(row)))
+            size = connection.execute(
+                select(func.sum(VERSIONS.c.bytes)).where(VERSIONS.c.adapter_id == row.id)
+            ).scalar_one()
             garbage.bury(connection, row.id, now)
-            self._add_to_total(connection, -1)
+            totals.add(connection, self._owner, self._base_digest, Amount(-1, -int(size)))
 
         self._transact(work)
 
@@ -469,22 +519,34 @@ class Catalog:
 
     def count(self) -> int:
         """How many names there are; one look-up."""
-        query = select(TOTALS.c.names).where(*self._total())
+        query = select(TOTALS.c.names).where(
+            TOTALS.c.owner == self._owner, TOTALS.c.base_digest == self._base_digest
+        )
         with self._database.read() as connection:
             return int(connection.execute(query).scalar() or 0)
 
     def check(self) -> None:
         """Assert what must hold for every adapter in the database. O(versions); for tests."""
         numbers: dict[int, list[int]] = {}
+        sizes: Counter[int] = Counter()
         with self._database.write() as connection:
-            for row in connection.execute(select(VERSIONS.c.adapter_id, VERSIONS.c.version)):
+            columns = VERSIONS.c.adapter_id, VERSIONS.c.version, VERSIONS.c.bytes
+            for row in connection.execute(select(*columns)):
                 numbers.setdefault(row.adapter_id, []).append(row.version)
+                sizes[row.adapter_id] += row.bytes
             rows = connection.execute(select(ADAPTERS)).all()
             totals = connection.execute(select(TOTALS)).all()
+            owners = connection.execute(select(OWNERS)).all()
             shared = connection.execute(select(SHARES.c.owner, SHARES.c.name)).all()
         live = [row for row in rows if row.deleted_at is None]
         counted = Counter((row.owner, row.base_digest) for row in live)
         assert {(row.owner, row.base_digest): row.names for row in totals if row.names} == counted
+        have: dict[str, Amount] = {}
+        for row in live:
+            names, size = have.get(row.owner, Amount(0, 0))
+            have[row.owner] = Amount(names + 1, size + sizes[row.id])
+        assert {row.owner: Amount(row.names, row.bytes) for row in owners if row.names} == have
+        assert not [row for row in owners if row.bytes and not row.names]
         assert set(map(tuple, shared)) <= {(row.owner, row.name) for row in live}
         assert set(numbers) == {row.id for row in live}, "versions without an adapter, or reverse"
         for row in rows:
@@ -508,8 +570,11 @@ class Catalog:
         content: Content,
         source: Source,
         created: float,
-    ) -> int:
-        """Give ``content`` its version number under ``name`` and make it active."""
+    ) -> _Placed:
+        """Give ``content`` its version number under ``name`` and make it active.
+
+        What the owner has more by it is for the caller to add to the totals, at the end.
+        """
         if row is None:
             version = 1
             result = connection.execute(
@@ -528,15 +593,10 @@ class Catalog:
         else:
             adapter_id = row.id
             is_new = row.deleted_at is not None
-            same = connection.execute(
-                select(VERSIONS.c.version).where(
-                    VERSIONS.c.adapter_id == adapter_id,
-                    VERSIONS.c.digest == content.digest,
-                )
-            ).scalar()
+            same = self._version_of(connection, adapter_id, content.digest)
             if same is not None:
                 self._set(connection, adapter_id, active_version=same)
-                return int(same)
+                return _Placed(same, Amount(0, 0))
             version = row.next_version
             self._set(
                 connection,
@@ -564,10 +624,15 @@ class Catalog:
             )
         )
         garbage.revive(connection, content.digest)
-        if is_new:
-            # Last, because all new names of an owner wait for each other here.
-            self._add_to_total(connection, 1)
-        return int(version)
+        return _Placed(version, Amount(int(is_new), content.bytes))
+
+    def _version_of(self, connection: Connection, adapter_id: int, digest: str) -> int | None:
+        """The live version that has this content already."""
+        return connection.execute(
+            select(VERSIONS.c.version).where(
+                VERSIONS.c.adapter_id == adapter_id, VERSIONS.c.digest == digest
+            )
+        ).scalar()
 
     def _transact(self, work: Callable[[Connection], T]) -> T:
         try:
@@ -597,18 +662,6 @@ class Catalog:
 
     def _set(self, connection: Connection, adapter_id: int, **values: object) -> None:
         connection.execute(update(ADAPTERS).where(ADAPTERS.c.id == adapter_id).values(**values))
-
-    def _add_to_total(self, connection: Connection, names: int) -> None:
-        changed = connection.execute(
-            update(TOTALS).where(*self._total()).values(names=TOTALS.c.names + names)
-        )
-        if changed.rowcount == 0:
-            connection.execute(
-                insert(TOTALS).values(owner=self._owner, base_digest=self._base_digest, names=names)
-            )
-
-    def _total(self) -> tuple[ColumnElement[bool], ...]:
-        return TOTALS.c.owner == self._owner, TOTALS.c.base_digest == self._base_digest
 
     def _infos(
         self, connection: Connection, query: Select[Any], wanted: Mapping[str, object] | None = None

@@ -20,6 +20,8 @@ from shoal.adapters.registry.packs import SUFFIX, Packs, pack_chunks, pack_name,
 from shoal.adapters.registry.retrying import Patience, retried
 
 _HEX = "0123456789abcdef"
+# Limit on one try with a whole file: 350 MB of basis for an 8B model, at 1 MB/s.
+FILE_S = 600.0
 
 
 def url_options(url: str) -> dict[str, Any]:
@@ -112,6 +114,26 @@ class ObjectStore:
         """See ``Store``. Parts of interrupted multipart uploads are for the bucket's rules."""
         return []
 
+    def files(self, folder: str) -> list[str]:
+        """Names of the files in a folder of the store."""
+        try:
+            found = self._call("ls", f"{self._root}/{folder}", detail=False)
+        except FileNotFoundError:
+            return []
+        return [str(path).rpartition("/")[2] for path in found]
+
+    def send_file(self, name: str, source: Path) -> None:
+        """Keep a copy of ``source``, which may be large: durable when this returns."""
+        path = f"{self._root}/{name}"
+        try:
+            self._call("put_file", str(source), path, call_s=FILE_S)
+        except FileNotFoundError as error:
+            raise RegistryUnavailable(f"store {path!r}: no such bucket ({error})") from error
+
+    def fetch_file(self, name: str, target: Path) -> None:
+        """Write a file of the store to ``target``. FileNotFoundError when there is none."""
+        self._call("get_file", f"{self._root}/{name}", str(target), call_s=FILE_S)
+
     def _retire(self, path: str, before: float) -> bool:
         try:
             if _written(self._call("info", path)) >= before:
@@ -155,8 +177,10 @@ class ObjectStore:
         data: bytes = self._call("cat_file", path, start=start, end=end)
         return data
 
-    def _call(self, name: str, path: str, *args: Any, **kwargs: Any) -> Any:
-        """A method of the filesystem, with the time limit, tried again.
+    def _call(
+        self, name: str, path: str, *args: Any, call_s: float | None = None, **kwargs: Any
+    ) -> Any:
+        """A method of the filesystem, with a time limit (by default ``Patience``'s), tried again.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -169,7 +193,8 @@ class ObjectStore:
             method = getattr(self._filesystem, f"_{name}")
 
             async def limited() -> Any:
-                return await asyncio.wait_for(method(path, *args, **kwargs), self._patience.call_s)
+                limit_s = self._patience.call_s if call_s is None else call_s
+                return await asyncio.wait_for(method(path, *args, **kwargs), limit_s)
 
             return fsspec.asyn.sync(self._filesystem.loop, limited)
 

@@ -13,7 +13,7 @@ from itertools import takewhile
 from shoal.adapters.errors import AdapterConflict, AdapterNotFound
 from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
 from shoal.adapters.registry.database import Database
-from shoal.adapters.registry.keys import Keys
+from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.names import SHIPPED_OWNER, not_found, validate_name
 from shoal.adapters.registry.recent import RecentMeanings
 from shoal.adapters.registry.store import Store, open_store, places
@@ -80,31 +80,49 @@ class Registry:
             Database(registry_url), store, base_digest=base_digest, reserved_names=reserved_names
         )
 
-    def claim(self, name: str, *, owner: str = "") -> None:
-        """Check that ``name`` may be uploaded; changes nothing.
+    def claim(
+        self,
+        name: str,
+        *,
+        owner: str = "",
+        content: Content | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """Check that ``name`` may be uploaded; changes nothing. See ``Catalog.claim``.
 
         Raises:
-            AdapterNameInvalid, AdapterConflict: it may not.
+            AdapterNameInvalid, AdapterConflict, AdapterQuotaExceeded: it may not.
         """
         self._check_name(name)
-        self._of(owner).claim(name)
+        self._of(owner).claim(name, content=content, limits=limits)
 
     def publish(
-        self, name: str, content: Content, record: bytes, *, owner: str = ""
+        self,
+        name: str,
+        content: Content,
+        record: bytes,
+        *,
+        owner: str = "",
+        limits: Limits | None = None,
     ) -> AdapterInfo:
         """Make ``record`` the active version of ``name``: durable when this returns.
 
         A record that ``name`` already has is made active as the version it is.
 
+        Args:
+            limits: of adapters and bytes that the owner may have; None is no limit.
+
         Raises:
             AdapterNameInvalid, AdapterConflict: ``name`` cannot be used; nothing has changed.
+            AdapterQuotaExceeded: there is no room within ``limits``; nothing has changed.
             RegistryUnavailable: nothing has changed, unless the connection was lost while
                 committing. Publishing the same again is harmless.
         """
-        self.claim(name, owner=owner)
+        # With its limits, so that what there is no room for is not written either.
+        self.claim(name, owner=owner, content=content, limits=limits)
         self._put(content.digest, record)
         with self._recent.changing(owner, name):
-            return self._of(owner).publish(name, content, created=self._clock())
+            return self._of(owner).publish(name, content, created=self._clock(), limits=limits)
 
     def publish_shipped(self, name: str, content: Content, record: bytes) -> AdapterInfo | None:
         """Like ``publish``, unless a user changed or deleted ``name``: then None.

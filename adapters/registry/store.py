@@ -13,6 +13,7 @@ Bytes never change, so a reader needs no lock, and storing the same bytes twice 
 
 import atexit
 import contextlib
+import hashlib
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
+import platformdirs
 
 from shoal.adapters.registry import stored
 from shoal.adapters.registry.database import sqlite_file
@@ -107,7 +109,7 @@ class Places:
 
     Attributes:
         store_url: fsspec URL for ``open_store``.
-        bases: folder of the shared bases.
+        bases: folder of the shared bases; see ``shared_bases.py``.
     """
 
     store_url: str
@@ -122,7 +124,8 @@ def places(registry_url: str, store_url: str | None = None) -> Places:
         store_url: fsspec URL of the store. By default the folder ``<registry file>.store`` beside
             a SQLite file; for ``sqlite://`` a folder that is removed when the process ends.
 
-    Limit: bases are local files. With a store that is not, they lie in ``<registry file>.bases``.
+    With a store that is not a folder, the bases lie in ``<registry file>.bases``, or in the user's
+    cache when the registry is not a file; the store has copies.
 
     Raises:
         RegistryUnavailable: neither says where to keep files.
@@ -143,10 +146,8 @@ def places(registry_url: str, store_url: str | None = None) -> Places:
     if _is_local(filesystem):
         return Places(store_url, Path(root) / "bases")
     if file is None:
-        raise RegistryUnavailable(
-            f"store {store_url!r} is not a folder, and the registry is not a SQLite file: there is "
-            "no place for shared bases"
-        )
+        key = hashlib.sha256(store_url.encode()).hexdigest()[:16]
+        return Places(store_url, platformdirs.user_cache_path("shoal") / "stores" / key / "bases")
     return Places(store_url, file.absolute().with_name(file.name + ".bases"))
 
 
@@ -160,6 +161,12 @@ def open_store(url: str) -> Store:
     if _is_local(filesystem):
         return LocalStore(Path(root))
     return ObjectStore(filesystem, root)
+
+
+def open_object_store(url: str) -> ObjectStore | None:
+    """As ``open_store``, unless it is a local folder: then None, and nothing is made."""
+    filesystem, root = _filesystem(url)
+    return None if _is_local(filesystem) else ObjectStore(filesystem, root)
 
 
 class LocalStore:

@@ -18,7 +18,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 METADATA = MetaData()
 
@@ -86,6 +86,16 @@ TOTALS = Table(
     Column("owner", String(128), primary_key=True),
     Column("base_digest", String(64), primary_key=True),
     Column("names", Integer, nullable=False),
+)
+
+# What each owner has, of all bases; `bytes` are those of the canonical records of live versions,
+# counted once for every version. Whoever changes an owner's adapters waits here (`totals.py`).
+OWNERS = Table(
+    "owners",
+    METADATA,
+    Column("owner", String(128), primary_key=True),
+    Column("names", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
 )
 
 # Who besides its owner sees a live adapter; `grantee` is an owner, or `names.EVERYBODY`.

@@ -40,15 +40,14 @@ def _export(args: argparse.Namespace) -> int:
     from shoal.adapters.registry.archive import export_archive
 
     with registry_parts.open_parts(args) as parts, _progress("exporting") as progress:
+        bases = parts.bases.folder
         if args.file == "-":
             out = sys.stdout.buffer
-            got = export_archive(parts.database, parts.store, parts.bases, out, progress=progress)
+            got = export_archive(parts.database, parts.store, bases, out, progress=progress)
             out.flush()
         else:
             with Path(args.file).open("xb") as file:
-                got = export_archive(
-                    parts.database, parts.store, parts.bases, file, progress=progress
-                )
+                got = export_archive(parts.database, parts.store, bases, file, progress=progress)
     print(f"exported {got.adapters} adapters", file=sys.stderr)
     if got.left_out:
         print(
@@ -67,7 +66,14 @@ def _import(args: argparse.Namespace) -> int:
         _source(args.file) as source,
         _progress("importing") as progress,
     ):
-        got = import_archive(parts.database, parts.store, parts.bases, source, progress=progress)
+        got = import_archive(
+            parts.database,
+            parts.store,
+            parts.bases.folder,
+            source,
+            on_base=parts.bases.send,
+            progress=progress,
+        )
     print(
         f"imported {got.added} new names and {got.updated} new versions; "
         f"{got.unchanged} were there already",

@@ -246,10 +246,12 @@ def _known_bases(args: argparse.Namespace) -> Iterator["Basis"]:
     from shoal.adapters.basis import load_basis
     from shoal.adapters.errors import AdapterRejected
     from shoal.adapters.library import places
+    from shoal.adapters.registry.shared_bases import SharedBases
     from shoal.server.config import ServeConfig
 
     registry_url = ServeConfig(registry=args.registry).registry_url
-    for path in sorted(places(registry_url, args.store).bases.glob("*.safetensors")):
+    shared = SharedBases.open(places(registry_url, args.store))
+    for path in sorted(shared.folder.glob("*.safetensors")):
         try:
             yield load_basis(path)
         except AdapterRejected as error:

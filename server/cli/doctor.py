@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             report = examine(
                 parts.database,
                 parts.store,
-                parts.bases,
+                parts.bases.folder,
                 repair=args.repair,
                 read_all=not args.quick,
                 grace_s=args.grace_hours * 3600,

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shoal.adapters.registry.database import Database
+    from shoal.adapters.registry.shared_bases import SharedBases
     from shoal.adapters.registry.store import Store
 
 
@@ -18,7 +18,7 @@ class RegistryParts:
 
     database: "Database"
     store: "Store"
-    bases: Path
+    bases: "SharedBases"
 
 
 def add_registry_argument(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +56,10 @@ def open_parts(args: argparse.Namespace) -> Iterator[RegistryParts]:
     Raises:
         RegistryError: it cannot be opened.
     """
+    from shoal.adapters.registry.shared_bases import SharedBases
     from shoal.adapters.registry.store import open_store, places
     from shoal.server.config import ServeConfig
 
     where = places(ServeConfig(registry=args.registry).registry_url, args.store)
     with open_database(args) as database:
-        yield RegistryParts(database, open_store(where.store_url), where.bases)
+        yield RegistryParts(database, open_store(where.store_url), SharedBases.open(where))

@@ -37,10 +37,11 @@ def adapters_router(services: Services) -> APIRouter:
     async def receive(request: Request, caller: Caller) -> "AdapterInfo":
         async with received(request, max_bytes=services.config.max_upload_bytes) as upload:
             owner, name = caller.acts_on(upload.name)
+            limits = caller.limits if owner == caller.owner else None
             try:
                 with names_from("name"):
                     return await services.work(
-                        lambda: library.upload(name, upload.files, owner=owner)
+                        lambda: library.upload(name, upload.files, owner=owner, limits=limits)
                     )
             except (AdapterError, ShoalError):
                 services.metrics.upload("refused")
@@ -50,7 +51,10 @@ def adapters_router(services: Services) -> APIRouter:
     async def upload_adapter(request: Request) -> JSONResponse:
         caller = caller_of(request)
         caller.must_write()
-        with services.quotas.begin(caller.owner, caller.limits):
+        with (
+            services.quotas.begin(caller.owner, caller.limits),
+            services.uploads.begin(caller.owner),
+        ):
             info = await receive(request, caller)
         services.metrics.upload("accepted")
         location = {"Location": f"/v1/adapters/{caller.name_of(info)}"}

@@ -6,9 +6,10 @@ from fastapi import APIRouter, Request, Response
 
 from shoal.server.engine.request import TokenLogprobs
 from shoal.server.http.answer import Choice, Json, NamedLogprob, answer, name_logprobs
+from shoal.server.http.blends import resolve_asked
 from shoal.server.http.caller import caller_of
 from shoal.server.http.generation import Delta
-from shoal.server.http.jobs import Job, encode_chat, make_job, resolve
+from shoal.server.http.jobs import Job, encode_chat, make_job
 from shoal.server.http.schemas import ChatRequest
 from shoal.server.http.services import Services, TextCodec
 
@@ -21,7 +22,7 @@ def chat_router(services: Services) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         arrival_s = time.monotonic()
         caller = caller_of(request)
-        adapter = await resolve(services, caller, body.model)
+        adapter = await resolve_asked(services, caller, body)
         messages = [message.as_template_input() for message in body.messages]
         prompt = await encode_chat(services, messages)
         job = await make_job(

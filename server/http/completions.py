@@ -8,9 +8,10 @@ from fastapi import APIRouter, Request, Response
 from shoal.server.engine.request import TokenLogprobs
 from shoal.server.errors import PromptTooLong
 from shoal.server.http.answer import Choice, Json, answer, name_logprobs
+from shoal.server.http.blends import resolve_asked
 from shoal.server.http.caller import caller_of
 from shoal.server.http.generation import Delta
-from shoal.server.http.jobs import Job, check_token_ids, encode, make_job, resolve
+from shoal.server.http.jobs import Job, check_token_ids, encode, make_job
 from shoal.server.http.schemas import CompletionRequest
 from shoal.server.http.services import Services, TextCodec
 
@@ -26,7 +27,7 @@ def completions_router(services: Services) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         arrival_s = time.monotonic()
         caller = caller_of(request)
-        adapter = await resolve(services, caller, body.model)
+        adapter = await resolve_asked(services, caller, body)
         prompts = [await _ids(services, prompt, body) for prompt in body.prompt]
         job = await make_job(
             services,

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 import anyio
 import anyio.lowlevel
 
-from shoal.adapters.errors import AdapterTooLarge
+from shoal.adapters.blending import Blend
+from shoal.adapters.errors import AdapterTooLarge, BlendRefused
 from shoal.adapters.spec import AdapterSpec
 from shoal.server.engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from shoal.server.errors import Draining, EngineFailure, Overloaded
 from shoal.server.http.jobs import Job
 from shoal.server.http.quotas import Grant
-from shoal.server.http.services import Services, TextStream
+from shoal.server.http.services import Services, TextStream, from_adapter_error
 from shoal.server.http.stop_strings import StopMatcher
 
 logger = logging.getLogger(__name__)
@@ -221,13 +222,12 @@ class _Times:
 
     def ended(self, request_id: str) -> None:
         job, elapsed_s = self._job, time.monotonic() - self._job.arrival_s
-        adapter = job.adapter.reference if job.adapter else None
         self._metrics.prompt_length.observe(self._prompt_tokens)
         self._metrics.generation_length.observe(self._count)
         if self._count:
             self._metrics.e2e_latency.observe(elapsed_s)
         self._metrics.request_ended(
-            reason=self.reason, adapter=adapter, tokens=self._count, tenant=job.tenant
+            reason=self.reason, adapter=job.adapter_label, tokens=self._count, tenant=job.tenant
         )
         logger.info(
             "request=%s model=%s prompt_tokens=%d tokens=%d ttft_s=%.3f total_s=%.3f end=%s",
@@ -254,7 +254,7 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
     guard = threading.Lock()
 
     def stage() -> None:
-        spec = library.stage(info)
+        spec = library.stage_blend(info) if isinstance(info, Blend) else library.stage(info)
         with guard:
             if not left:
                 pins.append(spec)
@@ -271,11 +271,13 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
     try:
         try:
             if not stage_resident():
-                await services.load(stage)
+                await (services.compose if isinstance(info, Blend) else services.load)(stage)
         except AdapterTooLarge as error:
             raise Overloaded(
                 f"no room for adapter {job.adapter_name!r} just now: {error}"
             ) from error
+        except BlendRefused as error:
+            raise from_adapter_error(error, param="adapters") from error
         services.metrics.stage_latency.observe(time.monotonic() - began)
         # A client that left while the thread worked is not worth a step.
         await anyio.lowlevel.checkpoint_if_cancelled()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from shoal.adapters.blending import Blend
 from shoal.adapters.errors import AdapterNameInvalid, AdapterNotFound
 from shoal.adapters.registry.keys import Limits
 from shoal.server.engine.request import SamplingParams
@@ -32,8 +33,8 @@ class Job:
 
     Attributes:
         model: as the client wrote it; answers repeat it.
-        adapter: the version that the request runs with, or None for the base.
-        adapter_name: what the client calls it.
+        adapter: the version, or sum of versions, that the request runs with; None for the base.
+        adapter_name: what the client calls it; of a sum, its versions and weights.
         arrival_s: monotonic time.
         deadline_s: monotonic time from which the answer is of no use, or None.
         tenant: who is charged for it.
@@ -42,7 +43,7 @@ class Job:
 
     id: str
     model: str
-    adapter: "AdapterInfo | None"
+    adapter: "AdapterInfo | Blend[AdapterInfo] | None"
     adapter_name: str
     prompts: tuple[tuple[int, ...], ...]
     n: int
@@ -75,7 +76,19 @@ class Job:
         """``x-shoal-adapter`` when an adapter is used; the base has none."""
         if self.adapter is None:
             return {}
+        if isinstance(self.adapter, Blend):
+            return {"x-shoal-adapter": self.adapter_name}
         return {"x-shoal-adapter": f"{self.adapter_name}@{self.adapter.version}"}
+
+    @property
+    def adapter_label(self) -> str | None:
+        """What metrics count it under: all blends are ``_blend``, which no adapter can be called.
+
+        Clients make them up as they go.
+        """
+        if isinstance(self.adapter, Blend):
+            return "_blend"
+        return self.adapter.reference if self.adapter else None
 
 
 async def make_job(
@@ -84,7 +97,7 @@ async def make_job(
     prompts: Sequence[Sequence[int]],
     *,
     caller: Caller,
-    adapter: "AdapterInfo | None",
+    adapter: "AdapterInfo | Blend[AdapterInfo] | None",
     default_max_tokens: int | None,
     prompt_field: str,
     id_prefix: str,
@@ -108,7 +121,7 @@ async def make_job(
         id=f"{id_prefix}-{secrets.token_hex(12)}",
         model=body.model,
         adapter=adapter,
-        adapter_name="" if adapter is None else caller.name_of(adapter),
+        adapter_name=_name(caller, adapter),
         prompts=tuple(tuple(ids) for ids in prompts),
         n=body.choices_per_prompt,
         sampling=_sampling(
@@ -143,6 +156,12 @@ async def resolve(services: Services, caller: Caller, model: str) -> "AdapterInf
             f"no model {model!r}: it is neither the base {services.model_name!r} nor an adapter",
             param="model",
         ) from error
+
+
+def _name(caller: Caller, adapter: "AdapterInfo | Blend[AdapterInfo] | None") -> str:
+    if isinstance(adapter, Blend):
+        return adapter.described(caller.name_of)
+    return "" if adapter is None else caller.name_of(adapter)
 
 
 async def encode(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:

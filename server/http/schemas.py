@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from shoal.adapters.blending import PARTS_MAX, WEIGHT_MAX
 from shoal.adapters.registry.names import TAGS_MAX
 from shoal.server.errors import InvalidRequest
 from shoal.server.http.fields import (
@@ -41,6 +42,13 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+class BlendPart(Body):
+    """One adapter of ``adapters``, and how much of it."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    weight: Annotated[float, Field(ge=-WEIGHT_MAX, le=WEIGHT_MAX)]
+
+
 class Sampling(Body):
     """The fields that chat and plain completions share."""
 
@@ -48,6 +56,8 @@ class Sampling(Body):
     neutral = NEUTRAL
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
+    # Ours: a weighted sum of adapters in place of one as the model.
+    adapters: Annotated[list[BlendPart], Field(min_length=1, max_length=PARTS_MAX)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0

@@ -20,8 +20,10 @@ from shoal.adapters.errors import (
     AdapterError,
     AdapterNameInvalid,
     AdapterNotFound,
+    AdapterQuotaExceeded,
     AdapterRejected,
     AdapterTooLarge,
+    BlendRefused,
 )
 from shoal.adapters.spec import AdapterSpec
 from shoal.server.config import ServeConfig
@@ -32,15 +34,18 @@ from shoal.server.errors import (
     Conflict,
     InvalidRequest,
     ModelNotFound,
+    QuotaExceeded,
     ShoalError,
     UnusableAdapter,
 )
 from shoal.server.http.metrics import Metrics
 from shoal.server.http.quotas import Quotas
+from shoal.server.http.uploads import Uploads
 
 if TYPE_CHECKING:  # pulls in the tensor library, which nothing here needs at run time
+    from shoal.adapters.blending import Blend
     from shoal.adapters.library import AdapterInfo
-    from shoal.adapters.registry.keys import Key
+    from shoal.adapters.registry.keys import Key, Limits
 
 T = TypeVar("T")
 
@@ -81,10 +86,18 @@ class Engine(Protocol):
 class Library(Protocol):
     """The part of ``AdapterLibrary`` that HTTP uses: blocking, thread-safe."""
 
-    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> "AdapterInfo": ...
+    def upload(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        *,
+        owner: str = "",
+        limits: "Limits | None" = None,
+    ) -> "AdapterInfo": ...
     def resolve(self, model: str, *, owner: str = "") -> "AdapterInfo": ...
     def stage(self, info: "AdapterInfo") -> AdapterSpec: ...
-    def stage_resident(self, info: "AdapterInfo") -> AdapterSpec | None: ...
+    def stage_resident(self, wanted: "AdapterInfo | Blend[AdapterInfo]") -> AdapterSpec | None: ...
+    def stage_blend(self, blend: "Blend[AdapterInfo]") -> AdapterSpec: ...
     def unstage(self, spec: AdapterSpec) -> None: ...
     def list(self, *, limit: int, after: str | None, prefix: str = "", owner: str = "") -> Page: ...
     def list_shared(self, *, limit: int, after: str | None, owner: str = "") -> Page: ...
@@ -130,9 +143,11 @@ class TextCodec(Protocol):
 _ADAPTER_ERRORS: dict[type[AdapterError], type[ShoalError]] = {
     AdapterRejected: UnusableAdapter,
     AdapterTooLarge: BodyTooLarge,
+    BlendRefused: UnusableAdapter,
     AdapterNotFound: ModelNotFound,
     AdapterConflict: Conflict,
     AdapterNameInvalid: InvalidRequest,
+    AdapterQuotaExceeded: QuotaExceeded,
 }
 
 
@@ -171,12 +186,14 @@ class Services:
     model_root: str = ""
     keys: KeyBook | None = None
     metrics: Metrics = field(init=False)
+    uploads: Uploads = field(default_factory=Uploads, init=False)
     quotas: Quotas = field(default_factory=lambda: Quotas(time.monotonic), init=False)
     draining: bool = field(default=False, init=False)
     in_flight: int = field(default=0, init=False)
     started: int = field(default_factory=lambda: int(time.time()), init=False)
     _lookups: anyio.CapacityLimiter = field(init=False)
     _loads: anyio.CapacityLimiter = field(init=False)
+    _blends: anyio.CapacityLimiter = field(init=False)
     _texts: anyio.CapacityLimiter = field(init=False)
     _uploads: anyio.CapacityLimiter = field(init=False)
 
@@ -186,6 +203,7 @@ class Services:
         # is what waits for a disk: the first adapter on singular vectors may need gigabytes.
         self._lookups = anyio.CapacityLimiter(8)
         self._loads = anyio.CapacityLimiter(8)
+        self._blends = anyio.CapacityLimiter(8)
         self._texts = anyio.CapacityLimiter(2)
         self._uploads = anyio.CapacityLimiter(2)
 
@@ -196,6 +214,10 @@ class Services:
     async def load(self, call: Callable[[], T]) -> T:
         """Run what may have to read an adapter, or what it needs of the base, in a thread."""
         return await anyio.to_thread.run_sync(call, limiter=self._loads)
+
+    async def compose(self, call: Callable[[], T]) -> T:
+        """The same for a blend. Adapters that are loaded do not wait behind those computed."""
+        return await anyio.to_thread.run_sync(call, limiter=self._blends)
 
     async def tokenize(self, call: Callable[[], T]) -> T:
         """Run the tokenizer on a long text in a thread."""

@@ -6,6 +6,7 @@ and nothing is kept: the files live in a temporary folder for as long as the blo
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -20,17 +21,50 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
 from shoal.adapters.registry.errors import RegistryUnavailable
-from shoal.server.errors import BodyTooLarge, InvalidRequest
+from shoal.server.errors import BodyTooLarge, InvalidRequest, Overloaded
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
+UPLOADS_MAX = 64
+UPLOADS_OF_ONE_MAX = 32
 FILES_MAX = 16
 _FIELD_BYTES_MAX = 4096
 _HEADER_BYTES_MAX = 4096
 _FILE_NAME_MAX = 255
 # Part headers and borders around the files.
 _ENVELOPE_BYTES = (FILES_MAX + 2) * 8192
+
+
+class Uploads:
+    """How many uploads are under way: their bodies lie on the server's disk meanwhile.
+
+    Args:
+        most: at a time.
+        most_of_one: likewise, of one owner, so that it leaves others room.
+    """
+
+    def __init__(self, most: int = UPLOADS_MAX, most_of_one: int = UPLOADS_OF_ONE_MAX) -> None:
+        self._most = most
+        self._most_of_one = most_of_one
+        self._begun: Counter[str] = Counter()
+
+    @property
+    def under_way(self) -> int:
+        return self._begun.total()
+
+    @contextmanager
+    def begin(self, owner: str) -> Iterator[None]:
+        """Raise Overloaded if there are too many; else it is under way inside the block."""
+        if self._begun[owner] >= self._most_of_one or self.under_way >= self._most:
+            raise Overloaded("too many uploads are under way; try again in 1 s")
+        self._begun[owner] += 1
+        try:
+            yield
+        finally:
+            self._begun[owner] -= 1
+            if not self._begun[owner]:
+                del self._begun[owner]
 
 
 @dataclass(slots=True)

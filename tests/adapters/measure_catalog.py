@@ -49,6 +49,7 @@ def fill(connection: Connection, rows: int) -> None:
         f"INSERT INTO shares (owner, name, grantee) SELECT '{OWNER}', {name}, 'bob' "
         f"FROM {series} WHERE n % 10 = 0",
         f"INSERT INTO totals (owner, base_digest, names) VALUES ('{OWNER}', '{BASE}', {rows})",
+        f"INSERT INTO owners (owner, names, bytes) VALUES ('{OWNER}', {rows}, {7000 * rows})",
     ):
         connection.execute(text(statement))
     if not sqlite:

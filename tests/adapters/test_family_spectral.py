@@ -20,7 +20,7 @@ from shoal.adapters.spec import (
     Target,
 )
 from shoal.adapters.spectral_basis import Factors
-from shoal.adapters.weights import AdapterWeights
+from shoal.adapters.weights import AdapterWeights, Term
 
 # Taller than wide (gate, up), wider than tall (k, v, down), square; nothing divides anything.
 SHAPE = BaseShape(
@@ -110,7 +110,7 @@ class Bank:
         data = torch.empty(
             spectral.packed_elements(SHAPE, weights.rank), dtype=self.records.arena.dtype
         )
-        spectral.pack(weights, SHAPE, data)
+        spectral.pack([Term(weights)], SHAPE, data)
         assert bool(data.isfinite().all())
         unit = self.next_unit
         self.records.arena[unit * UNIT_ELEMENTS :][: len(data)] = data
@@ -243,7 +243,7 @@ def test_too_many_components_are_refused() -> None:
         "svft", "spectral", {target: (entry, entry, torch.ones(1))}, {target: 1.0}, "svd-0"
     )
     with pytest.raises(AdapterRejected, match=r"layers\.0\.o_proj: .* at most 31744 components"):
-        spectral.pack(weights, shape, torch.empty(spectral.packed_elements(shape, 1)))
+        spectral.pack([Term(weights)], shape, torch.empty(spectral.packed_elements(shape, 1)))
 
 
 def test_record_size_is_that_of_the_entries() -> None:

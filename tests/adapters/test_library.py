@@ -1,6 +1,7 @@
 """The library: upload to staged weights, with the real formats, registry and host tier."""
 
 import errno
+import gzip
 import io
 import os
 import random
@@ -8,6 +9,8 @@ import shutil
 import tempfile
 import threading
 import time
+import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +27,7 @@ from shoal.adapters.errors import (
     AdapterError,
     AdapterNameInvalid,
     AdapterNotFound,
+    AdapterQuotaExceeded,
     AdapterRejected,
     AdapterTooLarge,
 )
@@ -40,6 +44,7 @@ from shoal.adapters.registry import stored
 from shoal.adapters.registry.archive import export_archive, import_archive
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RecordDamaged
+from shoal.adapters.registry.keys import Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import LocalStore, open_store
 from shoal.adapters.spec import BaseShape, Dims, Family, Target
@@ -235,7 +240,7 @@ def test_a_corrected_adapter_outlives_the_canonical_basis_and_fails_alone_withou
     (places(f"sqlite:///{tmp_path}/registry.db").bases / f"{CANONICAL.id}.safetensors").unlink()
     host = HostTier(1 << 20)
     library = open_library(canonical=other, host=host)
-    with pytest.raises(RecordDamaged, match=f"basis {CANONICAL.id} cannot be read"):
+    with pytest.raises(RecordDamaged, match=f"basis {CANONICAL.id} is missing"):
         library.stage(library.resolve("a"))
     assert len(host) == 0, "what is in the host tier can be staged"
 
@@ -282,7 +287,7 @@ def test_a_damaged_basis_fails_its_own_adapters_alone(open_library: Open, tmp_pa
     path.write_bytes(data)
     told: list[str] = []
     library = open_library(on_basis=lambda basis: told.append(basis.id))
-    with pytest.raises(RecordDamaged, match=f"basis {info.basis_id} is damaged"):
+    with pytest.raises(RecordDamaged, match=f"basis {info.basis_id} cannot be read: .* has sha256"):
         library.stage(library.resolve("a"))
     # Announced under another id, the engine would miss it in a step that others share.
     assert told == []
@@ -428,6 +433,21 @@ def test_what_is_refused_changes_nothing(open_library: Open, tmp_path: Path, fau
     assert not [p for p in (tmp_path / "registry.db.store/records").rglob("*") if p.is_file()]
     with pytest.raises(AdapterNotFound):
         library.resolve("a@1")
+
+
+@pytest.mark.parametrize("limits", [Limits(adapters=0), Limits(bytes=99)])
+def test_what_the_owner_has_no_room_for_changes_nothing(
+    open_library: Open, tmp_path: Path, limits: Limits
+) -> None:
+    host = HostTier(1 << 20)
+    library = open_library(host=host)
+    files = adapter_files(adapter(tmp_path, 1))
+    with pytest.raises(AdapterQuotaExceeded):
+        library.upload("a", files, owner="ann", limits=limits)
+    assert (library.count(owner="ann"), len(host)) == (0, 0)
+    assert not [p for p in (tmp_path / "registry.db.store/records").rglob("*") if p.is_file()]
+    library.upload("a", files, owner="ann", limits=Limits(adapters=1, bytes=1 << 20))
+    library.upload("a", files, owner="ann", limits=limits)  # what it has needs no room
 
 
 @pytest.mark.parametrize("where", ["store", "database"])
@@ -665,3 +685,25 @@ def test_an_imported_adapter_is_served_bit_for_bit_also_by_a_running_library(
     spec = running.stage(running.resolve("a"))
     assert torch.equal(before.get(info.digest).data, after.get(info.digest).data)
     running.unstage(spec)
+
+
+def test_archives_that_unpack_to_much_are_refused_and_unpacked_by_nobody(
+    open_library: Open, tmp_path: Path
+) -> None:
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("adapter_model.safetensors", bytes(1 << 24))
+    library = open_library()
+    whole = adapter(tmp_path, 1)
+    for data in (bomb.getvalue(), gzip.compress(bytes(1 << 24)), b"\xff" * 8 + b"{}"):
+        for damaged in ("adapter_config.json", "adapter_model.safetensors"):
+            files = adapter_files(whole) | {damaged: tmp_path / "bomb"}
+            files[damaged].write_bytes(data)
+            tracemalloc.start()
+            try:
+                with pytest.raises(AdapterRejected):
+                    library.upload("a", files)
+                assert tracemalloc.get_traced_memory()[1] < 1 << 22
+            finally:
+                tracemalloc.stop()
+    assert names(library) == []

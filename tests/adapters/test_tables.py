@@ -17,7 +17,7 @@ from shoal.adapters.bank import AdapterBank
 from shoal.adapters.basis import Basis
 from shoal.adapters.families import core, fold, lora, scale
 from shoal.adapters.families.joint_basis import BLOCK
-from shoal.adapters.packing import pack_adapter
+from shoal.adapters.packing import PackedAdapter, pack_adapter
 from shoal.adapters.spec import (
     GROUPS,
     MODULES,
@@ -34,7 +34,7 @@ from shoal.adapters.spec import (
     Target,
 )
 from shoal.adapters.tables import ActiveFamilies, Rows, StepParts, StepTables
-from shoal.adapters.weights import AdapterWeights, Correction
+from shoal.adapters.weights import AdapterWeights, Correction, Term, Terms
 
 # Group widths 218, 78, 226, 78: nothing divides anything, and ranks up to 64 fit.
 SHAPE = BaseShape(
@@ -175,12 +175,12 @@ def all_kinds() -> list[AdapterWeights]:
 class Loaded:
     """A bank of adapters, placed with gaps, and a base whose weights have been widened."""
 
-    def __init__(self, *, joint: bool = True) -> None:
+    def __init__(self, *, joint: bool = True, capacity_bytes: int = 24 << 20) -> None:
         self.bank = AdapterBank(
-            SHAPE, capacity_bytes=24 << 20, device=CPU, dtype=torch.float32, joint=joint
+            SHAPE, capacity_bytes=capacity_bytes, device=CPU, dtype=torch.float32, joint=joint
         )
         self.bank.arena.fill_(float("nan"))
-        self.weights: dict[RowAdapter, AdapterWeights] = {}
+        self.terms: dict[RowAdapter, Terms] = {}
         self.next_unit = 3
         rand = random(9)
         self.base: dict[tuple[int, Group], Tensor] = {}
@@ -206,11 +206,15 @@ class Loaded:
 
     def add(self, weights: AdapterWeights) -> RowAdapter:
         packed = pack_adapter(weights, SHAPE, f"digest-{self.next_unit}", torch.float32)
+        return self.load(packed, [Term(weights)])
+
+    def load(self, packed: PackedAdapter, terms: Terms) -> RowAdapter:
+        """``terms``: what it is the sum of."""
         units = -(-packed.spec.packed_elements // UNIT_ELEMENTS)
         adapter = RowAdapter(packed.spec, Slot(self.next_unit, units))
         self.next_unit += units + 1
         self.bank.load(adapter, packed)
-        self.weights[adapter] = weights
+        self.terms[adapter] = terms
         return adapter
 
     def check(
@@ -239,14 +243,20 @@ class Loaded:
                 if adapter is None or not adapter.spec.packed_elements:
                     assert torch.equal(y[part], y0[part])
                     continue
-                weights = self.weights[adapter]
-                expected = y0[part].double() + expected_delta(
-                    weights, layer, group, x[part].double(), y0[part].double()
+                inputs = (layer, group, x[part].double(), y0[part].double())
+                expected = y0[part].double() + sum(
+                    factor * self.expected(weights, *inputs)
+                    for weights, factor in self.terms[adapter]
                 )
                 for actual in (y[part], reference[part]):
                     error = (actual.double() - expected).norm() / expected.norm()
                     assert error < 1e-5, (layer, group, adapter.spec, float(error))
             assert torch.equal(y[start:], y0[start:])
+
+    def expected(
+        self, weights: AdapterWeights, layer: int, group: Group, x: Tensor, y0: Tensor
+    ) -> Tensor:
+        return expected_delta(weights, layer, group, x, y0)
 
     def apply_core(self, parts: StepParts, layer: int, group: Group, full: Tensor) -> None:
         """What the fused kernels do, token by token, from h in the chunked order."""

@@ -7,7 +7,7 @@ origin can say what the logits behind each token of it have to be.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from tests.e2e.origins import Base, Case
 from torch import Tensor
 
+from shoal.adapters.blending import Blend, blended
 from shoal.adapters.library import AdapterInfo
+from shoal.adapters.spec import AdapterSpec
 from shoal.server.assemble import assemble
 from shoal.server.config import ServeConfig
 from shoal.server.engine.request import Request, SamplingParams
@@ -34,7 +36,8 @@ class Made:
     """An adapter's files, and what its origin gives for two sequences.
 
     Attributes:
-        served: the format and the family that it has to have; None for the base.
+        served: the format and the family that it has to have; None for the base and for blends.
+        parts: of a blend, the others' names and their weights.
         alone, mixed: a sequence ``(positions,)`` and its logits ``(positions, vocab)`` float64.
     """
 
@@ -42,6 +45,7 @@ class Made:
     files: Mapping[str, Path]
     alone: tuple[Tensor, Tensor]
     mixed: tuple[Tensor, Tensor]
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ def make_all(
     return everything | {BASES[1]: made(None, base.fresh(), {})}
 
 
+# What a request may run with.
+Adapter = AdapterInfo | Blend[AdapterInfo]
+
+
 class Script:
     """Stands in for what the sampler chooses: requests go on with given tokens.
 
@@ -116,7 +124,7 @@ class Script:
     async def run(
         self,
         services: Services,
-        info: AdapterInfo | None,
+        info: Adapter | None,
         name: str,
         expected: tuple[Tensor, Tensor],
         prompt: int,
@@ -124,7 +132,7 @@ class Script:
         """Serve one sequence, the first ``prompt`` tokens of which are its prompt."""
         ids = expected[0].tolist()
         self._coming[name] = [*ids[prompt:], 0]
-        spec = services.library.stage(info) if info else None
+        spec = _stage(services, info)
         request = Request(
             id=name,
             prompt_ids=tuple(ids[:prompt]),
@@ -160,13 +168,31 @@ def serve(
     """
     if not restart:
         with assemble(config) as services:
-            return _serve(services, _upload(services, made), made, Script(monkeypatch))
+            infos = _upload(services, made)
+            return _serve(services, _with_blends(infos, made), made, Script(monkeypatch))
     with assemble(config) as services:
         _upload(services, made)
     with assemble(config) as services:
         library = services.library
         infos = {name: library.resolve(name) if e.served else None for name, e in made.items()}
-        return _serve(services, infos, made, Script(monkeypatch))
+        return _serve(services, _with_blends(infos, made), made, Script(monkeypatch))
+
+
+def _with_blends(
+    infos: Mapping[str, AdapterInfo | None], made: Mapping[str, Made]
+) -> dict[str, Adapter | None]:
+    found: dict[str, Adapter | None] = dict(infos)
+    for name, each in made.items():
+        asked = [(infos[part], weight) for part, weight in each.parts.items()]
+        if asked:
+            found[name] = blended([(info, weight) for info, weight in asked if info is not None])
+    return found
+
+
+def _stage(services: Services, adapter: Adapter | None) -> AdapterSpec | None:
+    if isinstance(adapter, Blend):
+        return services.library.stage_blend(adapter)
+    return None if adapter is None else services.library.stage(adapter)
 
 
 def _upload(services: Services, made: Mapping[str, Made]) -> dict[str, AdapterInfo | None]:
@@ -180,7 +206,7 @@ def _upload(services: Services, made: Mapping[str, Made]) -> dict[str, AdapterIn
 
 def _serve(
     services: Services,
-    infos: Mapping[str, AdapterInfo | None],
+    infos: Mapping[str, Adapter | None],
     made: Mapping[str, Made],
     script: Script,
 ) -> dict[str, Served]:

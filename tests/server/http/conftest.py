@@ -17,11 +17,14 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from shoal.adapters.blending import Blend
 from shoal.adapters.errors import (
     AdapterConflict,
     AdapterNameInvalid,
     AdapterNotFound,
     AdapterRejected,
+    AdapterTooLarge,
+    BlendRefused,
 )
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import ADAPTER_NAME, AdapterSpec
@@ -79,9 +82,10 @@ class MemoryLibrary:
         self._active: dict[str, int] = {}
         self.pins: dict[str, int] = {}
         self.staged = 0
+        self.blends: list[Blend[Info]] = []
         self.folders: list[Path] = []
 
-    def upload(self, name: str, files: Mapping[str, Path], *, owner: str = "") -> Info:
+    def upload(self, name: str, files: Mapping[str, Path], **whose: Any) -> Info:
         self.folders += [path.parent for path in files.values()]
         if not ADAPTER_NAME.fullmatch(name):
             raise AdapterNameInvalid(f"adapter name {name!r} must match {ADAPTER_NAME.pattern}")
@@ -116,8 +120,17 @@ class MemoryLibrary:
             self.staged += 1
         return AdapterSpec(info.digest, "core", info.rank, info.basis_id, info.packed_elements)
 
-    def stage_resident(self, info: Info) -> AdapterSpec | None:
+    def stage_resident(self, wanted: object) -> AdapterSpec | None:
         return None  # so that every request takes the longer way
+
+    def stage_blend(self, blend: Blend[Info]) -> AdapterSpec:
+        for info, _ in blend.parts:
+            if info.name.startswith("refused"):
+                raise BlendRefused(f"the blend is too large, {info.name!r} is the largest")
+            if info.name.startswith("crowded"):
+                raise AdapterTooLarge("0 of 0 bytes are free")
+        self.blends.append(blend)
+        return self.stage(Info("blend", 1, blend.digest))
 
     def unstage(self, spec: AdapterSpec) -> None:
         with self._guard:

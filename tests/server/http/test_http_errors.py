@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from shoal.adapters.errors import AdapterQuotaExceeded
+
 pytestmark = pytest.mark.anyio
 
 Serve = Callable[..., Any]
@@ -342,3 +344,21 @@ async def test_tokenize_and_detokenize_are_inverse_and_checked(serve: Serve) -> 
     assert h.tokenizer.decode(chat["tokens"]) == "<|user|>hi\n<|assistant|>"
     assert [response.status_code for response in errors] == [400] * 5
     assert unknown.status_code == 404
+
+
+async def test_an_upload_there_is_no_room_for_is_a_403_that_says_how_much_there_is(
+    serve: Serve,
+) -> None:
+    async with serve() as h:
+
+        def full(*_: object, **__: object) -> object:
+            raise AdapterQuotaExceeded("bytes", allowed=1000, used=900, needed=200)
+
+        h.library.upload = full
+        response = await h.upload("poet")
+    assert response.status_code == 403
+    assert "retry-after" not in response.headers
+    error = problem(response)
+    assert (error["type"], error["code"]) == ("permission_error", "quota_exceeded")
+    for said in ("limit is 1000 bytes", "900 are in use", "200 more"):
+        assert said in error["message"]

@@ -91,7 +91,6 @@ def open_house(build: Callable[..., Parts], tmp_path: Path) -> Open:
             weight_of=WEIGHTS.__getitem__,
             canonical=CANONICAL,
             bases=BasisStore(tmp_path / "bases"),
-            bases_folder=tmp_path / "bases",
             host=HostTier(1 << 20),
             on_basis=lambda basis: None,
             dtype=torch.float32,

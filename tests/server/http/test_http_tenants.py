@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -19,6 +20,7 @@ from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import open_store
 from shoal.adapters.spec import AdapterSpec
+from shoal.server.http.uploads import Uploads
 
 pytestmark = pytest.mark.anyio
 
@@ -407,6 +409,7 @@ async def test_a_tenant_has_no_more_than_its_keys_limits(house: Open) -> None:
             ("often", Limits(requests_per_minute=2)),
             ("much", Limits(tokens_per_minute=10)),
             ("shut", Limits(concurrent_requests=0)),
+            ("small", Limits(adapters=1, bytes=9)),
         ):
             h.secrets[who] = h.keys.create(role="tenant", owner=who, limits=limits)[1]
         assert (await h.complete("often", "base")).status_code == 200
@@ -420,8 +423,52 @@ async def test_a_tenant_has_no_more_than_its_keys_limits(house: Open) -> None:
         assert [(await h.complete("much", "base")).status_code for _ in range(3)] == [200, 200, 429]
         assert (await h.complete("shut", "base")).status_code == 429
         assert (await h.complete("ann", "base")).status_code == 200
+        assert (await h.upload("small", "one", b"123")).status_code == 201
+        assert (await h.upload("small", "two", b"123")).status_code == 403
+        assert (await h.upload("small", "one", b"12345")).status_code == 403, "bytes of both"
+        assert (await h.upload("admin", "small/two", b"123")).status_code == 201
         # Whatever became of a request, it is no longer in progress.
         assert not any(account.started for account in h.parts.services.quotas._owners.values())
+
+
+async def test_uploads_under_way_are_bounded_for_all_and_for_each(house: Open) -> None:
+    arrived = anyio.Event()
+    go_on = anyio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"--b\r\n"
+        arrived.set()
+        await go_on.wait()
+        yield b"--b--\r\n"
+
+    async with house() as h:
+        await furnish(h)
+        h.parts.services.uploads = Uploads(most=2, most_of_one=1)
+        statuses: dict[str, int] = {}
+
+        async def upload(who: str) -> None:
+            headers = {"Authorization": f"Bearer {h.secrets[who]}"} | {
+                "content-type": "multipart/form-data; boundary=b"
+            }
+            answer = await h.client.post("/v1/adapters", content=slowly(), headers=headers)
+            statuses[who] = answer.status_code
+
+        async with anyio.create_task_group() as tasks:
+            for who in ("ann", "bob"):
+                tasks.start_soon(upload, who)
+            await arrived.wait()
+            for _ in range(100):
+                if h.parts.services.uploads.under_way == 2:
+                    break
+                await anyio.sleep(0.05)
+            for who in ("ann", "admin"):
+                refused = await h.upload(who, "more")
+                assert refused.status_code == 429
+                assert refused.headers["retry-after"] == "1"
+            go_on.set()
+        assert statuses == {"ann": 400, "bob": 400}  # there was nothing in them
+        assert h.parts.services.uploads.under_way == 0
+        assert (await h.upload("ann", "more")).status_code == 201
 
 
 async def test_a_tenants_prompt_is_not_found_in_anothers_cache(house: Open) -> None:
