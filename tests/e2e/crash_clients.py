@@ -94,16 +94,22 @@ class Visit:
 
     Args:
         changes: how many to make. With the last of them the fuse is lit, and changes go on.
-        delay_s: from sending that one to the kill. None: no kill, everybody ends in peace.
+        fuse: returns when to kill. None: no kill, everybody ends in peace.
     """
 
     def __init__(
-        self, world: World, server: Server, *, changes: int, delay_s: float | None, seed: int
+        self,
+        world: World,
+        server: Server,
+        *,
+        changes: int,
+        fuse: Callable[[], None] | None,
+        seed: int,
     ) -> None:
         self._world = world
         self._server = server
         self._changes = changes
-        self._delay_s = delay_s
+        self._fuse = fuse
         self._seed = seed
         self._sent = 0
         self._killed = threading.Event()
@@ -130,7 +136,7 @@ class Visit:
             thread.join()
         if self._failures:
             raise self._failures[0]
-        assert self._killed.is_set() == (self._delay_s is not None)
+        assert self._killed.is_set() == (self._fuse is not None)
 
     def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
         try:
@@ -151,13 +157,13 @@ class Visit:
         with self._world.lock:
             self._sent += 1
             if self._sent > self._changes:
-                return self._delay_s is not None and not self._over.is_set()
-            if self._sent == self._changes and self._delay_s is not None:
-                threading.Thread(target=self._kill, args=(self._delay_s,)).start()
+                return self._fuse is not None and not self._over.is_set()
+            if self._sent == self._changes and self._fuse is not None:
+                threading.Thread(target=self._kill, args=(self._fuse,)).start()
             return not self._over.is_set()
 
-    def _kill(self, delay_s: float) -> None:
-        time.sleep(delay_s)
+    def _kill(self, fuse: Callable[[], None]) -> None:
+        fuse()
         self._killed.set()
         self._server.kill()
 

@@ -36,6 +36,13 @@ IS_WHOLE = CHANGES >= 500
 
 KINDS = [("lora_xs", 4), ("lora", 3), ("miss", 8), ("foreign_xs", 5), ("compact_xs", 8)]
 PROMPTS = [tuple(range(30, 47)), tuple(range(60, 69))]
+# What the server is killed at: see `_fuse`.
+FUSES = [
+    "a record is being written",
+    "a change was written",
+    "a record was written",
+    "some time has passed",
+]
 NAMES = [[f"{writer}{number}" for number in range(4)] for writer in "ab"]
 # Small enough that not everything stays in memory: what is read comes from the store, too.
 SIZES = {
@@ -108,7 +115,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged_and_serves_nothing_else(
             world,
             server,
             changes=max(1, left if is_last else round(share)),
-            delay_s=None if is_last else _delay_s(rng),
+            fuse=None if is_last else _fuse(FUSES[life % len(FUSES)], rng, tmp_path),
             seed=SEED * 1000 + life,
         )
         visit.run()
@@ -135,9 +142,30 @@ def test_kill_9_loses_nothing_that_was_acknowledged_and_serves_nothing_else(
     assert world.reads["served"] > CHANGES / 8
 
 
-def _delay_s(rng: random.Random) -> float:
-    """From the sending of a change to the kill: within it, around it, or some changes later."""
-    return rng.uniform(0.0, rng.choice([0.005, 0.03, 0.1, 0.3]))
+def _fuse(kind: str, rng: random.Random, folder: Path) -> Callable[[], None]:
+    """Burns until a while has passed, or until just after something was written."""
+    looks: dict[str, Callable[[], object]] = {
+        "a record is being written": lambda: os.listdir(folder / "store/temporary"),
+        "a record was written": lambda: sorted((folder / "store/records").glob("*/*/*")),
+        "a change was written": lambda: _size(folder / "registry.db-wal"),
+    }
+    more_s = rng.uniform(0.0, rng.choice([0.0, 0.002, 0.01]))
+    if kind not in looks:
+        more_s = rng.uniform(0.0, rng.choice([0.005, 0.03, 0.1, 0.3]))
+
+    def burn() -> None:
+        if kind in looks:
+            look, until = looks[kind], time.monotonic() + 1.0
+            before = look()
+            while look() == before and time.monotonic() < until:
+                pass
+        time.sleep(more_s)
+
+    return burn
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _clear(url: str, store_url: str) -> None:
