@@ -97,7 +97,6 @@ class AdapterLibrary:
         self._on_spectral = on_spectral
         self._loading = _KeyedLocks()
         self._collector = Collector(lambda stopping: registry.collect(stopping=stopping))
-        # Whoever composes has several records in memory at once.
         self._composing = threading.BoundedSemaphore(COMPOSING_MAX)
 
     @classmethod
@@ -380,17 +379,19 @@ class AdapterLibrary:
     def _compose_and_pin(self, blend: Blend[AdapterInfo]) -> None:
         if self._host.pin(blend.digest):
             return  # another thread composed it while we waited
-        size = sum(info.bytes for info, _ in blend.parts)
-        if size > self._host.capacity_bytes:
+        # So that those composed at a time take at most as much again as the host tier.
+        size, most = sum(info.bytes for info, _ in blend.parts), self._host.capacity_bytes
+        most //= COMPOSING_MAX
+        if size > most:
             raise BlendRefused(
-                f"the blend's adapters take {size} bytes, {self._host.capacity_bytes} can be "
-                f"read at once; {_largest(blend)} is the largest"
+                f"the blend's adapters take {size} bytes together, this server blends up to "
+                f"{most}; {_largest(blend)} is the largest"
             )
         with self._composing:
             terms = [Term(self._stored(info.digest), weight) for info, weight in blend.parts]
             packed = compose(
                 terms,
-                [f"{info.name}@{info.version}" for info, _ in blend.parts],
+                [f"{info.reference}@{info.version}" for info, _ in blend.parts],
                 blend.digest,
                 Base(self._shape, self._weight_of, self._basis),
                 dtype=self._dtype,
@@ -484,7 +485,7 @@ class AdapterLibrary:
 
 def _largest(blend: Blend[AdapterInfo]) -> str:
     largest, _ = max(blend.parts, key=lambda part: part[0].bytes)
-    return f"{largest.name}@{largest.version}"
+    return repr(f"{largest.reference}@{largest.version}")
 
 
 @contextmanager

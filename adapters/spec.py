@@ -74,7 +74,8 @@ class Section(NamedTuple):
 
     Most adapters have one section, of their family. A ``lora`` adapter that was trained on a
     residual base has a ``core`` one before it (what was taken out of the base), and DoRA a
-    ``scale`` one (a factor per output). Sections apply in the order in which they lie.
+    ``scale`` one (a factor per output); a blend may have one of every kind, but for ``core`` beside
+    ``scale``. Sections apply in the order in which they lie.
 
     Attributes:
         kind: what applies it.
@@ -94,8 +95,9 @@ class AdapterSpec:
     """One adapter version as the engine sees it.
 
     Attributes:
-        digest: sha256 (hex) of the canonical record; identifies content, never reused.
-        family: how it acts.
+        digest: sha256 (hex) of the canonical record, or of what a blend is the sum of; identifies
+            content, never reused.
+        family: how it acts; of a blend, the kind of its last section.
         rank: largest rank over its targets; all its data is packed at this rank.
         basis_id: which shared basis a ``core`` adapter uses, else None.
         packed_elements: elements it takes in the device bank.

@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Decided with integers: these may reach no tensor library, not even through another module.
 PURE = (
+    "shoal.adapters.blending",
     "shoal.adapters.compact",
     "shoal.adapters.errors",
     "shoal.adapters.residency",

@@ -28,6 +28,8 @@ from shoal.adapters.weights import AdapterWeights, Correction, Terms
 # Of a basis that an upload brings; adapters on larger ones are served as ``lora``. A basis takes
 # device memory at its rank for every layer and module, and that has to be set aside at start.
 RANK_MAX = 128
+# Rows of a weight in float64 at a time, as the device may be full: 59 MB for 14336 inputs.
+CHUNK_ROWS = 512
 
 
 def packed_elements(shape: BaseShape, rank: int) -> int:
@@ -64,8 +66,11 @@ def factors(r_matrix: Tensor, basis: Tensor, weight: Tensor) -> tuple[Tensor, Te
     """
     b = basis[:, : r_matrix.shape[0]].contiguous()
     wide = b.to(weight.device, torch.float64)
-    frozen = (wide.T @ weight.detach().to(torch.float64)).cpu()
-    return r_matrix.to(torch.float64) @ frozen, b
+    frozen = wide.new_zeros(b.shape[1], weight.shape[1])
+    for row in range(0, weight.shape[0], CHUNK_ROWS):
+        part = slice(row, row + CHUNK_ROWS)
+        frozen.addmm_(wide[part].T, weight[part].detach().to(torch.float64))
+    return r_matrix.to(torch.float64) @ frozen.cpu(), b
 
 
 def pack(terms: Terms, shape: BaseShape, out: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Many adapters in one transaction: what bulk import writes to the catalog.
 
-The rules about names and versions are those of ``catalog.py``; here is only what makes a thousand
+The rules about names and versions are those of ``placing.py``; here is only what makes a thousand
 new names cost a few statements.
 """
 
@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Row, delete, insert, select
 
-from shoal.adapters.registry import totals
-from shoal.adapters.registry.catalog import Catalog, Content, Source
+from shoal.adapters.registry import placing, totals
 from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.info import Content, Scope, Source
 from shoal.adapters.registry.tables import ADAPTERS, GARBAGE, SHARES, VERSIONS
 from shoal.adapters.registry.totals import Amount
 
@@ -100,10 +100,16 @@ def publish_many(database: Database, adapters: Sequence[Adapter]) -> Outcome:
             elif _has(row, known, adapter):
                 outcome.unchanged += 1
             else:
-                catalog = Catalog(database, base_digest=adapter.base_digest, owner=adapter.owner)
+                scope = Scope(adapter.owner, adapter.base_digest)
                 version = adapter.active_version
-                placed = catalog._place(
-                    connection, row, adapter.name, version.content, version.source, version.created
+                placed = placing.place(
+                    connection,
+                    scope,
+                    row,
+                    adapter.name,
+                    version.content,
+                    version.source,
+                    version.created,
                 )
                 _count(more, adapter, placed.more)
                 outcome.updated += 1

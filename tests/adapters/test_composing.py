@@ -24,7 +24,7 @@ from torch import Tensor
 from shoal.adapters import composing
 from shoal.adapters.composing import Base, compose
 from shoal.adapters.errors import BlendRefused
-from shoal.adapters.families import spectral
+from shoal.adapters.families import core, spectral
 from shoal.adapters.packing import PackedAdapter, make_sum_spec, pack_adapter
 from shoal.adapters.spec import GROUPS, Group, RowAdapter, Target
 from shoal.adapters.spectral_basis import SpectralBasis
@@ -250,6 +250,15 @@ def test_the_base_is_asked_only_for_what_becomes_lora(world: World) -> None:
     assert world.asked == []
     world.compose([Term(KINDS["core-large"]), Term(KINDS["core-late"])])
     assert world.asked == list(KINDS["core-late"].tensors)
+
+
+def test_a_basis_is_multiplied_out_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rand = random(5)
+    r, b, w = rand(3, 3), torch.linalg.qr(rand(50, 4))[0], rand(50, 7)
+    monkeypatch.setattr(core, "CHUNK_ROWS", 8)
+    a, own = core.factors(r, b, w)
+    assert torch.equal(own, b[:, :3])
+    torch.testing.assert_close(a, r.double() @ b[:, :3].double().T @ w.double())
 
 
 # ------------------------------------------------------------------------------------- refusals

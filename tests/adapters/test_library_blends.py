@@ -243,14 +243,14 @@ def test_what_could_never_run_is_refused(open_library: Open, tmp_path: Path) -> 
     assert not library._loading._locks
 
 
-def test_records_that_exceed_the_tier_are_not_even_read(
+def test_records_that_exceed_their_share_of_the_tier_are_not_even_read(
     open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filled(open_library(), tmp_path)
     sizes = {name: open_library().resolve(name).bytes for name in ("core", "fold", "lora")}
-    library = open_library(host=HostTier(sum(sizes.values()) - 1))
+    library = open_library(host=HostTier(COMPOSING_MAX * sum(sizes.values()) - 1))
     monkeypatch.setattr(Registry, "read", lambda *_: pytest.fail("read"))
-    with pytest.raises(BlendRefused, match=r"take \d+ bytes, .* lora@1 is the largest"):
+    with pytest.raises(BlendRefused, match=r"take \d+ bytes together, .*'lora@1' is the largest"):
         library.stage_blend(of(library, *ALL))
 
 

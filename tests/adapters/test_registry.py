@@ -199,6 +199,7 @@ def test_a_registry_in_memory_serves_many_threads() -> None:
 WRITER = textwrap.dedent(
     """
     import hashlib, itertools, os, signal, sys
+    from shoal.adapters.registry import lookup, placing
     from shoal.adapters.registry.catalog import Catalog, Content
     from shoal.adapters.registry.registry import Registry
 
@@ -222,7 +223,7 @@ WRITER = textwrap.dedent(
                 return function(*args, **kwargs)
             return wrapped
         for owner, name in [(os, "open"), (os, "fsync"), (os, "replace"), (os, "mkdir"),
-                            (Catalog, "publish"), (Catalog, "_place"), (Catalog, "_info")]:
+                            (Catalog, "publish"), (placing, "place"), (lookup, "info")]:
             setattr(owner, name, deadly(getattr(owner, name)))
 
     folder, url, seed, *steps = sys.argv[1:]

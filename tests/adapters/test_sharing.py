@@ -7,8 +7,9 @@ import pytest
 from tests.adapters.databases import BASE, content
 
 from shoal.adapters.errors import AdapterNameInvalid, AdapterNotFound, AdapterRejected
-from shoal.adapters.registry.catalog import GRANTEES_MAX, Catalog
+from shoal.adapters.registry.catalog import Catalog
 from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.sharing import GRANTEES_MAX
 
 OWNERS = ("ann", "bob", "cy")
 
@@ -151,7 +152,7 @@ def test_sharing_twice_is_sharing_once_and_with_oneself_is_refused(
         with pytest.raises(AdapterRejected):
             ann.share("a", bad)
     assert GRANTEES_MAX >= 100
-    monkeypatch.setattr("shoal.adapters.registry.catalog.GRANTEES_MAX", 2)
+    monkeypatch.setattr("shoal.adapters.registry.sharing.GRANTEES_MAX", 2)
     with pytest.raises(AdapterRejected, match="limit"):
         ann.share("a", "cy")
     ann.unshare("a", None)

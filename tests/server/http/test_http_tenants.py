@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from tests.server.http.conftest import Parts
 
+from shoal.adapters.blending import Blend
 from shoal.adapters.registry.catalog import Content
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.keys import Keys, Limits
@@ -47,6 +48,9 @@ class RegistryLibrary:
 
     def stage_resident(self, info: Any) -> AdapterSpec | None:
         return None
+
+    def stage_blend(self, blend: Blend[Any]) -> AdapterSpec:
+        return AdapterSpec(blend.digest, "core", 4, None, 64)
 
     def unstage(self, spec: AdapterSpec) -> None:
         pass
@@ -293,6 +297,27 @@ async def test_a_page_of_models_goes_on_from_ones_own_to_those_shared(house: Ope
                     break
                 query["after"] = page["last_id"]
             assert seen == every, limit
+
+
+async def test_a_blend_is_of_what_its_caller_sees(house: Open) -> None:
+    async with house() as h:
+        await furnish(h)
+        assert (await h.upload("bob", "song")).status_code == 201
+
+        async def blend(who: str, name: str) -> httpx.Response:
+            parts = [{"name": "song", "weight": 0.5}, {"name": name, "weight": 2}]
+            return await h.ask(who, "POST", "/v1/completions", json=JSON | {"adapters": parts})
+
+        response = await blend("bob", "ann/poem@1")
+        assert response.headers["x-shoal-adapter"] == "song@1*0.5,ann/poem@1*2"
+        answers = []
+        for reference in ("ann/diary", "ann/dairy", "eve/diary", "poem"):
+            refused = await blend("bob", reference)
+            answers.append((refused.status_code, refused.text.replace(reference, "NAME")))
+        assert len(set(answers)) == 1
+        assert answers[0][0] == 404
+        # Bob's song is as little there for Ann.
+        assert (await blend("ann", "poem")).json()["error"]["param"] == "adapters[0].name"
 
 
 async def test_a_share_ends_when_it_is_taken_back(house: Open) -> None:

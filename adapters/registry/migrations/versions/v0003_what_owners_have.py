@@ -15,10 +15,20 @@ def upgrade() -> None:
         sa.Column("names", sa.Integer, nullable=False),
         sa.Column("bytes", sa.BigInteger, nullable=False),
     )
+    # Names have been counted before. Versions lead, in the order in which they and the adapters
+    # lie on disk: SQLite would begin with the owners' index and jump about for a million adapters.
     op.execute(
-        "INSERT INTO owners (owner, names, bytes) "
-        "SELECT adapters.owner, COUNT(DISTINCT adapters.id), SUM(versions.bytes) "
-        "FROM adapters JOIN versions ON versions.adapter_id = adapters.id "
-        "WHERE adapters.deleted_at IS NULL AND versions.version >= adapters.live_from "
-        "GROUP BY adapters.owner"
+        """
+        INSERT INTO owners (owner, names, bytes)
+        SELECT
+            sizes.owner,
+            (SELECT SUM(totals.names) FROM totals WHERE totals.owner = sizes.owner),
+            sizes.bytes
+        FROM (
+            SELECT adapters.owner AS owner, SUM(versions.bytes) AS bytes
+            FROM versions CROSS JOIN adapters
+            WHERE adapters.id = versions.adapter_id AND adapters.deleted_at IS NULL
+            GROUP BY adapters.owner
+        ) AS sizes
+        """
     )
