@@ -88,6 +88,14 @@ class World:
         assert content is not None, f"{model}: {tokens} are no adapter's tokens"
         return int(version), content
 
+    def look(self, client: httpx.Client, model: str) -> tuple[int, None] | None:
+        """As ``ask``, by a request that is answered in no time and shows no content."""
+        answer = client.get(f"/v1/adapters/{model}")
+        if answer.status_code == 404:
+            return None
+        assert answer.status_code == 200, (model, answer.status_code, answer.text)
+        return int(answer.json()["version"]), None
+
 
 class Visit:
     """All clients of one server, until it dies or they have made their changes.
@@ -171,19 +179,25 @@ class Visit:
 
     def _write(self, client: httpx.Client, names: Sequence[str], number: int) -> None:
         rng = random.Random(f"{self._seed} writer {number}")
-        while self._may_send():
+        world = self._world
+        while not self._over.is_set():
             name = rng.choice(names)
-            history = self._world.histories[name]
+            history = world.histories[name]
             kind, change = self._draw(rng, history.state)
             after, send = change(client, name)
+            world.look(client, name)  # so that whoever remembers has something to forget
+            if not self._may_send():
+                return
             history.send(after)
-            with self._world.lock:
-                self._world.changes[kind] += 1
+            with world.lock:
+                world.changes[kind] += 1
                 self.unanswered += 1
             send()
             history.acknowledge()
-            with self._world.lock:
+            with world.lock:
                 self.unanswered -= 1
+            seen = world.look(client, name)
+            assert history.explain(history.mark(), None, seen), (name, seen, "after", kind)
             time.sleep(rng.choice([0.0, 0.0, rng.uniform(0.0, 0.03)]))
 
     def _draw(self, rng: random.Random, state: State) -> tuple[str, Callable[..., Any]]:
@@ -246,6 +260,10 @@ class Visit:
             asked = rng.choice([None, None, rng.randint(max(1, latest - 3), latest)])
             since = history.mark()
             model = name if asked is None else f"{name}@{asked}"
+            if rng.random() < 0.5:
+                looked = world.look(client, model)
+                assert history.explain(since, asked, looked), (model, looked)
+                continue
             seen = world.ask(client, model, rng.choice(prompts))
             assert history.explain(since, asked, seen), (model, seen)
             with world.lock:

@@ -110,15 +110,21 @@ class History:
                 return index
         raise AssertionError("the first entry is acknowledged")
 
-    def explain(self, since: int, asked: int | None, seen: tuple[int, int] | None) -> bool:
+    def explain(self, since: int, asked: int | None, seen: tuple[int, int | None] | None) -> bool:
         """Whether a request sent at ``since`` may have been answered with ``seen`` by now.
 
         Args:
             asked: the version in ``name@version``; None for the bare name.
-            seen: version and content of the answer; None for not found.
+            seen: version of the answer, and its content if that was seen; None for not found.
         """
         with self._lock:
-            fitting = [e for e in self._entries[since:] if e.state.answers(asked) == seen]
+            fitting = [e for e in self._entries[since:] if _fits(e.state.answers(asked), seen)]
             if fitting and not any(entry.acknowledged for entry in fitting):
                 fitting[0].witnessed = True
             return bool(fitting)
+
+
+def _fits(answer: tuple[int, int] | None, seen: tuple[int, int | None] | None) -> bool:
+    if answer is None or seen is None:
+        return answer is seen
+    return answer[0] == seen[0] and seen[1] in (None, answer[1])

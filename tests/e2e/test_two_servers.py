@@ -26,6 +26,8 @@ def test_servers_see_each_others_changes_with_the_next_request(
         name = rng.choice("ab")
         state = world.histories[name].state
         client = clients[step % 2]
+        for other in clients:  # whoever remembers has something to forget
+            world.look(other, name)
         kinds = ["upload", "activate", "rm"] if state.versions else ["upload"]
         kind = rng.choice(kinds)
         if kind == "upload":
@@ -47,6 +49,9 @@ def test_servers_see_each_others_changes_with_the_next_request(
         world.histories[name].send(after)
         world.histories[name].acknowledge()
         done.append(kind)
+        for other in reversed(clients):
+            looked = world.look(other, name)
+            assert world.histories[name].explain(world.histories[name].mark(), None, looked)
         for other in reversed(clients):
             for known, history in world.histories.items():
                 seen = world.ask(other, known, rng.choice(PROMPTS))
