@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -16,6 +17,7 @@ import torch
 from shoal.adapters.apart import Answer, Asked, Made, Setup, send
 from shoal.adapters.basis import Basis, BasisStore
 from shoal.adapters.errors import AdapterError
+from shoal.adapters.layouts import Layouts
 from shoal.adapters.reading import read_adapter
 from shoal.adapters.spectral_basis import SpectralBasis
 
@@ -89,6 +91,9 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         setup: Setup = pickle.load(source)
+        packing = setup.packing
+        layouts = Layouts(packing.shape, packing.dtype)
+        setup = replace(setup, packing=replace(packing, layouts=layouts))
         send(sink, True)
         known = _Known()
         while True:

@@ -221,7 +221,9 @@ class AdapterLibrary:
         self._announce(packed.spec, weights)
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
-        info = self._registry.publish(name, content, record, owner=owner, limits=limits)
+        info = self._registry.publish(
+            name, content, record, owner=owner, limits=limits, claimed=True
+        )
         log.info("uploaded adapter=%s@%d digest=%s", info.reference, info.version, info.digest)
         return info
 

@@ -3,11 +3,13 @@
 Pure computing, so that it can be done anywhere: in the server, or beside it (``apart.py``).
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from shoal.adapters.errors import AdapterTooLarge
+from shoal.adapters.errors import AdapterRejected, AdapterTooLarge
+from shoal.adapters.layouts import Layouts
 from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import Content
@@ -37,11 +39,13 @@ class Packing:
     Attributes:
         dtype: that of the device bank.
         max_bytes: of one packed adapter.
+        layouts: those met before; None packs every adapter as if it were the first of its kind.
     """
 
     shape: BaseShape
     dtype: torch.dtype
     max_bytes: int
+    layouts: Layouts | None = None
 
     def prepare(self, weights: AdapterWeights) -> Prepared:
         """The canonical record of ``weights``, and what it is once it is read back.
@@ -52,7 +56,7 @@ class Packing:
         record = to_record(weights)
         digest = record_digest(record)
         # From the record and not from `weights`: what is served now is what a restart serves.
-        packed = self.pack(from_record(record, self.shape), digest)
+        packed = self.repack(record, digest)
         content = Content(
             digest=digest,
             family=weights.family,
@@ -63,6 +67,19 @@ class Packing:
             basis_id=packed.spec.basis_id,
         )
         return Prepared(content, record, packed)
+
+    def repack(self, record: bytes, digest: str) -> PackedAdapter:
+        """Pack what a record of ours says; raises as ``prepare``."""
+        packed = None
+        if self.layouts is not None:
+            with suppress(AdapterRejected):  # below it is refused by its own name
+                packed = self.layouts.pack(record, digest)
+        if packed is None:
+            weights = from_record(record, self.shape)
+            packed = self.pack(weights, digest)
+            if self.layouts is not None:
+                self.layouts.learn(record, weights, packed)
+        return packed
 
     def pack(self, weights: AdapterWeights, digest: str) -> PackedAdapter:
         """Pack ``weights``; raises as ``prepare``."""

@@ -104,6 +104,7 @@ class Registry:
         *,
         owner: str = "",
         limits: Limits | None = None,
+        claimed: bool = False,
     ) -> AdapterInfo:
         """Make ``record`` the active version of ``name``: durable when this returns.
 
@@ -111,6 +112,7 @@ class Registry:
 
         Args:
             limits: of adapters and bytes that the owner may have; None is no limit.
+            claimed: the caller has just asked ``claim`` the same.
 
         Raises:
             AdapterNameInvalid, AdapterConflict: ``name`` cannot be used; nothing has changed.
@@ -119,7 +121,8 @@ class Registry:
                 committing. Publishing the same again is harmless.
         """
         # With its limits, so that what there is no room for is not written either.
-        self.claim(name, owner=owner, content=content, limits=limits)
+        if not claimed:
+            self.claim(name, owner=owner, content=content, limits=limits)
         self._put(content.digest, record)
         with self._recent.changing(owner, name):
             return self._of(owner).publish(name, content, created=self._clock(), limits=limits)

@@ -18,6 +18,7 @@ from shoal.adapters.apart_worker import _Known, answer
 from shoal.adapters.basis import make_basis, sketch
 from shoal.adapters.errors import AdapterRejected
 from shoal.adapters.formats.writing import write_compact_lora_xs
+from shoal.adapters.layouts import Layouts
 from shoal.adapters.preparing import Packing, Prepared
 from shoal.adapters.reading import adapter_files
 
@@ -29,8 +30,8 @@ BYTES_MAX = 1 << 20
 START_S = 120.0  # for a process to start on a busy machine
 
 
-def setup_of(golden: Any) -> Setup:
-    packing = Packing(golden.shape, torch.float32, BYTES_MAX)
+def setup_of(golden: Any, layouts: Layouts | None = None) -> Setup:
+    packing = Packing(golden.shape, torch.float32, BYTES_MAX, layouts)
     return make_setup(packing, golden.canonical, max_bytes=BYTES_MAX, max_bases=4, spectral=False)
 
 
@@ -83,6 +84,15 @@ def test_compact_files_are_compared_with_probes_alone(golden: Any, tmp_path: Pat
     found = answer(setup_of(golden), adapter_files(folder), _Known())
     assert isinstance(found, AdapterRejected)
     assert str(found) == str(refusal.value)
+
+
+def test_what_is_packed_like_the_one_before_is_the_same(golden: Any, tmp_path: Path) -> None:
+    setup = setup_of(golden, Layouts(golden.shape, torch.float32))
+    for seed in range(3):
+        folder = compact(golden, tmp_path / str(seed), seed)
+        found = answer(setup, adapter_files(folder), _Known())
+        assert isinstance(found, Made)
+        assert_same(found.prepared(torch.float32), by_the_server(golden, folder))
 
 
 @pytest.mark.parametrize("case", SERVERS)
