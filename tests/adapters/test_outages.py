@@ -78,7 +78,7 @@ def test_a_database_that_stops_answering_fails_calls_in_bounded_time(
     network: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "READ_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(database_module, "WRITE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(database_module, "LONG_TIMEOUT_S", 1.0)
     monkeypatch.setattr(database_module, "CONNECT_TIMEOUT_S", 2)
     proxy, url = network
     database = Database(url)
