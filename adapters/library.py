@@ -22,6 +22,7 @@ from shoal.adapters.composing import Base, compose
 from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge, BlendRefused
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
+from shoal.adapters.layouts import Layouts
 from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
@@ -95,6 +96,7 @@ class AdapterLibrary:
         self._max_bases = max_bases
         self._spectral = spectral
         self._on_spectral = on_spectral
+        self._layouts = Layouts(shape, dtype)
         self._loading = _KeyedLocks()
         self._collector = Collector(lambda stopping: registry.collect(stopping=stopping))
         self._composing = threading.BoundedSemaphore(COMPOSING_MAX)
@@ -371,9 +373,17 @@ class AdapterLibrary:
     def _load_and_pin(self, info: AdapterInfo) -> None:
         if self._host.pin(info.digest):
             return  # another thread loaded it while we waited
-        weights = self._stored(info.digest)
-        packed = self._pack(weights, info.digest)
-        self._announce(packed.spec, [weights])
+        record = self._registry.read(info.digest)
+        parts: list[AdapterWeights] = []
+        with _unusable(info.digest):
+            packed = self._layouts.pack(record, info.digest)
+        if packed is None:
+            with _unusable(info.digest):
+                weights = from_record(record, self._shape)
+            packed = self._pack(weights, info.digest)
+            self._layouts.learn(record, weights, packed)
+            parts.append(weights)
+        self._announce(packed.spec, parts)
         self._host.put(packed, pin=True)
 
     def _compose_and_pin(self, blend: Blend[AdapterInfo]) -> None:
@@ -402,11 +412,8 @@ class AdapterLibrary:
 
     def _stored(self, digest: str) -> AdapterWeights:
         record = self._registry.read(digest)
-        try:
+        with _unusable(digest):
             return from_record(record, self._shape)
-        except AdapterRejected as error:
-            # It was accepted once, so this is not the caller's mistake.
-            raise RecordDamaged(f"record {digest} is unusable: {error}") from error
 
     def _keep_basis(self, spec: AdapterSpec) -> None:
         """Keep the canonical basis with the first adapter on it.
@@ -422,7 +429,7 @@ class AdapterLibrary:
         """Give the bases that an adapter needs to whoever multiplies by them.
 
         Args:
-            parts: what it was packed from.
+            parts: what it was packed from; what is ``core`` alone need not be among them.
 
         Always before it enters the host tier: whatever is in there can be staged as it is.
         """
@@ -494,6 +501,15 @@ def _disk_failures() -> Iterator[None]:
         yield
     except OSError as error:
         raise RegistryUnavailable(f"a file could not be read or written: {error}") from error
+
+
+@contextmanager
+def _unusable(digest: str) -> Iterator[None]:
+    """A stored record was accepted once, so what is wrong with it is not the caller's mistake."""
+    try:
+        yield
+    except AdapterRejected as error:
+        raise RecordDamaged(f"record {digest} is unusable: {error}") from error
 
 
 @dataclass(slots=True)

@@ -140,6 +140,11 @@ class Database:
             self.close()
             raise
 
+    @property
+    def backend(self) -> str:
+        """Which database it is: ``sqlite``, ``postgresql``."""
+        return self._engine.dialect.name
+
     @contextlib.contextmanager
     def read(self, *, limit_s: float | None = None) -> Iterator[Connection]:
         """A connection to read with; each statement by itself sees a consistent state.

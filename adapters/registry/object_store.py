@@ -62,9 +62,8 @@ class ObjectStore:
 
     def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
         """See ``Store``. The pack is built in memory."""
-        encoded = [(digest, stored.encode(digest, data)) for digest, data in records]
-        name = pack_name(encoded)
-        self._write(f"{self._root}/packs/{name}", b"".join(pack_chunks(encoded)))
+        name = pack_name(records)
+        self._write(f"{self._root}/packs/{name}", b"".join(pack_chunks(records)))
         self.packs.forget(name)
         return name
 

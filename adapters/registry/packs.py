@@ -38,6 +38,7 @@ RECORDS_MAX = 1 << 17
 TAIL_BYTES = 1 << 18
 
 _FRAME = struct.Struct("<32sQ")
+FRAME_BYTES = _FRAME.size  # before the stored bytes of each record
 _TRAILER = struct.Struct("<QQ32s8s")
 _INDEX_BYTES = 20
 _READERS = 16
@@ -227,19 +228,6 @@ class Packs:
     def read(self, name: str, start: int, end: int | None) -> bytes:
         """Bytes of a pack; see ``ReadRange``."""
         return self._read(name, start, end)
-
-    def digests(self, name: str) -> Iterator[tuple[str, int]]:
-        """Digest and length of every record of a readable pack; reads the heads of its frames.
-
-        Raises:
-            FileNotFoundError: it is gone.
-        """
-        with self._lock:
-            index = self._indexes.get(name)
-        if index is None:
-            raise FileNotFoundError(name)
-        for start, length in zip(index.offsets, index.lengths, strict=True):
-            yield self._read(name, start, start + 32).hex(), length
 
     def _load(self, name: str) -> None:
         try:

@@ -56,7 +56,10 @@ class Store(Protocol):
         ...
 
     def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
-        """Keep all of these (digest, data) as one pack, or none of them; returns its name.
+        """Keep all of these as one pack, or none of them; returns its name.
+
+        Args:
+            records: digest and stored bytes (``stored.encode``), which the caller has verified.
 
         Raises:
             ValueError: more than a pack holds.
@@ -201,10 +204,9 @@ class LocalStore:
 
     def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
         """See ``Store``."""
-        encoded = [(digest, stored.encode(digest, data)) for digest, data in records]
-        path = self._packs / pack_name(encoded)
+        path = self._packs / pack_name(records)
         with _translated(str(path)):
-            self._write(path, pack_chunks(encoded))
+            self._write(path, pack_chunks(records))
             _sync_folder(self._packs)
         self.packs.forget(path.name)
         return path.name

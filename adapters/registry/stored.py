@@ -48,6 +48,23 @@ def decode(digest: str, stored: bytes, where: str) -> bytes:
     return record
 
 
+def verify(digest: str, stored: bytes, where: str) -> None:
+    """What ``decode`` checks, without making the record.
+
+    Raises:
+        RecordDamaged: as ``decode``.
+    """
+    if not stored.startswith(compact.MAGIC):
+        decode(digest, stored, where)
+        return
+    try:
+        found = compact.record_sha256(stored)
+    except ValueError as error:
+        raise RecordDamaged(f"record {digest} is damaged: {error} ({where})") from error
+    if found != digest:
+        raise RecordDamaged(f"record {digest} is damaged: its bytes have sha256 {found} ({where})")
+
+
 def missing(digest: str, where: str) -> RecordDamaged:
     """That nothing is stored at ``where``."""
     return RecordDamaged(f"record {digest} is missing from the store ({where})")

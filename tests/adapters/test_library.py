@@ -156,6 +156,32 @@ def test_a_restart_serves_the_same_bits_as_the_upload(
     library.unstage(spec)
 
 
+def test_a_restart_packs_the_same_bits_also_without_parsing(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = HostTier(1 << 20)
+    library = open_library(host=first)
+    infos = [upload(library, f"a{seed}", adapter(tmp_path, seed)) for seed in range(4)]
+    parsed = []
+    from_record = library_module.from_record
+
+    def counted(data: bytes, shape: BaseShape) -> AdapterWeights:
+        parsed.append(data)
+        return from_record(data, shape)
+
+    monkeypatch.setattr(library_module, "from_record", counted)
+    again = HostTier(1 << 20)
+    announced: list[Basis] = []
+    restarted = open_library(host=again, on_basis=announced.append)
+    for count, info in enumerate(infos, start=1):
+        spec = restarted.stage(info)
+        kept, packed = first.get(info.digest), again.get(info.digest)
+        assert (spec, packed.spec) == (kept.spec, kept.spec)
+        assert torch.equal(packed.data.view(torch.int32), kept.data.view(torch.int32))
+        assert [basis.id for basis in announced] == [CANONICAL.id] * count
+    assert len(parsed) == 1
+
+
 def test_an_upload_is_in_the_host_tier_when_it_returns(open_library: Open, tmp_path: Path) -> None:
     host = HostTier(1 << 20)
     info = upload(open_library(host=host), "a", adapter(tmp_path, 1))

@@ -282,7 +282,7 @@ def test_s3_keeps_records_and_packs(s3: Store) -> None:
     name = s3.put_many(many)
     assert [s3.get(digest) for digest, _ in many] == [data for _, data in many]
     assert abs(s3.pack_time(name) - time.time()) < 60
-    assert [digest for digest, _ in s3.packs.digests(name)] != []
+    assert len(s3.packs.indexes()[name].keys) == 20
     s3.delete(DIGEST)
     s3.delete(DIGEST)
     assert not s3.exists(DIGEST)
