@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record, record_digest, to_record
 from shoal.adapters.registry.catalog import AdapterInfo, Content
+from shoal.adapters.registry.collecting import Collector
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
 from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.registry import Registry
@@ -96,6 +98,7 @@ class AdapterLibrary:
         self._on_spectral = on_spectral
         self._layouts = Layouts(shape, dtype)
         self._loading = _KeyedLocks()
+        self._collector = Collector(lambda stopping: registry.collect(stopping=stopping))
         self._composing = threading.BoundedSemaphore(COMPOSING_MAX)
 
     @classmethod
@@ -171,6 +174,7 @@ class AdapterLibrary:
         except BaseException:
             library.close()
             raise
+        library._collector.start()
         return library
 
     def upload(
@@ -241,6 +245,15 @@ class AdapterLibrary:
                 self._load_and_pin(info)
         self._registry.note_use(info)
         return self._host.get(info.digest).spec
+
+    def stage_resident(self, wanted: AdapterInfo | Blend[AdapterInfo]) -> AdapterSpec | None:
+        """``stage`` of what is in the host tier; None when it is not. Waits for no disk."""
+        if not self._host.pin(wanted.digest):
+            return None
+        parts = [info for info, _ in wanted.parts] if isinstance(wanted, Blend) else [wanted]
+        for info in parts:
+            self._registry.note_use(info)
+        return self._host.get(wanted.digest).spec
 
     def stage_blend(self, blend: Blend[AdapterInfo]) -> AdapterSpec:
         """As ``stage``, a weighted sum; composed once, however many ask.
@@ -313,6 +326,7 @@ class AdapterLibrary:
 
     def close(self) -> None:
         """Close the database. Nothing may be called afterwards."""
+        self._collector.close()
         self._registry.close()
 
     def _read(self, files: Mapping[str, Path], bases: BasisStore) -> AdapterWeights:
@@ -498,25 +512,52 @@ def _unusable(digest: str) -> Iterator[None]:
         raise RecordDamaged(f"record {digest} is unusable: {error}") from error
 
 
+@dataclass(slots=True)
+class _KeyedLock:
+    """One of ``_KeyedLocks``.
+
+    Attributes:
+        users: who hold or await it.
+        came: how many ever have.
+        failure, failed: what the last holder could not reach, and who had come until then.
+    """
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    came: int = 0
+    failure: RegistryUnavailable | None = None
+    failed: int = 0
+
+
 class _KeyedLocks:
-    """One lock per key, kept only while somebody holds or awaits it."""
+    """One lock per key, kept only while somebody holds or awaits it.
+
+    When the holder fails because the registry is away, so do those who waited for it meanwhile:
+    one after another, they would wait as long as all of them together.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._locks: dict[str, tuple[threading.Lock, int]] = {}
+        self._locks: dict[str, _KeyedLock] = {}
 
     @contextmanager
     def held(self, key: str) -> Iterator[None]:
         with self._guard:
-            lock, users = self._locks.get(key, (threading.Lock(), 0))
-            self._locks[key] = (lock, users + 1)
+            entry = self._locks.setdefault(key, _KeyedLock())
+            entry.users += 1
+            entry.came += 1
+            number = entry.came
         try:
-            with lock:
-                yield
+            with entry.lock:
+                if entry.failure is not None and number <= entry.failed:
+                    raise RegistryUnavailable(str(entry.failure)) from entry.failure
+                try:
+                    yield
+                except RegistryUnavailable as error:
+                    entry.failure, entry.failed = error, entry.came
+                    raise
         finally:
             with self._guard:
-                lock, users = self._locks[key]
-                if users == 1:
+                entry.users -= 1
+                if not entry.users:
                     del self._locks[key]
-                else:
-                    self._locks[key] = (lock, users - 1)

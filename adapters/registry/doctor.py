@@ -1,14 +1,16 @@
 """What is wrong between catalog and store, and what of that can be put right.
 
 Finds records that are missing or damaged, bases that are missing, bytes that no version refers to,
-and packs that are torn or mostly dead. ``repair`` removes the last three: orphans older than a
-grace period, what is unreadable of torn packs, and the dead part of packs. It removes nothing that
+files that writers which died left half-written, and packs that are torn or mostly dead. ``repair``
+removes the last four: orphans and such files older than a grace period, what is unreadable of torn
+packs, and the dead part of packs. It removes nothing that
 the catalog refers to, or that waits there to be collected (``garbage.py``), also while the
 registry is in use: what is put again meanwhile counts as new (``Store.retire_record``).
 
 What is missing or damaged is mended by uploading, or importing, the same content again.
 """
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +27,7 @@ from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RecordDamaged
 from shoal.adapters.registry.packed import Packed
 from shoal.adapters.registry.packs import frames
-from shoal.adapters.registry.store import Store
+from shoal.adapters.registry.store import Store, files_before
 from shoal.adapters.registry.tables import GARBAGE, VERSIONS
 
 # Longer than any upload takes from its first byte to its name, and than clocks differ.
@@ -33,6 +35,8 @@ GRACE_S = 24 * 3600.0
 # A pack is rewritten when less of its bytes than this is alive.
 LIVE_SHARE_MIN = 0.5
 EXAMPLES_MAX = 20
+# Of bases that are being written: see ``formats.container.write_atomically``.
+TEMPORARY = ".*.safetensors.*"
 _CHUNK = 500
 _PAGE = 5000
 
@@ -65,9 +69,10 @@ class Report:
         missing_bases: ids of shared bases that adapters are written in and that are not there, or
             are other bytes.
         orphans: records outside packs that nobody refers to, older than the grace period.
+        leftovers: half-written files, older than the grace period.
         torn_packs, dead_packs: without an index; with less than ``LIVE_SHARE_MIN`` alive.
-        removed_records, removed_packs, rescued: what ``repair`` did; rescued are the live records
-            of removed packs.
+        removed_records, removed_leftovers, removed_packs, rescued: what ``repair`` did; rescued are
+            the live records of removed packs.
     """
 
     records: int = 0
@@ -75,9 +80,11 @@ class Report:
     damaged: Finding = field(default_factory=Finding)
     missing_bases: Finding = field(default_factory=Finding)
     orphans: Finding = field(default_factory=Finding)
+    leftovers: Finding = field(default_factory=Finding)
     torn_packs: Finding = field(default_factory=Finding)
     dead_packs: Finding = field(default_factory=Finding)
     removed_records: int = 0
+    removed_leftovers: int = 0
     removed_packs: int = 0
     rescued: int = 0
 
@@ -130,6 +137,7 @@ def examine(
         packed.want(page)
     _dead_packs(database, store, packed, report, before, repair)
     _bases(database, bases, report)
+    _leftovers(store, bases, report, before, repair)
     return report
 
 
@@ -188,6 +196,16 @@ def _bases(database: Database, bases: Path, report: Report) -> None:
             whole = False
         if not whole:
             report.missing_bases.add(basis_id)
+
+
+def _leftovers(store: Store, bases: Path, report: Report, before: float, repair: bool) -> None:
+    for path in [*store.leftovers(before), *files_before(bases.glob(TEMPORARY), before)]:
+        report.leftovers.add(str(path))
+        if repair:
+            # Its writer may live after all, and be done with it by now.
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                report.removed_leftovers += 1
 
 
 def _torn_packs(database: Database, store: Store, report: Report, repair: bool) -> None:

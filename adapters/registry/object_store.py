@@ -110,6 +110,10 @@ class ObjectStore:
         self.packs.forget(name)
         return self._retire(f"{self._root}/packs/{name}", before)
 
+    def leftovers(self, before: float) -> list[Path]:
+        """See ``Store``. Parts of interrupted multipart uploads are for the bucket's rules."""
+        return []
+
     def files(self, folder: str) -> list[str]:
         """Names of the files in a folder of the store."""
         try:

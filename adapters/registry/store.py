@@ -105,6 +105,10 @@ class Store(Protocol):
         """Delete a pack unless it, or a record that is in it, was put after ``before``."""
         ...
 
+    def leftovers(self, before: float) -> list[Path]:
+        """Files of writers that died before ``before``; nobody reads them, any may be deleted."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -263,6 +267,11 @@ class LocalStore:
         self.packs.forget(name)
         return self._retire(self._packs / name, before)
 
+    def leftovers(self, before: float) -> list[Path]:
+        """See ``Store``."""
+        with _translated(str(self._temporary)):
+            return list(files_before(self._temporary.iterdir(), before))
+
     def _retire(self, path: Path, before: float) -> bool:
         """Delete ``path`` unless it is newer.
 
@@ -275,13 +284,13 @@ class LocalStore:
                 if os.stat(path).st_mtime >= before:
                     return False
                 os.replace(path, aside)
+                if os.stat(aside).st_mtime >= before:
+                    os.replace(aside, path)
+                    return False
             except FileNotFoundError:
-                return False
-            if os.stat(aside).st_mtime >= before:
-                os.replace(aside, path)
-                return False
+                return False  # another doctor was here, or took what is aside for a leftover
             _sync_folder(path.parent)
-            os.unlink(aside)
+            aside.unlink(missing_ok=True)
             return True
 
     def _path(self, digest: str) -> Path:
@@ -334,12 +343,19 @@ class LocalStore:
             raise
 
     def _remove_leftovers(self) -> None:
-        for path in self._temporary.iterdir():
+        for path in self.leftovers(time.time() - _LEFTOVER_AGE_S):
             # Another process cleans too; and on a read-only disk they do no harm.
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
-                    log.info("removing an unfinished record path=%s", path)
-                    path.unlink()
+                log.info("removing an unfinished record path=%s", path)
+                path.unlink()
+
+
+def files_before(paths: Iterable[Path], before: float) -> Iterator[Path]:
+    """Those last written before ``before`` (unix time); what vanishes meanwhile is left out."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < before:
+                yield path
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -20,6 +20,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
+from shoal.adapters.registry.errors import RegistryUnavailable
 from shoal.server.errors import BodyTooLarge, InvalidRequest, Overloaded
 
 if TYPE_CHECKING:
@@ -81,13 +82,15 @@ async def received(request: Request, *, max_bytes: int) -> AsyncIterator[Upload]
     Raises:
         InvalidRequest: not the multipart form that was asked for.
         BodyTooLarge: the files together exceed ``max_bytes``.
+        RegistryUnavailable: they cannot be written here, such as on a full disk.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
         raise InvalidRequest("the body must be multipart/form-data with `name` and `file` parts")
     _check_declared(request, max_bytes)
-    folder = Path(await anyio.to_thread.run_sync(_make_folder))
+    with _disk_failures():
+        folder = Path(await anyio.to_thread.run_sync(_make_folder))
     try:
         yield await _receive(request, boundary, folder, max_bytes)
     finally:
@@ -124,15 +127,26 @@ async def _receive(request: Request, boundary: bytes, folder: Path, max_bytes: i
             if total > max_bytes + _ENVELOPE_BYTES:
                 raise _too_large(max_bytes)
             # Parsing writes to disk.
-            await anyio.to_thread.run_sync(parser.write, chunk)
+            with _disk_failures():
+                await anyio.to_thread.run_sync(parser.write, chunk)
         parser.finalize()
     except FormParserError as error:
         raise InvalidRequest(f"the multipart body cannot be read: {error}") from error
     except ClientDisconnect as error:
         raise InvalidRequest("the upload ended before it was complete") from error
     finally:
-        form.close()
+        with _disk_failures():
+            form.close()
     return form.result()
+
+
+@contextmanager
+def _disk_failures() -> Iterator[None]:
+    """What the operator must mend, such as a full disk; the caller may try again."""
+    try:
+        yield
+    except OSError as error:
+        raise RegistryUnavailable(f"an upload could not be received: {error}") from error
 
 
 class _Form:

@@ -177,6 +177,25 @@ def test_an_orphan_that_is_put_again_and_published_meanwhile_is_kept(clinic: Cli
     assert clinic.store.get(digest) == b"1"
 
 
+def test_what_dead_writers_left_goes_once_it_is_old(tmp_path: Path) -> None:
+    clinic = Clinic(tmp_path)
+    clinic.publish("a", b"1")
+    clinic.put(b"1")
+    left = [
+        tmp_path / "store" / "temporary" / "half",
+        clinic.bases / f".{BASIS_ID}.safetensors.x_y",
+    ]
+    for path in left:
+        path.write_bytes(b"half")
+    assert clinic.examine(repair=True, now=time.time()) == Report(records=1)
+    found = clinic.examine()
+    assert sorted(found.leftovers.examples) == sorted(map(str, left))
+    assert found.healthy
+    assert all(path.exists() for path in left)
+    assert clinic.examine(repair=True).removed_leftovers == 2
+    assert clinic.examine() == Report(records=1)
+
+
 def test_of_a_torn_pack_everything_whole_is_rescued(tmp_path: Path) -> None:
     clinic = Clinic(tmp_path)
     datas = [b"%d" % n * 100 for n in range(10)]

@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 import threading
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
@@ -343,6 +344,30 @@ def test_concurrent_stages_of_one_adapter_load_it_once(
         library.unstage(spec)
     host.check()
     assert not library._loading._locks, "a lock outlived its users"
+
+
+def test_those_who_wait_for_a_load_that_fails_do_not_try_one_after_another(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = upload(open_library(), "a", adapter(tmp_path, 1))
+    library = open_library()
+    loads: list[str] = []
+
+    def fail_slowly(registry: Registry, digest: str) -> bytes:
+        loads.append(digest)
+        until = time.monotonic() + 60
+        while library._loading._locks[digest].users < 8 and time.monotonic() < until:
+            time.sleep(0.001)
+        raise RegistryUnavailable("away")
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(8) as pool:
+        patch.setattr(Registry, "read", fail_slowly)
+        staged = [pool.submit(library.stage, info) for _ in range(8)]
+        for future in staged:
+            with pytest.raises(RegistryUnavailable, match="away"):
+                future.result(timeout=60)
+    assert loads == [info.digest]
+    library.unstage(library.stage(info))
 
 
 def test_a_failed_load_is_tried_again(open_library: Open, tmp_path: Path) -> None:
