@@ -144,7 +144,7 @@ def _batches(
             for version in adapter.versions:
                 digest = version.content.digest
                 if digest not in records:
-                    own[digest] = stored.encode(digest, store.get(digest))
+                    own[digest] = store.get_stored(digest)
         except RecordDamaged:
             exported.left_out += 1
             continue
