@@ -16,17 +16,18 @@ from pathlib import Path
 
 import torch
 
+from shoal.adapters.apart import Helpers, make_setup
 from shoal.adapters.basis import Basis, BasisStore
 from shoal.adapters.blending import Blend
 from shoal.adapters.composing import Base, compose
-from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge, BlendRefused
+from shoal.adapters.errors import AdapterError, AdapterRejected, BlendRefused
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.layouts import Layouts
-from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
+from shoal.adapters.preparing import Packing, Prepared
 from shoal.adapters.reading import adapter_files, read_adapter
-from shoal.adapters.record import from_record, record_digest, to_record
-from shoal.adapters.registry.catalog import AdapterInfo, Content
+from shoal.adapters.record import from_record
+from shoal.adapters.registry.catalog import AdapterInfo
 from shoal.adapters.registry.collecting import Collector
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
 from shoal.adapters.registry.keys import Keys, Limits
@@ -90,14 +91,16 @@ class AdapterLibrary:
         self._bases = bases
         self._host = host
         self._on_basis = on_basis
-        self._dtype = dtype
         self._max_upload_bytes = max_upload_bytes
-        self._max_packed_bytes = min(host.capacity_bytes, max_packed_bytes or host.capacity_bytes)
+        self._packing = Packing(
+            shape, dtype, min(host.capacity_bytes, max_packed_bytes or host.capacity_bytes)
+        )
         self._max_bases = max_bases
         self._spectral = spectral
         self._on_spectral = on_spectral
         self._layouts = Layouts(shape, dtype)
         self._loading = _KeyedLocks()
+        self._helpers: Helpers | None = None
         self._collector = Collector(lambda stopping: registry.collect(stopping=stopping))
         self._composing = threading.BoundedSemaphore(COMPOSING_MAX)
 
@@ -177,6 +180,17 @@ class AdapterLibrary:
         library._collector.start()
         return library
 
+    def prepare_apart(self, processes: int) -> None:
+        """From now on let so many helper processes read and pack uploads; see ``apart.py``."""
+        setup = make_setup(
+            self._packing,
+            self._canonical,
+            max_bytes=self._max_upload_bytes,
+            max_bases=self._max_bases,
+            spectral=self._spectral is not None,
+        )
+        self._helpers = Helpers(setup, processes)
+
     def upload(
         self,
         name: str,
@@ -200,11 +214,11 @@ class AdapterLibrary:
             AdapterTooLarge.
         """
         self._registry.claim(name, owner=owner, limits=limits)
-        weights = self._read(files, self._bases)
-        content, record, packed = self._prepare(weights)
+        prepared, weights = self._prepare(files)
+        content, record, packed = prepared.content, prepared.record, prepared.packed
         self._registry.claim(name, owner=owner, content=content, limits=limits)
         self._keep_basis(packed.spec)
-        self._announce(packed.spec, [weights])
+        self._announce(packed.spec, weights)
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
         info = self._registry.publish(name, content, record, owner=owner, limits=limits)
@@ -224,7 +238,7 @@ class AdapterLibrary:
             for basis in self._bases.all():
                 trial.add(basis)
             weights = self._read(files, trial)
-        self._prepare(weights)
+        self._packing.prepare(weights)
         return weights
 
     def resolve(self, model: str, *, owner: str = "") -> AdapterInfo:
@@ -326,6 +340,8 @@ class AdapterLibrary:
 
     def close(self) -> None:
         """Close the database. Nothing may be called afterwards."""
+        if self._helpers is not None:
+            self._helpers.close()
         self._collector.close()
         self._registry.close()
 
@@ -342,33 +358,15 @@ class AdapterLibrary:
                 spectral=self._spectral,
             )
 
-    def _prepare(self, weights: AdapterWeights) -> tuple[Content, bytes, PackedAdapter]:
-        """The canonical record of ``weights``, and what it is once it is read back."""
-        record = to_record(weights)
-        digest = record_digest(record)
-        # From the record and not from `weights`: what is served now is what a restart serves.
-        packed = self._pack(from_record(record, self._shape), digest)
-        content = Content(
-            digest=digest,
-            family=weights.family,
-            format=weights.format,
-            rank=weights.rank,
-            bytes=len(record),
-            packed_elements=packed.spec.packed_elements,
-            basis_id=packed.spec.basis_id,
-        )
-        return content, record, packed
-
-    def _pack(self, weights: AdapterWeights, digest: str) -> PackedAdapter:
-        spec = make_spec(weights, self._shape, digest)
-        size = spec.packed_elements * self._dtype.itemsize
-        # Before allocating: one target of a high rank makes a small file and a vast packed adapter.
-        if size > self._max_packed_bytes:
-            raise AdapterTooLarge(
-                f"the adapter takes {size} bytes in memory (rank {spec.rank} on every module); "
-                f"this server has room for {self._max_packed_bytes}"
-            )
-        return pack_adapter(weights, self._shape, digest, self._dtype)
+    def _prepare(self, files: Mapping[str, Path]) -> tuple[Prepared, Sequence[AdapterWeights]]:
+        """An upload, and what it was packed from unless that was done apart."""
+        if self._helpers is not None:
+            with _disk_failures():
+                made = self._helpers.prepare(files, self._bases.all())
+            if made is not None:
+                return made, ()
+        weights = self._read(files, self._bases)
+        return self._packing.prepare(weights), (weights,)
 
     def _load_and_pin(self, info: AdapterInfo) -> None:
         if self._host.pin(info.digest):
@@ -380,7 +378,7 @@ class AdapterLibrary:
         if packed is None:
             with _unusable(info.digest):
                 weights = from_record(record, self._shape)
-            packed = self._pack(weights, info.digest)
+            packed = self._packing.pack(weights, info.digest)
             self._layouts.learn(record, weights, packed)
             parts.append(weights)
         self._announce(packed.spec, parts)
@@ -404,8 +402,8 @@ class AdapterLibrary:
                 [f"{info.reference}@{info.version}" for info, _ in blend.parts],
                 blend.digest,
                 Base(self._shape, self._weight_of, self._basis),
-                dtype=self._dtype,
-                max_bytes=self._max_packed_bytes,
+                dtype=self._packing.dtype,
+                max_bytes=self._packing.max_bytes,
             )
             self._announce(packed.spec, [weights for weights, _ in terms])
         self._host.put(packed, pin=True)
@@ -479,9 +477,11 @@ class AdapterLibrary:
         for folder in sorted(path.parent for path in shipped.glob(f"*/{CONFIG_FILE}")):
             try:
                 weights = self._read(adapter_files(folder), self._bases)
-                content, record, packed = self._prepare(weights)
-                self._keep_basis(packed.spec)
-                info = self._registry.publish_shipped(folder.name, content, record)
+                prepared = self._packing.prepare(weights)
+                self._keep_basis(prepared.packed.spec)
+                info = self._registry.publish_shipped(
+                    folder.name, prepared.content, prepared.record
+                )
             except AdapterError as error:
                 # A broken folder must not keep the server from starting.
                 log.warning("shipped adapter left out folder=%s error=%s", folder, error)

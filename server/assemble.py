@@ -134,6 +134,8 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
             exact_weight_of(decoder, path), shape, bases_cache(), admit=bank.check_spectral
         )
     library = _open_library(config, path, decoder, shape, basis, bank, host, dtype, spectral)
+    if config.upload_processes():
+        library.prepare_apart(config.upload_processes())
     try:
         clock.lap("adapters")
         runner = _runner(config, plan, decoder, bank, host, basis, attention)

@@ -205,7 +205,8 @@ class Services:
         self._loads = anyio.CapacityLimiter(8)
         self._blends = anyio.CapacityLimiter(8)
         self._texts = anyio.CapacityLimiter(2)
-        self._uploads = anyio.CapacityLimiter(2)
+        # One beside those that wait for helper processes.
+        self._uploads = anyio.CapacityLimiter(1 + max(1, self.config.upload_processes()))
 
     async def lookup(self, call: Callable[[], T]) -> T:
         """Run a short blocking call in a thread."""

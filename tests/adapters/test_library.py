@@ -23,6 +23,7 @@ import torch
 from sqlalchemy import update
 
 from shoal.adapters import library as library_module
+from shoal.adapters import preparing
 from shoal.adapters.basis import Basis, BasisStore, compute_basis, make_basis
 from shoal.adapters.errors import (
     AdapterConflict,
@@ -530,7 +531,7 @@ def test_a_vast_packed_size_is_refused_before_it_is_allocated(
     def allocate(*_: object) -> None:
         raise AssertionError("was packed")
 
-    monkeypatch.setattr(library_module, "pack_adapter", allocate)
+    monkeypatch.setattr(preparing, "pack_adapter", allocate)
     with pytest.raises(AdapterTooLarge, match="rank 4 on every module"):
         upload(open_library(**small), "a", adapter(tmp_path, 1, "lora"))
 
