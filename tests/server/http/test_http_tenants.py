@@ -221,6 +221,17 @@ async def test_who_may_do_what(house: Open, route: tuple[str, str]) -> None:
                     await h.upload("ann", adapter)  # for the next one
 
 
+@pytest.mark.parametrize("path", ["/metrics%0A", "/%6Detrics%0A", "/metrics/", "//metrics"])
+async def test_metrics_are_an_admins_however_their_path_is_written(house: Open, path: str) -> None:
+    async with house() as h:
+        await furnish(h)
+        await h.complete("ann", "diary")
+        for who, expected in (("nobody", (401,)), ("reader", (403, 404)), ("bob", (403, 404))):
+            response = await h.ask(who, "GET", path)
+            assert response.status_code in expected, (who, response.text)
+            assert "diary" not in response.text
+
+
 async def test_open_routes_tell_nothing_of_tenants(house: Open) -> None:
     async with house() as h:
         await furnish(h)
