@@ -20,6 +20,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
+from shoal.adapters.registry.errors import RegistryUnavailable
 from shoal.server.errors import BodyTooLarge, InvalidRequest, Overloaded
 
 if TYPE_CHECKING:
@@ -81,18 +82,31 @@ async def received(request: Request, *, max_bytes: int) -> AsyncIterator[Upload]
     Raises:
         InvalidRequest: not the multipart form that was asked for.
         BodyTooLarge: the files together exceed ``max_bytes``.
+        BodyTooSlow: it does not come.
+        RegistryUnavailable: the temporary files cannot be written.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
         raise InvalidRequest("the body must be multipart/form-data with `name` and `file` parts")
     _check_declared(request, max_bytes)
-    folder = Path(await anyio.to_thread.run_sync(_make_folder))
+    with _disk_failures():
+        folder = Path(await anyio.to_thread.run_sync(_make_folder))
     try:
-        yield await _receive(request, boundary, folder, max_bytes)
+        with _disk_failures():
+            upload = await _receive(request, boundary, folder, max_bytes)
+        yield upload
     finally:
         # Not in a thread: it must happen also when this request is being cancelled.
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _disk_failures() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RegistryUnavailable(f"an upload cannot be kept: {error}") from error
 
 
 def _make_folder() -> str:
@@ -172,10 +186,8 @@ class _Form:
     def result(self) -> Upload:
         if not self._complete:
             raise InvalidRequest("the multipart body ends before its closing boundary")
-        if len(self._names) != 1:
-            raise InvalidRequest(
-                f"`name` was sent {len(self._names)} times: must be there once", param="name"
-            )
+        if not self._names:
+            raise InvalidRequest("`name` was not sent: must be there once", param="name")
         if not self._files:
             raise InvalidRequest("no `file` part was sent: must be at least one", param="file")
         return Upload(self._names[0], self._files)
@@ -200,6 +212,8 @@ class _Form:
         _, options = parse_options_header(self._disposition)
         self._field = options.get(b"name", b"").decode("utf-8", "replace")
         if self._field == "name":
+            if self._names:  # now: what is kept of them until the end would be in memory
+                raise InvalidRequest("`name` was sent twice: must be there once", param="name")
             return
         if self._field != "file":
             shown = self._field[:64]
