@@ -464,6 +464,33 @@ async def test_a_tenant_has_no_more_than_its_keys_limits(house: Open) -> None:
         assert not any(account.started for account in h.parts.services.quotas._owners.values())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_engine_refuses_is_not_counted(house: Open, stream: bool) -> None:
+    async with house(max_waiting=2) as h:
+        limits = Limits(requests_per_minute=8, tokens_per_minute=1000)
+        h.secrets["ann"] = h.keys.create(role="tenant", owner="ann", limits=limits)[1]
+        body = {"model": "base", "prompt": "x" * 98, "max_tokens": 2, "stream": stream}
+        statuses: list[int] = []
+
+        async def ask() -> None:
+            response = await h.ask("ann", "POST", "/v1/completions", json=body)
+            statuses.append(response.status_code)
+
+        h.parts.gate.close()
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(8):
+                    tasks.start_soon(ask)
+                while len(statuses) < 4:
+                    await anyio.sleep(0.001)
+                h.parts.gate.open()
+        served = statuses.count(200)
+        assert sorted(set(statuses)) == [200, 429]
+        account = h.parts.services.quotas._owners["ann"]
+        assert account.requests.out <= served
+        assert account.tokens.out <= 100 * served
+
+
 async def test_uploads_under_way_are_bounded_for_all_and_for_each(house: Open) -> None:
     arrived = anyio.Event()
     go_on = anyio.Event()
