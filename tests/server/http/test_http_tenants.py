@@ -452,6 +452,8 @@ async def test_a_tenant_has_no_more_than_its_keys_limits(house: Open) -> None:
         assert 0 < int(refused.headers["retry-after"]) <= 30
         assert "2 requests a minute" in refused.json()["error"]["message"]
         assert (await h.upload("often", "mine")).status_code == 429
+        for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})):
+            assert (await h.ask("often", "POST", path, json=body)).status_code == 429
         # 5 of the prompt and 2 of the answer, twice.
         assert [(await h.complete("much", "base")).status_code for _ in range(3)] == [200, 200, 429]
         assert (await h.complete("shut", "base")).status_code == 429
