@@ -37,7 +37,7 @@ from shoal.adapters.errors import AdapterError, AdapterRejected
 from shoal.adapters.registry import garbage, stored
 from shoal.adapters.registry.bulk import Adapter, Outcome, Version, missing, publish_many
 from shoal.adapters.registry.catalog import Content, Source
-from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.database import LONG_TIMEOUT_S, Database
 from shoal.adapters.registry.errors import RecordDamaged
 from shoal.adapters.registry.names import validate_name, validate_tags
 from shoal.adapters.registry.packs import frames, pack_chunks
@@ -89,7 +89,7 @@ def export_archive(
         RegistryUnavailable; OSError of ``out``.
     """
     exported = Exported()
-    with database.read() as connection:
+    with database.read(limit_s=LONG_TIMEOUT_S) as connection:
         total = int(connection.execute(select(func.sum(TOTALS.c.names))).scalar() or 0)
     batches = _batches(database, store, exported)
     files = {path.stem: path for path in sorted(bases.glob("*.safetensors"))}
@@ -144,7 +144,7 @@ def _batches(
             for version in adapter.versions:
                 digest = version.content.digest
                 if digest not in records:
-                    own[digest] = stored.encode(digest, store.get(digest))
+                    own[digest] = store.get_stored(digest)
         except RecordDamaged:
             exported.left_out += 1
             continue
@@ -164,7 +164,7 @@ def _all_adapters(database: Database) -> Iterator[Adapter]:
     while True:
         live = (ADAPTERS.c.id > last, ADAPTERS.c.deleted_at.is_(None))
         page = select(ADAPTERS).where(*live).order_by(ADAPTERS.c.id).limit(500)
-        with database.read() as connection:
+        with database.read(limit_s=LONG_TIMEOUT_S) as connection:
             rows = connection.execute(page).all()
             if not rows:
                 return

@@ -37,9 +37,10 @@ BUSY_TIMEOUT_S = 20.0
 # one statement.
 CONNECT_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 120.0
-# … and how long this side waits, should the server say nothing at all.
+# … and how long this side waits, should the server say nothing at all: for what requests read, and
+# for changes and what a command reads.
 READ_TIMEOUT_S = 5.0
-WRITE_TIMEOUT_S = STATEMENT_TIMEOUT_S + 10.0
+LONG_TIMEOUT_S = STATEMENT_TIMEOUT_S + 10.0
 CONNECTIONS_MAX = 8
 # How often a transaction is tried that others' transactions got in the way of.
 ATTEMPTS_MAX = 8
@@ -145,13 +146,19 @@ class Database:
         return self._engine.dialect.name
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A connection to read with; each statement by itself sees a consistent state."""
-        with self._translated(), self._connected(self._reader, READ_TIMEOUT_S) as connection:
+    def read(self, *, limit_s: float | None = None) -> Iterator[Connection]:
+        """A connection to read with; each statement by itself sees a consistent state.
+
+        Args:
+            limit_s: PostgreSQL only: how long it may take before it is taken for dead, instead of
+                ``READ_TIMEOUT_S``.
+        """
+        limit_s = READ_TIMEOUT_S if limit_s is None else limit_s
+        with self._translated(), self._connected(self._reader, limit_s) as connection:
             yield connection
 
     @contextlib.contextmanager
-    def write(self, *, limit_s: float = WRITE_TIMEOUT_S) -> Iterator[Connection]:
+    def write(self, *, limit_s: float = LONG_TIMEOUT_S) -> Iterator[Connection]:
         """All or nothing: durable when the block has ended, undone when it raises.
 
         Args:
@@ -179,7 +186,7 @@ class Database:
                 try:
                     with (
                         self._writing,
-                        self._connected(self._writer, WRITE_TIMEOUT_S) as connection,
+                        self._connected(self._writer, LONG_TIMEOUT_S) as connection,
                     ):
                         return work(connection)
                 except DBAPIError as error:

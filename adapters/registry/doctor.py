@@ -23,7 +23,7 @@ from sqlalchemy import Table, select
 
 from shoal.adapters.registry import stored
 from shoal.adapters.registry.archive import BATCH_BYTES
-from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.database import LONG_TIMEOUT_S, Database
 from shoal.adapters.registry.errors import RecordDamaged
 from shoal.adapters.registry.packed import Packed
 from shoal.adapters.registry.packs import frames
@@ -185,7 +185,7 @@ def _check(store: Store, digest: str, read_all: bool, report: Report) -> None:
 def _bases(database: Database, bases: Path, report: Report) -> None:
     # Of `spectral` adapters it names singular vectors, which a server computes from its base.
     query = select(VERSIONS.c.basis_id).where(VERSIONS.c.family == "core").distinct()
-    with database.read() as connection:
+    with database.read(limit_s=LONG_TIMEOUT_S) as connection:
         ids = sorted(basis_id for basis_id in connection.execute(query).scalars() if basis_id)
     for basis_id in ids:
         path = bases / f"{basis_id}.safetensors"
@@ -270,7 +270,7 @@ def _digests(database: Database, table: Table) -> Iterator[Sequence[str]]:
     last = ""
     while True:
         query = select(table.c.digest).where(table.c.digest > last).distinct()
-        with database.read() as connection:
+        with database.read(limit_s=LONG_TIMEOUT_S) as connection:
             page = connection.execute(query.order_by(table.c.digest).limit(_PAGE)).scalars().all()
         if not page:
             return
@@ -281,7 +281,7 @@ def _digests(database: Database, table: Table) -> Iterator[Sequence[str]]:
 def _wanted(database: Database, digests: Iterable[str]) -> set[str]:
     """Those of ``digests`` that a version has, or that wait to be collected."""
     found: set[str] = set()
-    with database.read() as connection:
+    with database.read(limit_s=LONG_TIMEOUT_S) as connection:
         for some in _chunks(digests):
             for table in (VERSIONS, GARBAGE):
                 query = select(table.c.digest).where(table.c.digest.in_(some))

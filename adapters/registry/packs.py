@@ -263,8 +263,8 @@ def pack_name(encoded: Sequence[tuple[str, bytes]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32] + SUFFIX
 
 
-def read_packed(packs: Packs, digest: str, where: str) -> bytes:
-    """The record of ``digest`` from the first pack that has it intact.
+def read_packed(packs: Packs, digest: str, where: str, form: stored.Form) -> bytes:
+    """A form of the record of ``digest``, from the first pack that has it intact.
 
     Raises:
         RecordDamaged: none has it.
@@ -272,7 +272,7 @@ def read_packed(packs: Packs, digest: str, where: str) -> bytes:
     problem = stored.missing(digest, where)
     for name, payload in packs.payloads(digest):
         try:
-            return stored.decode(digest, payload, name)
+            return form(digest, payload, name)
         except RecordDamaged as error:
             problem = error
     raise problem

@@ -74,6 +74,10 @@ class Store(Protocol):
         """
         ...
 
+    def get_stored(self, digest: str) -> bytes:
+        """As ``get``, but what ``stored.encode`` gives for them: what ``put_many`` takes."""
+        ...
+
     def exists(self, digest: str) -> bool:
         """Whether something is stored as ``digest``; it is not verified."""
         ...
@@ -213,12 +217,19 @@ class LocalStore:
 
     def get(self, digest: str) -> bytes:
         """See ``Store``."""
+        return self._get(digest, stored.decode)
+
+    def get_stored(self, digest: str) -> bytes:
+        """See ``Store``."""
+        return self._get(digest, stored.verified)
+
+    def _get(self, digest: str, form: stored.Form) -> bytes:
         path = self._path(digest)
         with _translated(str(path)):
             try:
-                return stored.decode(digest, path.read_bytes(), str(path))
+                return form(digest, path.read_bytes(), str(path))
             except FileNotFoundError:
-                return read_packed(self.packs, digest, str(path))
+                return read_packed(self.packs, digest, str(path), form)
 
     def exists(self, digest: str) -> bool:
         """See ``Store``."""

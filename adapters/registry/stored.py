@@ -6,9 +6,13 @@ stored, so both forms are verified by expanding and hashing.
 
 import hashlib
 import re
+from collections.abc import Callable
 
 from shoal.adapters import compact
 from shoal.adapters.registry.errors import RecordDamaged
+
+# ``decode`` or ``verified``: checks what is stored for a digest at a place, and gives a form of it.
+Form = Callable[[str, bytes, str], bytes]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -63,6 +67,16 @@ def verify(digest: str, stored: bytes, where: str) -> None:
         raise RecordDamaged(f"record {digest} is damaged: {error} ({where})") from error
     if found != digest:
         raise RecordDamaged(f"record {digest} is damaged: its bytes have sha256 {found} ({where})")
+
+
+def verified(digest: str, stored: bytes, where: str) -> bytes:
+    """What ``encode`` gives for the record of what is stored at ``where``, without making it.
+
+    Raises:
+        RecordDamaged: as ``decode``.
+    """
+    verify(digest, stored, where)
+    return stored if stored.startswith(compact.MAGIC) else compact.compact(stored) or stored
 
 
 def missing(digest: str, where: str) -> RecordDamaged:

@@ -88,9 +88,14 @@ class Generation:
         job = self.job
         with self.services.quotas.begin(job.tenant, job.limits) as grant:
             grant.charge(self.usage.prompt_tokens)
-            async with aclosing(self._run(grant)) as deltas:
-                async for delta in deltas:
-                    yield delta
+            try:
+                async with aclosing(self._run(grant)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+            except Overloaded:
+                if not self.usage.completion_tokens:
+                    grant.take_back()
+                raise
 
     async def _run(self, grant: Grant) -> AsyncGenerator[Delta, None]:
         async with _staged(self.services, self.job) as adapter:
@@ -271,7 +276,8 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
     try:
         try:
             if not stage_resident():
-                await (services.compose if isinstance(info, Blend) else services.load)(stage)
+                pool = services.compose if isinstance(info, Blend) else services.load
+                await pool(stage, owner=job.tenant)
         except AdapterTooLarge as error:
             raise Overloaded(
                 f"no room for adapter {job.adapter_name!r} just now: {error}"

@@ -117,16 +117,16 @@ def test_among_many_packed_records_it_finds_the_few(
     monkeypatch.setattr("shoal.adapters.registry.packed.WINDOW_BYTES", 1000)
     monkeypatch.setattr("shoal.adapters.registry.doctor._PAGE", 7)
     rng = random.Random(0)
-    datas = [rng.randbytes(100) for _ in range(300)]
+    datas = [rng.randbytes(100) for _ in range(60)]
     digests = [clinic.publish(f"a{n}", data) for n, data in enumerate(datas)]
-    clinic.pack(*datas[:120])
-    clinic.pack(*datas[100:200], b"nobody's")  # some twice
-    for data in datas[200:290]:
+    clinic.pack(*datas[:30])
+    clinic.pack(*datas[20:48], b"nobody's")  # some twice
+    for data in datas[48:55]:
         clinic.put(data)
     report = clinic.examine(read_all=read_all)
-    assert report.records == 300
-    assert sorted(report.missing.examples) == sorted(digests[290:])
-    assert report == Report(records=300, missing=report.missing)
+    assert report.records == 60
+    assert sorted(report.missing.examples) == sorted(digests[55:])
+    assert report == Report(records=60, missing=report.missing)
 
 
 def test_bases_that_are_gone_or_other_bytes_are_named(clinic: Clinic) -> None:

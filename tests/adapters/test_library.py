@@ -14,11 +14,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import update
 
 from shoal.adapters import library as library_module
 from shoal.adapters import preparing
@@ -43,11 +45,13 @@ from shoal.adapters.library import AdapterInfo, AdapterLibrary, RegistryUnavaila
 from shoal.adapters.reading import adapter_files
 from shoal.adapters.registry import stored
 from shoal.adapters.registry.archive import export_archive, import_archive
+from shoal.adapters.registry.collecting import Collector
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RecordDamaged
 from shoal.adapters.registry.keys import Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import LocalStore, open_store
+from shoal.adapters.registry.tables import GARBAGE
 from shoal.adapters.spec import BaseShape, Dims, Family, Target
 from shoal.adapters.weights import AdapterWeights, Correction
 
@@ -345,6 +349,29 @@ def test_concurrent_stages_of_one_adapter_load_it_once(
         library.unstage(spec)
     host.check()
     assert not library._loading._locks, "a lock outlived its users"
+
+
+def test_an_open_library_removes_what_was_deleted_long_ago(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_module, "Collector", partial(Collector, interval_s=0.02))
+    library = open_library()
+    for name, seed in (("old", 1), ("new", 2), ("kept", 3)):
+        upload(library, name, adapter(tmp_path, seed))
+    digests = {name: library.resolve(name).digest for name in ("old", "new", "kept")}
+    library.delete("old")
+    library.delete("new")
+    database = Database(f"sqlite:///{tmp_path}/registry.db")
+    with database.write() as connection:
+        connection.execute(
+            update(GARBAGE).where(GARBAGE.c.digest == digests["old"]).values(since=0)
+        )
+    database.close()
+    store = LocalStore(tmp_path / "registry.db.store")
+    until = time.monotonic() + 60
+    while store.exists(digests["old"]) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [name for name in digests if store.exists(digests[name])] == ["new", "kept"]
 
 
 def test_those_who_wait_for_a_load_that_fails_do_not_try_one_after_another(
