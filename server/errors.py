@@ -10,6 +10,7 @@
     │   ├── Forbidden             403  the key may not do this
     │   │   └── QuotaExceeded     403  the key's owner may not have that much
     │   ├── ModelNotFound         404  neither the base nor an adapter
+    │   ├── BodyTooSlow           408  hardly anything of the body comes
     │   ├── Conflict              409  contradicts what exists
     │   ├── BodyTooLarge          413  over a byte limit
     │   ├── UnusableAdapter       422  an upload, or a blend, that cannot be served
@@ -64,6 +65,10 @@ class ModelNotFound(RequestError):
     """``model`` names neither the base nor an adapter the caller may use."""
 
 
+class BodyTooSlow(RequestError):
+    """The body came too slowly to be waited for."""
+
+
 class Conflict(RequestError):
     """The request contradicts what exists."""
 
@@ -112,6 +117,7 @@ STATUS: dict[type[ShoalError], tuple[int, str, str]] = {
     Forbidden: (403, "permission_error", "forbidden"),
     QuotaExceeded: (403, "permission_error", "quota_exceeded"),
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
+    BodyTooSlow: (408, "invalid_request_error", "body_too_slow"),
     Conflict: (409, "invalid_request_error", "conflict"),
     BodyTooLarge: (413, "invalid_request_error", "body_too_large"),
     UnusableAdapter: (422, "invalid_request_error", "unusable_adapter"),

@@ -41,7 +41,8 @@ def adapters_router(services: Services) -> APIRouter:
             try:
                 with names_from("name"):
                     return await services.work(
-                        lambda: library.upload(name, upload.files, owner=owner, limits=limits)
+                        lambda: library.upload(name, upload.files, owner=owner, limits=limits),
+                        owner=caller.owner,
                     )
             except (AdapterError, ShoalError):
                 services.metrics.upload("refused")

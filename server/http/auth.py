@@ -1,6 +1,7 @@
 """Bearer keys: those of ``--api-key``, which may do everything, and those of ``shoal keys``.
 
-Without either every request may pass, which is why such a server listens on loopback only.
+Without either every request may pass, which is why such a server listens on loopback only, and
+refuses what a web page in a browser on this machine may have sent (``local_only.py``).
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from shoal.server.config import ServeConfig
 from shoal.server.errors import ShoalError, Unauthorized
 from shoal.server.http.caller import EVERYTHING, Caller, set_caller
 from shoal.server.http.errors import error_response, registry_response
+from shoal.server.http.local_only import must_be_local
 from shoal.server.http.services import Services
 
 # Probes need no key; an unknown path is guarded like a known one.
@@ -29,7 +31,7 @@ _METRICS = "/metrics"
 
 
 class Authenticate:
-    """Finds out who calls (``caller.caller_of``), or answers 401.
+    """Finds out who calls (``caller.caller_of``), or answers 401 or 403.
 
     Args:
         static: keys of ``--api-key``.
@@ -56,8 +58,6 @@ class Authenticate:
             return
         try:
             caller = await self._caller(scope)
-            if scope["path"] == _METRICS and self._tenants:
-                caller.must_be_admin("read metrics")
         except ShoalError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -68,9 +68,10 @@ class Authenticate:
         await self._app(scope, receive, send)
 
     async def _caller(self, scope: MutableMapping[str, Any]) -> Caller:
-        """Raises Unauthorized, RegistryUnavailable."""
+        """Raises Unauthorized, Forbidden, RegistryUnavailable."""
         has_tenants = await self._has_tenants()
         if not self._static and not has_tenants:
+            must_be_local(dict(scope["headers"]), self._services.config.host)
             return EVERYTHING
         if scope["path"] == _METRICS and not has_tenants:
             return EVERYTHING

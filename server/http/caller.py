@@ -82,6 +82,11 @@ def caller_of(scope: Mapping[str, Any]) -> Caller:
     return caller
 
 
+def has_caller(scope: Mapping[str, Any]) -> bool:
+    """Whether anybody was asked who it is: not by the routes that are open to all."""
+    return _SCOPE_KEY in scope
+
+
 def set_caller(scope: MutableMapping[str, Any], caller: Caller) -> None:
     """Let ``caller_of(scope)`` be ``caller``."""
     scope[_SCOPE_KEY] = caller

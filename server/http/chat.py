@@ -24,7 +24,7 @@ def chat_router(services: Services) -> APIRouter:
         caller = caller_of(request)
         adapter = await resolve_asked(services, caller, body)
         messages = [message.as_template_input() for message in body.messages]
-        prompt = await encode_chat(services, messages)
+        prompt = await encode_chat(services, caller, messages)
         job = await make_job(
             services,
             body,

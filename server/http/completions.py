@@ -9,7 +9,7 @@ from shoal.server.engine.request import TokenLogprobs
 from shoal.server.errors import PromptTooLong
 from shoal.server.http.answer import Choice, Json, answer, name_logprobs
 from shoal.server.http.blends import resolve_asked
-from shoal.server.http.caller import caller_of
+from shoal.server.http.caller import Caller, caller_of
 from shoal.server.http.generation import Delta
 from shoal.server.http.jobs import Job, check_token_ids, encode, make_job
 from shoal.server.http.schemas import CompletionRequest
@@ -28,7 +28,7 @@ def completions_router(services: Services) -> APIRouter:
         arrival_s = time.monotonic()
         caller = caller_of(request)
         adapter = await resolve_asked(services, caller, body)
-        prompts = [await _ids(services, prompt, body) for prompt in body.prompt]
+        prompts = [await _ids(services, caller, prompt, body) for prompt in body.prompt]
         job = await make_job(
             services,
             body,
@@ -46,10 +46,10 @@ def completions_router(services: Services) -> APIRouter:
 
 
 async def _ids(
-    services: Services, prompt: str | Sequence[int], body: CompletionRequest
+    services: Services, caller: Caller, prompt: str | Sequence[int], body: CompletionRequest
 ) -> Sequence[int]:
     if isinstance(prompt, str):
-        return await encode(services, prompt, add_special_tokens=body.add_special_tokens)
+        return await encode(services, caller, prompt, add_special_tokens=body.add_special_tokens)
     if len(prompt) >= services.max_model_len:
         raise PromptTooLong(
             f"`prompt` has {len(prompt)} tokens: must be at most {services.max_model_len - 1}",

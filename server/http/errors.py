@@ -46,6 +46,8 @@ def error_response(error: ShoalError) -> JSONResponse:
         headers["Retry-After"] = _RETRY_S
     elif status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    elif status == 408:
+        headers["Connection"] = "close"  # the rest of the body is not waited for
     return JSONResponse(error_body(error), status_code=status, headers=headers)
 
 

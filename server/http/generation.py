@@ -271,7 +271,8 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
     try:
         try:
             if not stage_resident():
-                await (services.compose if isinstance(info, Blend) else services.load)(stage)
+                pool = services.compose if isinstance(info, Blend) else services.load
+                await pool(stage, owner=job.tenant)
         except AdapterTooLarge as error:
             raise Overloaded(
                 f"no room for adapter {job.adapter_name!r} just now: {error}"

@@ -164,17 +164,24 @@ def _name(caller: Caller, adapter: "AdapterInfo | Blend[AdapterInfo] | None") ->
     return "" if adapter is None else caller.name_of(adapter)
 
 
-async def encode(services: Services, text: str, *, add_special_tokens: bool) -> list[int]:
+async def encode(
+    services: Services, caller: Caller, text: str, *, add_special_tokens: bool
+) -> list[int]:
     """Tokenize ``text``; a long one in a thread."""
     if len(text) <= _INLINE_CHARS:
         return services.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     return await services.tokenize(
-        lambda: services.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        lambda: services.tokenizer.encode(text, add_special_tokens=add_special_tokens),
+        owner=caller.owner,
     )
 
 
 async def encode_chat(
-    services: Services, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    services: Services,
+    caller: Caller,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = True,
 ) -> list[int]:
     """Apply the chat template and tokenize.
 
@@ -187,7 +194,7 @@ async def encode_chat(
 
     if sum(len(message["content"]) for message in messages) <= _INLINE_CHARS:
         return apply()
-    return await services.tokenize(apply)
+    return await services.tokenize(apply, owner=caller.owner)
 
 
 def check_token_ids(services: Services, ids: Sequence[int], param: str) -> None:

@@ -28,7 +28,7 @@ def lora_router(services: Services) -> APIRouter:
             library.upload(name, adapter_files(root, body.lora_path), owner=owner)
 
         with names_from("lora_name"):
-            await services.work(load)
+            await services.work(load, owner=caller_of(request).owner)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter")

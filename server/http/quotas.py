@@ -5,9 +5,10 @@ may take that at once, so in no minute more than twice the limit, and in the lon
 the limit. A request is charged for its tokens as they are known, which may bring the bucket into
 debt; then the next is let in when there is one token again.
 
-What is refused takes nothing. So for the rates ``retry_after_s`` is exact: without other requests
-of the owner in between, trying again then succeeds, and before that fails. When a request in
-progress will end is not known; for those it is an estimate from how long the owner's took lately.
+What is refused takes nothing, nor does what the engine refuses later (``Grant.take_back``). So for
+the rates ``retry_after_s`` is exact: without other requests of the owner in between, trying again
+then succeeds, and before that fails. When a request in progress will end is not known; for those it
+is an estimate from how long the owner's took lately.
 
 An owner without requests in progress is forgotten as soon as its buckets are full. Every server
 process counts for itself.
@@ -66,18 +67,74 @@ class _Bucket:
         self._refill(now)
         self.out += count
 
-    def change(self, limit: int, now: float) -> None:
-        """What is out stays out, and comes back at the new rate."""
-        self._refill(now)
-        self.limit = limit
-
     def _refill(self, now: float) -> None:
         self.out = max(0.0, self.out - (now - self._at) * self.limit / MINUTE_S)
         self._at = now
 
 
+class _Buckets:
+    """What an owner took of one thing, once for each limit on it that its keys have.
+
+    They come back at the rate of their limit. One bucket whose rate were that of the latest key
+    would let a key with a low limit slow the others down, even by being refused.
+    """
+
+    __slots__ = ("_by_limit",)
+
+    def __init__(self) -> None:
+        self._by_limit: dict[int, _Bucket] = {}
+
+    @property
+    def out(self) -> float:
+        return max((bucket.out for bucket in self._by_limit.values()), default=0.0)
+
+    def of(self, limit: int, now: float) -> _Bucket:
+        """The bucket of ``limit``. At first, what is out by the other limits is out."""
+        bucket = self._by_limit.get(limit)
+        if bucket is None:
+            bucket = _Bucket(limit, now)
+            for other in list(self._by_limit.values()):
+                if other.full_in_s(now) == 0.0:
+                    del self._by_limit[other.limit]
+            bucket.out = self.out
+            self._by_limit[limit] = bucket
+        return bucket
+
+    def take(self, limit: int, count: int, now: float) -> None:
+        """Take ``count`` within ``limit``.
+
+        A lower limit is told of no more than what is out by this one: what this one allows, and
+        has back already, must not be owed for hours by another key.
+        """
+        mine = self.of(limit, now)
+        mine.take(count, now)
+        for other in self._by_limit.values():
+            if other.limit > limit:
+                other.take(count, now)
+            elif other is not mine:
+                other.take(0, now)
+                other.out = max(other.out, min(other.out + count, mine.out))
+
+    def take_back(self, limit: int, count: int, now: float) -> None:
+        """Undo a ``take``."""
+        for bucket in self._by_limit.values():
+            if bucket.limit >= limit:
+                bucket.take(0, now)
+                bucket.out = max(0.0, bucket.out - count)
+
+    def full_in_s(self, now: float) -> float:
+        """How long until nothing is out."""
+        return max((bucket.full_in_s(now) for bucket in self._by_limit.values()), default=0.0)
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        for limit, bucket in self._by_limit.items():
+            assert limit == bucket.limit > 0
+            assert bucket.out >= 0
+
+
 class _Owner:
-    """One owner's buckets, those that a key of it has a limit for, and its requests in progress.
+    """What one owner took of that for which its keys have limits, and its requests in progress.
 
     Attributes:
         started: by grant, when it began; the oldest first.
@@ -89,27 +146,14 @@ class _Owner:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.requests: _Bucket | None = None
-        self.tokens: _Bucket | None = None
+        self.requests = _Buckets()
+        self.tokens = _Buckets()
         self.started: dict[Grant, float] = {}
         self.mean_s: float | None = None
         self.listed = False
 
-    def limit(self, limits: "Limits", now: float) -> tuple[_Bucket | None, _Bucket | None]:
-        """The buckets that a request with these limits has to do with."""
-        requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
-        if requests is not None:
-            self.requests = _limited(self.requests, requests, now)
-        if tokens is not None:
-            self.tokens = _limited(self.tokens, tokens, now)
-        return (
-            None if requests is None else self.requests,
-            None if tokens is None else self.tokens,
-        )
-
     def full_in_s(self, now: float) -> float:
-        buckets = (self.requests, self.tokens)
-        return max(0.0 if bucket is None else bucket.full_in_s(now) for bucket in buckets)
+        return max(self.requests.full_in_s(now), self.tokens.full_in_s(now))
 
     def free_in_s(self, most: int, now: float) -> float:
         """About how long until fewer than ``most`` are in progress."""
@@ -125,18 +169,23 @@ class _Owner:
 class Grant:
     """A request that was let in; ``end`` it however it ends, best with ``with``."""
 
-    __slots__ = ("_owner", "_quotas", "_tokens")
+    __slots__ = ("_limits", "_owner", "_quotas", "_tokens")
 
-    def __init__(self, quotas: "Quotas", owner: _Owner, tokens: _Bucket | None) -> None:
+    def __init__(self, quotas: "Quotas", owner: _Owner, limits: "Limits") -> None:
         self._quotas = quotas
         self._owner = owner
-        self._tokens = tokens
+        self._limits = limits
+        self._tokens = 0
 
     def charge(self, tokens: int) -> None:
         """It took ``tokens``, of its prompt or answer. Nothing happens once it has ended."""
         assert tokens >= 0
-        if self._tokens is not None:
-            self._quotas._charge(self, self._owner, self._tokens, tokens)
+        if self._limits.tokens_per_minute is not None:
+            self._quotas._charge(self, self._owner, tokens)
+
+    def take_back(self) -> None:
+        """It got nothing: end it as if it had never been let in."""
+        self._quotas._end(self, self._owner, take_back=True)
 
     def end(self) -> None:
         """It is over. Twice is once."""
@@ -188,18 +237,17 @@ class Quotas:
             if account is None:
                 account = _Owner(owner)
             _refuse_closed(limits)
-            requests, tokens = account.limit(limits, now)
             waits = [
-                _wait(requests, "requests a minute", now),
-                _wait(tokens, "tokens a minute", now),
+                _wait(account.requests, limits.requests_per_minute, "requests a minute", now),
+                _wait(account.tokens, limits.tokens_per_minute, "tokens a minute", now),
                 _wait_for_others(account, limits.concurrent_requests, now),
             ]
             wait_s, what = max(waits)
             if wait_s > 0:
                 raise _overloaded(what, wait_s)
-            if requests is not None:
-                requests.take(1, now)
-            grant = Grant(self, account, tokens)
+            if limits.requests_per_minute is not None:
+                account.requests.take(limits.requests_per_minute, 1, now)
+            grant = Grant(self, account, limits)
             account.started[grant] = now
             self._owners[owner] = account
             return grant
@@ -212,19 +260,30 @@ class Quotas:
                 assert self._owners.get(account.name) is account
             for account in self._owners.values():
                 assert account.started or account.listed, "remembered for nothing"
-                for bucket in (account.requests, account.tokens):
-                    assert bucket is None or (bucket.limit > 0 and bucket.out >= 0)
+                account.requests.check()
+                account.tokens.check()
 
-    def _charge(self, grant: Grant, account: _Owner, bucket: _Bucket, tokens: int) -> None:
+    def _charge(self, grant: Grant, account: _Owner, tokens: int) -> None:
+        limit = grant._limits.tokens_per_minute
+        assert limit is not None
         with self._lock:
             if grant in account.started:
-                bucket.take(tokens, self._advance())
+                account.tokens.take(limit, tokens, self._advance())
+                grant._tokens += tokens
 
-    def _end(self, grant: Grant, account: _Owner) -> None:
+    def _end(self, grant: Grant, account: _Owner, *, take_back: bool = False) -> None:
         with self._lock:
             now = self._advance()
             began = account.started.pop(grant, None)
             if began is None:
+                return
+            if take_back:
+                limits = grant._limits
+                if limits.requests_per_minute is not None:
+                    account.requests.take_back(limits.requests_per_minute, 1, now)
+                if limits.tokens_per_minute is not None:
+                    account.tokens.take_back(limits.tokens_per_minute, grant._tokens, now)
+                self._set_aside(account, now)
                 return
             if account.mean_s is None:
                 account.mean_s = now - began
@@ -256,13 +315,6 @@ class Quotas:
             heappush(self._idle, (now + full_in_s, self._ticket, account))
 
 
-def _limited(bucket: _Bucket | None, limit: int, now: float) -> _Bucket:
-    if bucket is None:
-        return _Bucket(limit, now)
-    bucket.change(limit, now)
-    return bucket
-
-
 def _refuse_closed(limits: "Limits") -> None:
     for limit, what in (
         (limits.requests_per_minute, "requests a minute"),
@@ -273,10 +325,10 @@ def _refuse_closed(limits: "Limits") -> None:
             raise _overloaded(f"0 {what}", CLOSED_RETRY_S)
 
 
-def _wait(bucket: _Bucket | None, what: str, now: float) -> tuple[float, str]:
-    if bucket is None:
+def _wait(buckets: _Buckets, limit: int | None, what: str, now: float) -> tuple[float, str]:
+    if limit is None:
         return 0.0, ""
-    return bucket.wait_s(now), f"{bucket.limit} {what}"
+    return buckets.of(limit, now).wait_s(now), f"{limit} {what}"
 
 
 def _wait_for_others(account: _Owner, most: int | None, now: float) -> tuple[float, str]:

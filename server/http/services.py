@@ -1,6 +1,7 @@
 """What the routes work with: the engine, the adapters, the tokenizer, and the state of the door.
 
-Owns admission (draining, requests in flight) and the bounded thread pools for blocking calls. It
+Owns admission (draining, requests in flight) and the bounded thread pools for blocking calls, in
+which owners take turns. It
 builds none of what it holds; the command line does.
 """
 
@@ -39,6 +40,7 @@ from shoal.server.errors import (
     UnusableAdapter,
 )
 from shoal.server.http.metrics import Metrics
+from shoal.server.http.pools import Pool
 from shoal.server.http.quotas import Quotas
 from shoal.server.http.uploads import Uploads
 
@@ -192,41 +194,41 @@ class Services:
     in_flight: int = field(default=0, init=False)
     started: int = field(default_factory=lambda: int(time.time()), init=False)
     _lookups: anyio.CapacityLimiter = field(init=False)
-    _loads: anyio.CapacityLimiter = field(init=False)
-    _blends: anyio.CapacityLimiter = field(init=False)
-    _texts: anyio.CapacityLimiter = field(init=False)
-    _uploads: anyio.CapacityLimiter = field(init=False)
+    _loads: Pool = field(init=False)
+    _blends: Pool = field(init=False)
+    _texts: Pool = field(init=False)
+    _uploads: Pool = field(init=False)
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.model_name, stats=self.engine.stats)
         # Long texts and uploads keep a core busy: few at a time, never in the way of look-ups. Nor
         # is what waits for a disk: the first adapter on singular vectors may need gigabytes.
         self._lookups = anyio.CapacityLimiter(8)
-        self._loads = anyio.CapacityLimiter(8)
-        self._blends = anyio.CapacityLimiter(8)
-        self._texts = anyio.CapacityLimiter(2)
+        self._loads = Pool(8)
+        self._blends = Pool(8)
+        self._texts = Pool(2)
         # One beside those that wait for helper processes.
-        self._uploads = anyio.CapacityLimiter(1 + max(1, self.config.upload_processes()))
+        self._uploads = Pool(1 + max(1, self.config.upload_processes()))
 
     async def lookup(self, call: Callable[[], T]) -> T:
         """Run a short blocking call in a thread."""
         return await anyio.to_thread.run_sync(call, limiter=self._lookups)
 
-    async def load(self, call: Callable[[], T]) -> T:
+    async def load(self, call: Callable[[], T], *, owner: str) -> T:
         """Run what may have to read an adapter, or what it needs of the base, in a thread."""
-        return await anyio.to_thread.run_sync(call, limiter=self._loads)
+        return await self._loads.run(call, owner=owner)
 
-    async def compose(self, call: Callable[[], T]) -> T:
+    async def compose(self, call: Callable[[], T], *, owner: str) -> T:
         """The same for a blend. Adapters that are loaded do not wait behind those computed."""
-        return await anyio.to_thread.run_sync(call, limiter=self._blends)
+        return await self._blends.run(call, owner=owner)
 
-    async def tokenize(self, call: Callable[[], T]) -> T:
+    async def tokenize(self, call: Callable[[], T], *, owner: str) -> T:
         """Run the tokenizer on a long text in a thread."""
-        return await anyio.to_thread.run_sync(call, limiter=self._texts)
+        return await self._texts.run(call, owner=owner)
 
-    async def work(self, call: Callable[[], T]) -> T:
+    async def work(self, call: Callable[[], T], *, owner: str) -> T:
         """Run a long blocking call (an upload) in a thread of a smaller pool."""
-        return await anyio.to_thread.run_sync(call, limiter=self._uploads)
+        return await self._uploads.run(call, owner=owner)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse what is new, wait for what is in flight, abort what is left.

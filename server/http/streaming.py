@@ -7,13 +7,14 @@ rule for errors: before the first byte they are a status and a body, after it a 
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
 import anyio
 from fastapi.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from shoal.server.errors import STATUS, ShoalError
 from shoal.server.http.errors import error_body, internal_body
@@ -24,10 +25,15 @@ logger = logging.getLogger(__name__)
 Work = Callable[[Send], Awaitable[None]]
 
 _DONE = b"data: [DONE]\n\n"
+# A client that takes nothing for so long is taken to have left: what the work holds is others'.
+STALLED_S = 60.0
 
 
 class WhileConnected(Response):
-    """A response that does its work when it is sent, and stops when the client goes away."""
+    """A response that does its work when it is sent, and stops when the client goes away.
+
+    One that does not read is gone, too: an adapter stays pinned for as long as its answer is sent.
+    """
 
     def __init__(self, work: Work) -> None:
         super().__init__()
@@ -35,15 +41,26 @@ class WhileConnected(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with anyio.CancelScope() as running:
+            sending_s: float | None = None  # since when
 
             async def watch() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
+                there = True
+                while there:
+                    with anyio.move_on_after(STALLED_S):
+                        there = (await receive())["type"] != "http.disconnect"
+                    if sending_s is not None and time.monotonic() - sending_s >= STALLED_S:
+                        there = False
                 running.cancel()
+
+            async def noted(message: Message) -> None:
+                nonlocal sending_s
+                sending_s = time.monotonic()
+                await send(message)
+                sending_s = None
 
             watcher = asyncio.create_task(watch())
             try:
-                await self._work(send)
+                await self._work(noted)
             finally:
                 watcher.cancel()
 

@@ -82,7 +82,8 @@ async def received(request: Request, *, max_bytes: int) -> AsyncIterator[Upload]
     Raises:
         InvalidRequest: not the multipart form that was asked for.
         BodyTooLarge: the files together exceed ``max_bytes``.
-        RegistryUnavailable: they cannot be written here, such as on a full disk.
+        BodyTooSlow: it does not come.
+        RegistryUnavailable: the temporary files cannot be written.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
@@ -186,10 +187,8 @@ class _Form:
     def result(self) -> Upload:
         if not self._complete:
             raise InvalidRequest("the multipart body ends before its closing boundary")
-        if len(self._names) != 1:
-            raise InvalidRequest(
-                f"`name` was sent {len(self._names)} times: must be there once", param="name"
-            )
+        if not self._names:
+            raise InvalidRequest("`name` was not sent: must be there once", param="name")
         if not self._files:
             raise InvalidRequest("no `file` part was sent: must be at least one", param="file")
         return Upload(self._names[0], self._files)
@@ -214,6 +213,8 @@ class _Form:
         _, options = parse_options_header(self._disposition)
         self._field = options.get(b"name", b"").decode("utf-8", "replace")
         if self._field == "name":
+            if self._names:  # now: what is kept of them until the end would be in memory
+                raise InvalidRequest("`name` was sent twice: must be there once", param="name")
             return
         if self._field != "file":
             shown = self._field[:64]

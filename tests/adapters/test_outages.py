@@ -77,8 +77,8 @@ def network(postgres: PostgresServer) -> Iterator[tuple[Proxy, str]]:
 def test_a_database_that_stops_answering_fails_calls_in_bounded_time(
     network: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database_module, "READ_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(database_module, "LONG_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(database_module, "READ_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(database_module, "LONG_TIMEOUT_S", 3.0)
     monkeypatch.setattr(database_module, "CONNECT_TIMEOUT_S", 2)
     proxy, url = network
     database = Database(url)
@@ -107,7 +107,7 @@ def test_a_database_that_stops_answering_fails_calls_in_bounded_time(
 def test_a_statement_is_ended_when_the_answer_does_not_come(
     network: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database_module, "READ_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(database_module, "READ_TIMEOUT_S", 3.0)
     monkeypatch.setattr(database_module, "CONNECT_TIMEOUT_S", 2)
     proxy, url = network
     database = Database(url)

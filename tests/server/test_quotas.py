@@ -325,3 +325,52 @@ def test_a_grant_that_has_ended_cannot_be_charged(quotas: Quotas) -> None:
     grant.charge(10**9)
     assert refusal(quotas, "ann", limits).retry_after_s == pytest.approx(1.0)
     other.end()
+
+
+@pytest.mark.parametrize("rate", [{"requests_per_minute": 600}, {"tokens_per_minute": 600}])
+def test_a_key_with_a_low_limit_does_not_slow_the_others(
+    quotas: Quotas, time: Time, rate: dict[str, int]
+) -> None:
+    high, low = Limits(**rate), Limits(**dict.fromkeys(rate, 6))
+    accepted = {high: 0, low: 0}
+    for _ in range(6000):
+        time.now += 0.1
+        for limits in (low, high, low):
+            with suppress(Overloaded), quotas.begin("ann", limits) as grant:
+                grant.charge(1)
+                accepted[limits] += 1
+        quotas.check()
+    assert sum(accepted.values()) <= 600 * 11
+    assert accepted[high] >= 600 * 10 - 6 * 11
+    assert accepted[low] <= 6 * 11
+
+
+def test_what_one_key_took_is_owed_by_the_others_but_not_for_ever(
+    quotas: Quotas, time: Time
+) -> None:
+    high, low = Limits(requests_per_minute=600), Limits(requests_per_minute=6)
+    for _ in range(600):
+        quotas.begin("ann", high).end()
+    assert refusal(quotas, "ann", low).retry_after_s == pytest.approx((601 - 6) * 10.0)
+    for _ in range(10_000):
+        time.now += 0.1
+        quotas.begin("ann", high).end()
+    assert refusal(quotas, "ann", low).retry_after_s <= (601 - 6) * 10.0
+    for limit in range(1000, 2000):  # limits that were changed again and again leave nothing
+        time.now += 86_400.0
+        quotas.begin("ann", Limits(requests_per_minute=limit)).end()
+    assert len(quotas._owners["ann"].requests._by_limit) <= 2
+
+
+def test_what_is_taken_back_was_never_taken(quotas: Quotas, time: Time) -> None:
+    limits = Limits(requests_per_minute=2, tokens_per_minute=60, concurrent_requests=1)
+    quotas.begin("ann", limits).end()
+    for _ in range(5):
+        grant = quotas.begin("ann", limits)
+        grant.charge(500)
+        grant.take_back()
+        grant.take_back()
+        grant.end()
+        quotas.check()
+    quotas.begin("ann", limits).end()
+    assert refusal(quotas, "ann", limits).retry_after_s == pytest.approx(30.0)

@@ -1,5 +1,6 @@
 """The adapter routes: upload, replace, roll back, delete, list; and vLLM's two."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ GOOD = part("name", b"poet") + part("file", b"{}", "adapter_config.json")
         (part("name", b"poet") + b"--B--\r\n", "file"),
         (part("file", b"{}", "a.json") + b"--B--\r\n", "name"),
         (part("name", b"x") + GOOD + b"--B--\r\n", "name"),
+        (part("name", b"x") + part("name", b"y") + b"never read" * 9, "`name` was sent twice"),
         (GOOD + part("file", b"{}", "adapter_config.json") + b"--B--\r\n", "twice"),
         (GOOD + part("other", b"x") + b"--B--\r\n", "other"),
         (part("name", b"x" * 5000) + b"--B--\r\n", "longer"),
@@ -133,6 +135,23 @@ async def test_a_broken_form_is_a_400_and_leaves_nothing(
         assert word in response.json()["error"]["message"]
         assert h.library.count() == 0
         assert list(tmp_path.glob("shoal-upload-*")) == []
+
+
+@pytest.mark.parametrize("what", ["_make_folder", "_Form._open"])
+async def test_a_disk_that_cannot_keep_an_upload_is_a_503(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/secret")
+
+    async with serve() as h:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"shoal.server.http.uploads.{what}", full)
+            response = await h.upload("poet")
+        assert response.status_code == 503
+        assert response.headers["retry-after"]
+        assert "secret" not in response.text
+        assert (await h.upload("poet")).status_code == 201
 
 
 async def test_an_upload_that_is_no_form_is_a_400(serve: Serve) -> None:

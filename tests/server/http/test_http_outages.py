@@ -280,7 +280,7 @@ async def test_while_the_database_is_away_what_was_used_lately_is_served(
     monkeypatch: pytest.MonkeyPatch,
     how: str,
 ) -> None:
-    monkeypatch.setattr(database_module, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(database_module, "READ_TIMEOUT_S", 3.0)
     monkeypatch.setattr(database_module, "CONNECT_TIMEOUT_S", 2)
     proxy, through, direct = network
     store = LocalStore(tmp_path / "store")

@@ -224,6 +224,17 @@ async def test_who_may_do_what(house: Open, route: tuple[str, str]) -> None:
                     await h.upload("ann", adapter)  # for the next one
 
 
+@pytest.mark.parametrize("path", ["/metrics%0A", "/%6Detrics%0A", "/metrics/", "//metrics"])
+async def test_metrics_are_an_admins_however_their_path_is_written(house: Open, path: str) -> None:
+    async with house() as h:
+        await furnish(h)
+        await h.complete("ann", "diary")
+        for who, expected in (("nobody", (401,)), ("reader", (403, 404)), ("bob", (403, 404))):
+            response = await h.ask(who, "GET", path)
+            assert response.status_code in expected, (who, response.text)
+            assert "diary" not in response.text
+
+
 async def test_open_routes_tell_nothing_of_tenants(house: Open) -> None:
     async with house() as h:
         await furnish(h)
@@ -444,6 +455,8 @@ async def test_a_tenant_has_no_more_than_its_keys_limits(house: Open) -> None:
         assert 0 < int(refused.headers["retry-after"]) <= 30
         assert "2 requests a minute" in refused.json()["error"]["message"]
         assert (await h.upload("often", "mine")).status_code == 429
+        for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})):
+            assert (await h.ask("often", "POST", path, json=body)).status_code == 429
         # 5 of the prompt and 2 of the answer, twice.
         assert [(await h.complete("much", "base")).status_code for _ in range(3)] == [200, 200, 429]
         assert (await h.complete("shut", "base")).status_code == 429
@@ -454,6 +467,33 @@ async def test_a_tenant_has_no_more_than_its_keys_limits(house: Open) -> None:
         assert (await h.upload("admin", "small/two", b"123")).status_code == 201
         # Whatever became of a request, it is no longer in progress.
         assert not any(account.started for account in h.parts.services.quotas._owners.values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_engine_refuses_is_not_counted(house: Open, stream: bool) -> None:
+    async with house(max_waiting=2) as h:
+        limits = Limits(requests_per_minute=8, tokens_per_minute=1000)
+        h.secrets["ann"] = h.keys.create(role="tenant", owner="ann", limits=limits)[1]
+        body = {"model": "base", "prompt": "x" * 98, "max_tokens": 2, "stream": stream}
+        statuses: list[int] = []
+
+        async def ask() -> None:
+            response = await h.ask("ann", "POST", "/v1/completions", json=body)
+            statuses.append(response.status_code)
+
+        h.parts.gate.close()
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(8):
+                    tasks.start_soon(ask)
+                while len(statuses) < 4:
+                    await anyio.sleep(0.001)
+                h.parts.gate.open()
+        served = statuses.count(200)
+        assert sorted(set(statuses)) == [200, 429]
+        account = h.parts.services.quotas._owners["ann"]
+        assert account.requests.out <= served
+        assert account.tokens.out <= 100 * served
 
 
 async def test_uploads_under_way_are_bounded_for_all_and_for_each(house: Open) -> None:
