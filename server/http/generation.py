@@ -88,9 +88,14 @@ class Generation:
         job = self.job
         with self.services.quotas.begin(job.tenant, job.limits) as grant:
             grant.charge(self.usage.prompt_tokens)
-            async with aclosing(self._run(grant)) as deltas:
-                async for delta in deltas:
-                    yield delta
+            try:
+                async with aclosing(self._run(grant)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+            except Overloaded:
+                if not self.usage.completion_tokens:
+                    grant.take_back()
+                raise
 
     async def _run(self, grant: Grant) -> AsyncGenerator[Delta, None]:
         async with _staged(self.services, self.job) as adapter:
