@@ -65,7 +65,10 @@ class Index:
 
     def find(self, digest: bytes) -> list[tuple[int, int]]:
         """``(start, end)`` of the frames that may be of ``digest``; hardly ever more than one."""
-        key = _key(digest)
+        return self.find_key(_key(digest))
+
+    def find_key(self, key: int) -> list[tuple[int, int]]:
+        """As ``find``, of a digest with this key."""
         at = bisect_left(self.keys, key)
         found = []
         while at < len(self.keys) and self.keys[at] == key:
@@ -243,7 +246,7 @@ class Packs:
             self._indexes[name] = index
 
     def _find(self, digest: str) -> Iterator[tuple[str, int, int]]:
-        name = bytes.fromhex(digest)
+        key = _key(bytes.fromhex(digest))
         tried: set[tuple[str, int]] = set()
         for again in (False, True):
             if again or not self._listed:
@@ -251,7 +254,7 @@ class Packs:
             with self._lock:
                 known = list(self._indexes.items())
             for pack, index in known:
-                for start, end in index.find(name):
+                for start, end in index.find_key(key):
                     if (pack, start) not in tried:
                         tried.add((pack, start))
                         yield pack, start, end
