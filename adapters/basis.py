@@ -16,10 +16,10 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class Basis:
             Those of ``corrections.py`` are nested too.
         kind: where it comes from: the base, an upload, or the base for the sake of a correction.
         base_digest: the base it was computed for.
+        probed: what ``probes`` gives, where ``factors`` are only shapes: see ``sketch``.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Basis:
     factors: Mapping[Target, Tensor]
     kind: Kind
     base_digest: str = ""
+    probed: Mapping[Target, Tensor] | None = None
 
 
 # ---------------------------------------------------------------------------- seeded directions
@@ -111,7 +113,24 @@ def probe(factor: Tensor, target: Target, columns: int = PROBE_COLUMNS) -> Tenso
 @lru_cache(maxsize=8)
 def probes(basis: Basis) -> Mapping[Target, Tensor]:
     """`probe` of each whole factor of a basis; computed once, because every upload is compared."""
+    if basis.probed is not None:
+        return basis.probed
     return {target: probe(factor, target) for target, factor in basis.factors.items()}
+
+
+class _Shape(NamedTuple):
+    """Stands for a factor where only its shape may be asked for."""
+
+    shape: tuple[int, ...]
+
+
+def sketch(basis: Basis) -> Basis:
+    """What identifies a basis: all but its factors, of which the shapes and probes are left.
+
+    A thousandth of the bytes, for another process to compare compact files with.
+    """
+    shapes = {target: _Shape(tuple(factor.shape)) for target, factor in basis.factors.items()}
+    return replace(basis, factors=cast(Mapping[Target, Tensor], shapes), probed=probes(basis))
 
 
 # -------------------------------------------------------------------------------- computing one

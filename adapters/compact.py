@@ -15,6 +15,7 @@ scales, ``[value, module, layers]`` for equal scales, ``[module.part, dtype, sha
 equal tensors; ``layers`` is a list such as ``"0-11,14"``. Pure: imports no tensor library.
 """
 
+import hashlib
 import json
 import re
 import struct
@@ -54,12 +55,28 @@ def expand(data: bytes) -> bytes:
     Raises:
         ValueError: it is damaged. Not all damage is seen: compare the digest.
     """
+    manifest, tensors = _split_up(data)
+    return b"".join((_head_of(manifest), tensors))
+
+
+def record_sha256(data: bytes) -> str:
+    """The sha256 (hex) of what ``expand`` gives, in a third of the time.
+
+    Raises:
+        ValueError: as ``expand``.
+    """
+    manifest, tensors = _split_up(data)
+    sha256 = _hashed_head_of(manifest).copy()
+    sha256.update(tensors)
+    return sha256.hexdigest()
+
+
+def _split_up(data: bytes) -> tuple[bytes, memoryview]:
     start = len(MAGIC) + _LENGTH.size
     if len(data) < start or not data.startswith(MAGIC):
         raise ValueError("not a compact record")
     (length,) = _LENGTH.unpack_from(data, len(MAGIC))
-    head = _head_of(data[start : start + length])
-    return b"".join((head, memoryview(data)[start + length :]))
+    return data[start : start + length], memoryview(data)[start + length :]
 
 
 # Adapters of one kind share their header, and JSON of 25 KB takes milliseconds.
@@ -91,6 +108,11 @@ def _head_of(manifest: bytes) -> bytes:
         RecursionError,
     ) as error:
         raise ValueError(f"its manifest is damaged: {error}") from error
+
+
+@lru_cache(_KINDS)
+def _hashed_head_of(manifest: bytes) -> "hashlib._Hash":
+    return hashlib.sha256(_head_of(manifest))
 
 
 def _describe(header: dict[str, Any]) -> list[Any]:

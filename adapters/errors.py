@@ -32,6 +32,9 @@ class AdapterRejected(AdapterError):
         self.where = where
         self.rule = rule
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.where, self.rule)
+
 
 class AdapterTooLarge(AdapterError):
     """A file or adapter exceeds a configured byte limit."""

@@ -11,20 +11,24 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from shoal.adapters.apart import Helpers, make_setup
 from shoal.adapters.basis import Basis, BasisStore
 from shoal.adapters.blending import Blend
 from shoal.adapters.composing import Base, compose
-from shoal.adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge, BlendRefused
+from shoal.adapters.errors import AdapterError, AdapterRejected, BlendRefused
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
-from shoal.adapters.packing import PackedAdapter, make_spec, pack_adapter
+from shoal.adapters.layouts import Layouts
+from shoal.adapters.preparing import Packing, Prepared
 from shoal.adapters.reading import adapter_files, read_adapter
-from shoal.adapters.record import from_record, record_digest, to_record
-from shoal.adapters.registry.catalog import AdapterInfo, Content
+from shoal.adapters.record import from_record
+from shoal.adapters.registry.catalog import AdapterInfo
+from shoal.adapters.registry.collecting import Collector
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
 from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.registry import Registry
@@ -87,13 +91,17 @@ class AdapterLibrary:
         self._bases = bases
         self._host = host
         self._on_basis = on_basis
-        self._dtype = dtype
         self._max_upload_bytes = max_upload_bytes
-        self._max_packed_bytes = min(host.capacity_bytes, max_packed_bytes or host.capacity_bytes)
+        self._packing = Packing(
+            shape, dtype, min(host.capacity_bytes, max_packed_bytes or host.capacity_bytes)
+        )
         self._max_bases = max_bases
         self._spectral = spectral
         self._on_spectral = on_spectral
+        self._layouts = Layouts(shape, dtype)
         self._loading = _KeyedLocks()
+        self._helpers: Helpers | None = None
+        self._collector = Collector(lambda stopping: registry.collect(stopping=stopping))
         self._composing = threading.BoundedSemaphore(COMPOSING_MAX)
 
     @classmethod
@@ -169,7 +177,19 @@ class AdapterLibrary:
         except BaseException:
             library.close()
             raise
+        library._collector.start()
         return library
+
+    def prepare_apart(self, processes: int) -> None:
+        """From now on let so many helper processes read and pack uploads; see ``apart.py``."""
+        setup = make_setup(
+            self._packing,
+            self._canonical,
+            max_bytes=self._max_upload_bytes,
+            max_bases=self._max_bases,
+            spectral=self._spectral is not None,
+        )
+        self._helpers = Helpers(setup, processes)
 
     def upload(
         self,
@@ -194,11 +214,11 @@ class AdapterLibrary:
             AdapterTooLarge.
         """
         self._registry.claim(name, owner=owner, limits=limits)
-        weights = self._read(files, self._bases)
-        content, record, packed = self._prepare(weights)
+        prepared, weights = self._prepare(files)
+        content, record, packed = prepared.content, prepared.record, prepared.packed
         self._registry.claim(name, owner=owner, content=content, limits=limits)
         self._keep_basis(packed.spec)
-        self._announce(packed.spec, [weights])
+        self._announce(packed.spec, weights)
         # Before the name exists: what can never be loaded must not get one.
         self._host.put(packed)
         info = self._registry.publish(name, content, record, owner=owner, limits=limits)
@@ -218,7 +238,7 @@ class AdapterLibrary:
             for basis in self._bases.all():
                 trial.add(basis)
             weights = self._read(files, trial)
-        self._prepare(weights)
+        self._packing.prepare(weights)
         return weights
 
     def resolve(self, model: str, *, owner: str = "") -> AdapterInfo:
@@ -239,6 +259,15 @@ class AdapterLibrary:
                 self._load_and_pin(info)
         self._registry.note_use(info)
         return self._host.get(info.digest).spec
+
+    def stage_resident(self, wanted: AdapterInfo | Blend[AdapterInfo]) -> AdapterSpec | None:
+        """``stage`` of what is in the host tier; None when it is not. Waits for no disk."""
+        if not self._host.pin(wanted.digest):
+            return None
+        parts = [info for info, _ in wanted.parts] if isinstance(wanted, Blend) else [wanted]
+        for info in parts:
+            self._registry.note_use(info)
+        return self._host.get(wanted.digest).spec
 
     def stage_blend(self, blend: Blend[AdapterInfo]) -> AdapterSpec:
         """As ``stage``, a weighted sum; composed once, however many ask.
@@ -311,6 +340,9 @@ class AdapterLibrary:
 
     def close(self) -> None:
         """Close the database. Nothing may be called afterwards."""
+        if self._helpers is not None:
+            self._helpers.close()
+        self._collector.close()
         self._registry.close()
 
     def _read(self, files: Mapping[str, Path], bases: BasisStore) -> AdapterWeights:
@@ -326,40 +358,30 @@ class AdapterLibrary:
                 spectral=self._spectral,
             )
 
-    def _prepare(self, weights: AdapterWeights) -> tuple[Content, bytes, PackedAdapter]:
-        """The canonical record of ``weights``, and what it is once it is read back."""
-        record = to_record(weights)
-        digest = record_digest(record)
-        # From the record and not from `weights`: what is served now is what a restart serves.
-        packed = self._pack(from_record(record, self._shape), digest)
-        content = Content(
-            digest=digest,
-            family=weights.family,
-            format=weights.format,
-            rank=weights.rank,
-            bytes=len(record),
-            packed_elements=packed.spec.packed_elements,
-            basis_id=packed.spec.basis_id,
-        )
-        return content, record, packed
-
-    def _pack(self, weights: AdapterWeights, digest: str) -> PackedAdapter:
-        spec = make_spec(weights, self._shape, digest)
-        size = spec.packed_elements * self._dtype.itemsize
-        # Before allocating: one target of a high rank makes a small file and a vast packed adapter.
-        if size > self._max_packed_bytes:
-            raise AdapterTooLarge(
-                f"the adapter takes {size} bytes in memory (rank {spec.rank} on every module); "
-                f"this server has room for {self._max_packed_bytes}"
-            )
-        return pack_adapter(weights, self._shape, digest, self._dtype)
+    def _prepare(self, files: Mapping[str, Path]) -> tuple[Prepared, Sequence[AdapterWeights]]:
+        """An upload, and what it was packed from unless that was done apart."""
+        if self._helpers is not None:
+            with _disk_failures():
+                made = self._helpers.prepare(files, self._bases.all())
+            if made is not None:
+                return made, ()
+        weights = self._read(files, self._bases)
+        return self._packing.prepare(weights), (weights,)
 
     def _load_and_pin(self, info: AdapterInfo) -> None:
         if self._host.pin(info.digest):
             return  # another thread loaded it while we waited
-        weights = self._stored(info.digest)
-        packed = self._pack(weights, info.digest)
-        self._announce(packed.spec, [weights])
+        record = self._registry.read(info.digest)
+        parts: list[AdapterWeights] = []
+        with _unusable(info.digest):
+            packed = self._layouts.pack(record, info.digest)
+        if packed is None:
+            with _unusable(info.digest):
+                weights = from_record(record, self._shape)
+            packed = self._packing.pack(weights, info.digest)
+            self._layouts.learn(record, weights, packed)
+            parts.append(weights)
+        self._announce(packed.spec, parts)
         self._host.put(packed, pin=True)
 
     def _compose_and_pin(self, blend: Blend[AdapterInfo]) -> None:
@@ -380,19 +402,16 @@ class AdapterLibrary:
                 [f"{info.reference}@{info.version}" for info, _ in blend.parts],
                 blend.digest,
                 Base(self._shape, self._weight_of, self._basis),
-                dtype=self._dtype,
-                max_bytes=self._max_packed_bytes,
+                dtype=self._packing.dtype,
+                max_bytes=self._packing.max_bytes,
             )
             self._announce(packed.spec, [weights for weights, _ in terms])
         self._host.put(packed, pin=True)
 
     def _stored(self, digest: str) -> AdapterWeights:
         record = self._registry.read(digest)
-        try:
+        with _unusable(digest):
             return from_record(record, self._shape)
-        except AdapterRejected as error:
-            # It was accepted once, so this is not the caller's mistake.
-            raise RecordDamaged(f"record {digest} is unusable: {error}") from error
 
     def _keep_basis(self, spec: AdapterSpec) -> None:
         """Keep the canonical basis with the first adapter on it.
@@ -408,7 +427,7 @@ class AdapterLibrary:
         """Give the bases that an adapter needs to whoever multiplies by them.
 
         Args:
-            parts: what it was packed from.
+            parts: what it was packed from; what is ``core`` alone need not be among them.
 
         Always before it enters the host tier: whatever is in there can be staged as it is.
         """
@@ -458,9 +477,11 @@ class AdapterLibrary:
         for folder in sorted(path.parent for path in shipped.glob(f"*/{CONFIG_FILE}")):
             try:
                 weights = self._read(adapter_files(folder), self._bases)
-                content, record, packed = self._prepare(weights)
-                self._keep_basis(packed.spec)
-                info = self._registry.publish_shipped(folder.name, content, record)
+                prepared = self._packing.prepare(weights)
+                self._keep_basis(prepared.packed.spec)
+                info = self._registry.publish_shipped(
+                    folder.name, prepared.content, prepared.record
+                )
             except AdapterError as error:
                 # A broken folder must not keep the server from starting.
                 log.warning("shipped adapter left out folder=%s error=%s", folder, error)
@@ -482,25 +503,61 @@ def _disk_failures() -> Iterator[None]:
         raise RegistryUnavailable(f"a file could not be read or written: {error}") from error
 
 
+@contextmanager
+def _unusable(digest: str) -> Iterator[None]:
+    """A stored record was accepted once, so what is wrong with it is not the caller's mistake."""
+    try:
+        yield
+    except AdapterRejected as error:
+        raise RecordDamaged(f"record {digest} is unusable: {error}") from error
+
+
+@dataclass(slots=True)
+class _KeyedLock:
+    """One of ``_KeyedLocks``.
+
+    Attributes:
+        users: who hold or await it.
+        came: how many ever have.
+        failure, failed: what the last holder could not reach, and who had come until then.
+    """
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    came: int = 0
+    failure: RegistryUnavailable | None = None
+    failed: int = 0
+
+
 class _KeyedLocks:
-    """One lock per key, kept only while somebody holds or awaits it."""
+    """One lock per key, kept only while somebody holds or awaits it.
+
+    When the holder fails because the registry is away, so do those who waited for it meanwhile:
+    one after another, they would wait as long as all of them together.
+    """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._locks: dict[str, tuple[threading.Lock, int]] = {}
+        self._locks: dict[str, _KeyedLock] = {}
 
     @contextmanager
     def held(self, key: str) -> Iterator[None]:
         with self._guard:
-            lock, users = self._locks.get(key, (threading.Lock(), 0))
-            self._locks[key] = (lock, users + 1)
+            entry = self._locks.setdefault(key, _KeyedLock())
+            entry.users += 1
+            entry.came += 1
+            number = entry.came
         try:
-            with lock:
-                yield
+            with entry.lock:
+                if entry.failure is not None and number <= entry.failed:
+                    raise RegistryUnavailable(str(entry.failure)) from entry.failure
+                try:
+                    yield
+                except RegistryUnavailable as error:
+                    entry.failure, entry.failed = error, entry.came
+                    raise
         finally:
             with self._guard:
-                lock, users = self._locks[key]
-                if users == 1:
+                entry.users -= 1
+                if not entry.users:
                     del self._locks[key]
-                else:
-                    self._locks[key] = (lock, users - 1)

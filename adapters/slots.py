@@ -61,7 +61,7 @@ class SlotTable:
 
     def fits(self, spec: AdapterSpec) -> bool:
         """Whether the adapter could ever have a place (in an otherwise empty bank)."""
-        return self._units(spec) <= self.num_units
+        return self.units(spec) <= self.num_units
 
     def acquire(self, spec: AdapterSpec) -> tuple[Slot, bool] | None:
         """Pin ``spec``'s place, making one when it has none.
@@ -70,22 +70,29 @@ class SlotTable:
             The slot and whether the adapter must be copied into it first, or None when it cannot
             fit now because too much of the rest is pinned (nothing is changed then).
         """
+        return self._pin(spec, uses=1)
+
+    def hold(self, spec: AdapterSpec) -> tuple[Slot, bool] | None:
+        """As ``acquire``, for somebody who may use it later: it does not count as a use."""
+        return self._pin(spec, uses=0)
+
+    def _pin(self, spec: AdapterSpec, uses: int) -> tuple[Slot, bool] | None:
         resident = self._residents.get(spec.digest)
         if resident is not None:
             if not resident.pins:
                 del self._idle[spec.digest]
                 insort(self._pinned, resident.extent)
             resident.pins += 1
-            resident.uses = min(resident.uses + 1, USES_MAX)
+            resident.uses = min(resident.uses + uses, USES_MAX)
             return Slot(resident.start, resident.end - resident.start), False
-        units = self._units(spec)
+        units = self.units(spec)
         start = self._free.find(units)
         if start is None:
             start = self._make_room(units)
         if start is None:
             return None
         self._free.take(start, units)
-        resident = _Resident(spec.digest, start, start + units, pins=1)
+        resident = _Resident(spec.digest, start, start + units, pins=1, uses=uses - 1)
         self._residents[spec.digest] = resident
         self._at_start[resident.start] = resident
         self._at_end[resident.end] = resident
@@ -132,10 +139,11 @@ class SlotTable:
         assert self._pinned == sorted(r.extent for r in residents if r.pins)
         ages = [self._residents[digest].used for digest in self._idle]
         assert ages == sorted(ages), "eviction order is not by age"
-        assert all(0 <= r.uses <= USES_MAX for r in residents)
+        assert all(-1 <= r.uses <= USES_MAX for r in residents)
         self._free.check()
 
-    def _units(self, spec: AdapterSpec) -> int:
+    def units(self, spec: AdapterSpec) -> int:
+        """How many it takes."""
         return max(1, -(-spec.packed_elements // self.unit_elements))
 
     def _make_room(self, units: int) -> int | None:
@@ -165,7 +173,7 @@ class SlotTable:
             if index < 0 or resident.end > gaps[index][1]:
                 continue
             candidate = resident, gaps[index]
-            if not resident.uses:
+            if resident.uses <= 0:
                 found = candidate
                 break
             passed_over.append(resident)
@@ -211,7 +219,7 @@ class _Resident:
     start: int
     end: int
     pins: int
-    uses: int = 0  # after the first one, less those for which it was passed over
+    uses: int  # after the first one, less those for which it was passed over; -1 before it
     used: int = 0  # tick since which it is where it is in the order; meaningful while unpinned
 
     @property

@@ -18,6 +18,8 @@ from shoal.loadtests.stats import Sample
 from shoal.loadtests.workload import PlannedRequest
 
 PAGE = 1000
+# In which shoal names the adapter, and its version, that an answer is of.
+ADAPTER_HEADER = "x-shoal-adapter"
 
 # Tokenised by the server to get a vocabulary of ordinary words for the prompts.
 TEXT = (
@@ -62,16 +64,16 @@ def connect(base_url: str, api_key: str | None, timeout_s: float = 600.0) -> htt
     )
 
 
-async def list_models(client: httpx.AsyncClient) -> list[str]:
-    """Every model name, the base first; follows the pages."""
+async def list_models(client: httpx.AsyncClient, *, most: int | None = None) -> list[str]:
+    """Every model name, the base first; follows the pages, until there are ``most``."""
     names: list[str] = []
-    query: dict[str, Any] = {"limit": PAGE}
+    query: dict[str, Any] = {"limit": min(PAGE, most or PAGE)}
     while True:
         answer = await client.get("/v1/models", params=query)
         answer.raise_for_status()
         body = answer.json()
         names += [model["id"] for model in body["data"]]
-        if not body.get("has_more"):
+        if not body.get("has_more") or (most and len(names) >= most):
             return names
         query["after"] = names[-1]
 
@@ -121,7 +123,7 @@ async def _send(
     }
     try:
         async with asyncio.timeout(options.timeout_s):
-            async for event in _events(client, body):
+            async for event in _events(client, body, request.adapter):
                 now = time.perf_counter()
                 for choice in event.get("choices", ()):
                     token_s += [now] * len(choice.get("token_ids") or ())
@@ -142,12 +144,21 @@ async def _send(
     )
 
 
-async def _events(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON events of one streamed completion; raises ServerError for an error event."""
+async def _events(
+    client: httpx.AsyncClient, body: dict[str, Any], adapter: str | None
+) -> AsyncIterator[dict[str, Any]]:
+    """The JSON events of one streamed completion.
+
+    Raises:
+        ServerError: an error event, or the answer is said to be another adapter's.
+    """
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         if answer.status_code != 200:
             text = (await answer.aread()).decode(errors="replace")
             raise ServerError(f"HTTP {answer.status_code}: {text[:300]}")
+        served = answer.headers.get(ADAPTER_HEADER)
+        if served is not None and adapter not in (served, served.partition("@")[0]):
+            raise ServerError(f"asked for {adapter}, the answer is {served}'s")
         async for line in answer.aiter_lines():
             if not line.startswith("data: "):
                 continue

@@ -25,7 +25,7 @@ from shoal.loadtests.client import (
 from shoal.loadtests.report import last_line, record, save, table
 from shoal.loadtests.stats import Sample
 from shoal.loadtests.uploads import UploadFigures, adapter_folders, upload_all
-from shoal.loadtests.workload import Lengths, Workload, plan_requests
+from shoal.loadtests.workload import Lengths, NameRange, Workload, plan_requests
 
 OBJECTIVES = ("ttft", "tpot", "e2el")
 
@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first upload each adapter folder in DIR under the folder's name")  # fmt: skip
     add("--adapters", default="", metavar="PATTERN,...",
         help="adapter names or globs to draw from, e.g. 'load-*'; empty is base only")  # fmt: skip
+    add("--adapter-range", type=_names, metavar="FIRST:LAST",
+        help="draw from names that count up, e.g. u0000000:u0999999")  # fmt: skip
     add("--max-adapters", type=int, help="use only the first N adapters that match")
     add("--popularity", choices=("uniform", "zipf", "each", "one"), default="uniform",
         help="how an adapter is drawn for a request")  # fmt: skip
@@ -91,8 +93,13 @@ async def _run(
             with tqdm(total=len(folders), unit="adapter", file=sys.stderr, disable=None) as bar:
                 uploads = await upload_all(client, folders, bar.update)
             print(uploads)
-        base, *names = await list_models(client)
-        adapters = match_adapters(names, args.adapters, args.max_adapters)
+        adapters: Sequence[str]
+        if args.adapter_range:  # without listing them: there may be a million
+            base, *names = await list_models(client, most=1)
+            adapters = args.adapter_range
+        else:
+            base, *names = await list_models(client)
+            adapters = match_adapters(names, args.adapters, args.max_adapters)
         vocabulary = await prompt_vocabulary(client, base)
         planned = plan_requests(workload, adapters=adapters, token_ids=vocabulary, seed=args.seed)
         options = ClientOptions(
@@ -117,7 +124,7 @@ async def _run(
         "base_url": args.base_url,
         "model": base,
         "adapters_used": used,
-        "adapters_registered": len(names),
+        "adapters_registered": len(args.adapter_range or names),
         "uploads": asdict(uploads) if uploads else None,
         "max_concurrency": args.max_concurrency,
         "seed": args.seed,
@@ -186,6 +193,13 @@ def _lengths(text: str) -> Lengths:
     except ValueError as problem:
         rule = f"{text!r} must be N or A:B with 1 <= A <= B"
         raise argparse.ArgumentTypeError(rule) from problem
+
+
+def _names(text: str) -> NameRange:
+    try:
+        return NameRange.parse(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from problem
 
 
 def _objectives(items: Sequence[str]) -> dict[str, float]:

@@ -118,13 +118,13 @@ async def _upload(client: httpx.AsyncClient, folder: Path, files: dict[str, byte
     except httpx.HTTPError as problem:
         raise ServerError(f"upload of {folder}: {type(problem).__name__}: {problem}") from problem
     if not answer.is_success:
-        raise ServerError(
-            f"upload of {folder}: HTTP {answer.status_code}: {_message(answer)[:500]}"
-        )
+        raise ServerError(f"upload of {folder}: {error_text(answer)}")
 
 
-def _message(answer: httpx.Response) -> str:
+def error_text(answer: httpx.Response) -> str:
+    """The status and what the server said."""
     try:
-        return str(answer.json()["error"]["message"])
+        message = str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return answer.text
+        message = answer.text
+    return f"HTTP {answer.status_code}: {message[:500]}"

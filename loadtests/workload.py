@@ -9,7 +9,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 Popularity = Literal["uniform", "zipf", "each", "one"]
 
@@ -127,6 +127,47 @@ def _gap_s(workload: Workload, rng: random.Random) -> float:
     # A gamma distribution with this scale has mean 1 / rate for every burstiness.
     scale = 1.0 / (workload.request_rate * workload.burstiness)
     return rng.gammavariate(workload.burstiness, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class NameRange(Sequence[str]):
+    """Names that count up, such as ``u007``, ``u008``, ``u009``; none is kept.
+
+    Attributes:
+        prefix: what they begin with.
+        digits: how many each ends with.
+    """
+
+    prefix: str
+    digits: int
+    numbers: range
+
+    @classmethod
+    def parse(cls, text: str) -> "NameRange":
+        """``FIRST:LAST``, both included.
+
+        Raises:
+            ValueError: they do not end in equally many digits that count up, or begin differently.
+        """
+        first, _, last = text.partition(":")
+        prefix = first.rstrip("0123456789")
+        a, b = first[len(prefix) :], last[len(prefix) :]
+        counts = a.isdecimal() and b.isdecimal() and len(a) == len(b) and int(a) <= int(b)
+        if not counts or not last.startswith(prefix):
+            raise ValueError(f"{text!r} must be FIRST:LAST, such as u000:u999")
+        return cls(prefix, len(a), range(int(a), int(b) + 1))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[str]: ...
+    def __getitem__(self, at: int | slice) -> str | Sequence[str]:
+        if isinstance(at, slice):
+            return NameRange(self.prefix, self.digits, self.numbers[at])
+        return f"{self.prefix}{self.numbers[at]:0{self.digits}}"
 
 
 class _AdapterChoice:

@@ -17,7 +17,7 @@ import torch
 
 from shoal.adapters.bank import AdapterBank
 from shoal.adapters.base import base_digest
-from shoal.adapters.basis import Basis, BasisStore, canonical_basis
+from shoal.adapters.basis import Basis, BasisStore, canonical_basis, canonical_path
 from shoal.adapters.families import core
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.library import AdapterLibrary, places
@@ -134,6 +134,8 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
             exact_weight_of(decoder, path), shape, bases_cache(), admit=bank.check_spectral
         )
     library = _open_library(config, path, decoder, shape, basis, bank, host, dtype, spectral)
+    if config.upload_processes():
+        library.prepare_apart(config.upload_processes())
     try:
         clock.lap("adapters")
         runner = _runner(config, plan, decoder, bank, host, basis, attention)
@@ -205,6 +207,24 @@ def load_canonical_basis(weight_of: WeightOf, shape: BaseShape, rank: int) -> Ba
     cache.mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
         return canonical_basis(weight_of, shape, rank, cache, partial(bars, "computing the basis"))
+
+
+def canonical_file(path: Path, rank: int) -> tuple[BaseShape, Path]:
+    """What adapters of the base at ``path`` must fit, and the file of its canonical basis.
+
+    Loads the model only where the basis is not in the user's cache yet.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    shape = read_config(path).base_shape(path.stem, base_digest(path))
+    cached = canonical_path(bases_cache(), shape, rank)
+    if not cached.exists():
+        decoder = load_model(
+            path, device=torch.device("cpu"), dtype=torch.float32, load_format="auto"
+        )
+        load_canonical_basis(decoder.weight_of, shape, rank)
+    return shape, cached
 
 
 def bases_cache() -> Path:

@@ -5,6 +5,7 @@ of ``ServeConfig``. Pure: the device's facts are passed in, nothing here looks a
 """
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -28,6 +29,7 @@ ADAPTERS_WANTED = 100_000
 # xformers' paged kernel reads this many tokens at a time.
 _XFORMERS_BLOCK = 64
 _GIB = 1 << 30
+_HELPERS_MAX, _CORES_A_HELPER = 4, 4  # of uploads; cores for each
 
 
 def parse_bytes(text: str) -> int:
@@ -149,6 +151,13 @@ class ServeConfig:
     max_upload_bytes: int = option(
         1 << 30, "size of one adapter upload at most", parse=parse_bytes, metavar="BYTES"
     )
+    upload_helpers: int | None = option(
+        None,
+        "processes that read small uploads beside the server, started with the first; default: "
+        "one for each 4 cores, 1 to 4; 0: none",
+        parse=int,
+        metavar="N",
+    )
     max_body_bytes: int = option(
         8 << 20, "size of a JSON request body at most", parse=parse_bytes, metavar="BYTES"
     )
@@ -191,6 +200,8 @@ class ServeConfig:
             f"a multiple of {_XFORMERS_BLOCK} with --attention xformers",
         )
         self._require("max_wait", self.max_wait is None or self.max_wait > 0, "above 0")
+        if self.upload_helpers is not None:
+            self._require("upload_helpers", 0 <= self.upload_helpers <= 64, "0 to 64")
         self._require("shutdown_timeout", 0 <= self.shutdown_timeout < 86400, "0 to 86400 seconds")
         for name in ("tensor_parallel_size", "api_workers"):
             self._require(name, getattr(self, name) == 1, "1: this version runs in one process")
@@ -205,6 +216,12 @@ class ServeConfig:
         if self.spectral_memory is not None:
             return self.spectral_memory
         return _GIB if device == "cpu" else 0
+
+    def upload_processes(self, cores: int | None = None) -> int:
+        """``upload_helpers`` on a machine of so many cores, by default this one."""
+        if self.upload_helpers is not None:
+            return self.upload_helpers
+        return max(1, min(_HELPERS_MAX, (cores or os.cpu_count() or 1) // _CORES_A_HELPER))
 
     @property
     def base_name(self) -> str:

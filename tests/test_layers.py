@@ -27,6 +27,7 @@ PURE = (
     "shoal.loadtests.workload",
     "shoal.server.config",
     "shoal.server.engine.blocks",
+    "shoal.server.engine.lookahead",
     "shoal.server.engine.loop",
     "shoal.server.engine.plan",
     "shoal.server.engine.prefix_cache",

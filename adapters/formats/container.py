@@ -15,7 +15,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +31,8 @@ HEADER_BYTES_MAX = 4 << 20
 JSON_BYTES_MAX = 1 << 20
 JSON_DEPTH_MAX = 32
 SHAPE_DIMS_MAX = 8
+# Small tensors are read and looked at this many bytes at a time.
+RUN_BYTES = 1 << 20
 NAME_CHARS_MAX = 200
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -41,6 +43,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 # Of indices. A format says which of its tensors may hold them.
 INTEGER_DTYPES: Mapping[str, torch.dtype] = {"I32": torch.int32}
 _ALL_DTYPES = {**DTYPES, **INTEGER_DTYPES}
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _DTYPE_NAMES = {dtype: name for name, dtype in _ALL_DTYPES.items()}
 
 
@@ -101,16 +104,14 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_depth(value: object, where: str) -> None:
+def _check_depth(value: dict[str, Any], where: str) -> None:
     """Refuse nesting that later code, or a JSON answer that quotes it, could choke on."""
-    level: list[object] = [value]
+    level: list[dict[str, object] | list[object]] = [value]
     for _ in range(JSON_DEPTH_MAX):
-        inner: list[object] = []
+        inner: list[dict[str, object] | list[object]] = []
         for item in level:
-            if isinstance(item, dict):
-                inner.extend(item.values())
-            elif isinstance(item, list):
-                inner.extend(item)
+            values = item.values() if isinstance(item, dict) else item
+            inner += [each for each in values if isinstance(each, dict | list)]
         if not inner:
             return
         level = inner
@@ -152,7 +153,7 @@ def read_tensors(
         empty: whether sizes of zero are accepted.
 
     Returns:
-        Tensors on the CPU that own their memory, and the metadata.
+        Tensors on the CPU, small neighbours in common memory, and the metadata.
 
     Raises:
         AdapterRejected: truncated, a header that is too long or contradicts itself, an unknown
@@ -160,16 +161,43 @@ def read_tensors(
     """
     header, data_start = read_header(file, size, where)
     entries, metadata = parse_header(header, size - data_start, where, empty=empty)
-    tensors = {}
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-        raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-        if len(raw) and file.readinto(raw.numpy().data) != len(raw):  # type: ignore[attr-defined]
-            raise AdapterRejected(printable(name), f"{where} ends inside this tensor")
-        tensor = raw.view(entry.dtype).reshape(entry.shape)
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterRejected(printable(name), "every value must be finite; found NaN or Inf")
-        tensors[name] = tensor
+    tensors: dict[str, Tensor] = {}
+    for run in _runs(sorted(entries.items(), key=lambda item: item[1].begin)):
+        tensors |= _read_run(file, run, where)
     return tensors, metadata
+
+
+def _runs(entries: Sequence[tuple[str, Entry]]) -> Iterator[list[tuple[str, Entry]]]:
+    """Neighbours of one dtype, ``RUN_BYTES`` of them at most or a single larger one."""
+    run: list[tuple[str, Entry]] = []
+    for name, entry in entries:
+        first = run[0][1] if run else entry
+        if run and (entry.dtype != first.dtype or entry.end - first.begin > RUN_BYTES):
+            yield run
+            run = []
+        run.append((name, entry))
+    if run:
+        yield run
+
+
+def _read_run(file: BinaryIO, run: Sequence[tuple[str, Entry]], where: str) -> dict[str, Tensor]:
+    """The tensors of a run; they share its memory."""
+    start, dtype = run[0][1].begin, run[0][1].dtype
+    raw = torch.empty(run[-1][1].end - start, dtype=torch.uint8)
+    found = file.readinto(raw.numpy().data) if len(raw) else 0  # type: ignore[attr-defined]
+    if found != len(raw):
+        name = next(name for name, entry in run if entry.end - start > found)
+        raise AdapterRejected(printable(name), f"{where} ends inside this tensor")
+    whole = raw.view(dtype)
+    finite = bool(torch.isfinite(whole).all())
+    size = dtype.itemsize
+    tensors = {}
+    for name, entry in run:
+        part = whole[(entry.begin - start) // size : (entry.end - start) // size]
+        if not finite and not bool(torch.isfinite(part).all()):
+            raise AdapterRejected(printable(name), "every value must be finite; found NaN or Inf")
+        tensors[name] = part.view(entry.shape)
+    return tensors
 
 
 def read_header(file: BinaryIO, size: int, where: str) -> tuple[bytes, int]:
@@ -218,26 +246,30 @@ def parse_header(
 
 
 def _parse_entry(name: str, value: object, empty: bool) -> Entry:
-    where = printable(name)
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterRejected(where, "its header entry must hold dtype, shape and data_offsets")
+    if not isinstance(value, dict) or value.keys() != _ENTRY_KEYS:
+        raise AdapterRejected(
+            printable(name), "its header entry must hold dtype, shape and data_offsets"
+        )
     dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype_name, str) or dtype_name not in _ALL_DTYPES:
         raise AdapterRejected(
-            where, f"dtype {printable(str(dtype_name))} must be one of {', '.join(DTYPES)}"
+            printable(name),
+            f"dtype {printable(str(dtype_name))} must be one of {', '.join(DTYPES)}",
         )
     dtype = _ALL_DTYPES[dtype_name]
     if not _is_sizes(shape) or len(shape) > SHAPE_DIMS_MAX or (0 in shape and not empty):
-        raise AdapterRejected(where, f"shape must be at most {SHAPE_DIMS_MAX} sizes above zero")
+        raise AdapterRejected(
+            printable(name), f"shape must be at most {SHAPE_DIMS_MAX} sizes above zero"
+        )
     # Beside a zero, no bytes bound the other sizes, and torch multiplies them for its strides.
     if 0 in shape and math.prod(filter(None, shape)) > 1 << 48:
-        raise AdapterRejected(where, "shape must be of at most 2^48 in all beside a zero")
+        raise AdapterRejected(printable(name), "shape must be of at most 2^48 in all beside a zero")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        raise AdapterRejected(where, "data_offsets must be two byte offsets")
+        raise AdapterRejected(printable(name), "data_offsets must be two byte offsets")
     num_bytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != num_bytes:
         raise AdapterRejected(
-            where,
+            printable(name),
             f"data_offsets span {offsets[1] - offsets[0]} bytes; "
             f"{dtype_name} {list(shape)} takes {num_bytes}",
         )

@@ -23,6 +23,7 @@ SHARED_PREFIX = "base_model."
 # `.default` anywhere in a key when it saves, and so cuts into that name; PEFT from 0.18 does not.
 OFFICIAL_LATENT = "default_lora_latent_mapping"
 _OFFICIAL_LATENT = re.compile(r"(.+?)(?:\.default)?_lora_latent_mapping", re.DOTALL)
+_LATENT_END = "_lora_latent_mapping"
 
 _BLOCKS = {
     module: "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
@@ -75,7 +76,7 @@ def tensor_name(target: Target, kind: str) -> str:
 def split_name(name: str) -> tuple[str, str]:
     """Split a key into the module path and the tensor's kind, whatever both are."""
     name = name.removesuffix(".weight")
-    official = _OFFICIAL_LATENT.fullmatch(name)
+    official = _OFFICIAL_LATENT.fullmatch(name) if name.endswith(_LATENT_END) else None
     if official is not None:
         return official[1].removeprefix(PREFIX), OFFICIAL_LATENT
     path, _, kind = name.rpartition(".")

@@ -25,7 +25,7 @@ import re
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from shoal.adapters.errors import AdapterError, AdapterRejected
 from shoal.adapters.registry import garbage, stored
 from shoal.adapters.registry.bulk import Adapter, Outcome, Version, missing, publish_many
 from shoal.adapters.registry.catalog import Content, Source
-from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.database import LONG_TIMEOUT_S, Database
 from shoal.adapters.registry.errors import RecordDamaged
 from shoal.adapters.registry.names import validate_name, validate_tags
 from shoal.adapters.registry.packs import frames, pack_chunks
@@ -89,24 +89,47 @@ def export_archive(
         RegistryUnavailable; OSError of ``out``.
     """
     exported = Exported()
+    with database.read(limit_s=LONG_TIMEOUT_S) as connection:
+        total = int(connection.execute(select(func.sum(TOTALS.c.names))).scalar() or 0)
+    batches = _batches(database, store, exported)
+    files = {path.stem: path for path in sorted(bases.glob("*.safetensors"))}
+    exported.adapters = write_archive(out, batches, files, total=total, progress=progress)
+    return exported
+
+
+def write_archive(
+    out: BinaryIO,
+    batches: Iterable[tuple[Sequence[Adapter], Mapping[str, bytes]]],
+    bases: Mapping[str, Path],
+    *,
+    total: int,
+    progress: Progress = lambda done, of: None,
+) -> int:
+    """Write an archive; returns how many adapters it has.
+
+    Args:
+        out: need not seek.
+        batches: adapters, and by digest the stored bytes (``stored.py``) of all their versions;
+            each within ``BATCH_ADAPTERS`` and about ``BATCH_BYTES``.
+        bases: files of the bases that they are written in, by their sha256.
+        total: how many adapters there will be, about.
+    """
+    done = 0
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:
-        with database.read() as connection:
-            total = int(connection.execute(select(func.sum(TOTALS.c.names))).scalar() or 0)
         _add(tar, "shoal.json", json.dumps({"format": FORMAT, "adapters": total}).encode())
-        for path in sorted(bases.glob("*.safetensors")):
+        for basis_id, path in bases.items():
             with path.open("rb") as file:
-                member = tarfile.TarInfo(f"bases/{path.name}")
+                member = tarfile.TarInfo(f"bases/{basis_id}.safetensors")
                 member.size = os.fstat(file.fileno()).st_size
                 tar.addfile(member, file)
-        batches = _batches(database, store, exported)
         for number, (adapters, records) in enumerate(batches):
             lines = "".join(json.dumps(_to_json(adapter)) + "\n" for adapter in adapters)
             _add(tar, f"adapters/{number:08}.jsonl", lines.encode())
             _add(tar, f"records/{number:08}.pack", b"".join(pack_chunks(records.items())))
-            exported.adapters += len(adapters)
-            progress(exported.adapters, total)
+            done += len(adapters)
+            progress(done, total)
         _add(tar, "end.json", b"{}")
-    return exported
+    return done
 
 
 def _batches(
@@ -121,7 +144,7 @@ def _batches(
             for version in adapter.versions:
                 digest = version.content.digest
                 if digest not in records:
-                    own[digest] = stored.encode(digest, store.get(digest))
+                    own[digest] = store.get_stored(digest)
         except RecordDamaged:
             exported.left_out += 1
             continue
@@ -141,7 +164,7 @@ def _all_adapters(database: Database) -> Iterator[Adapter]:
     while True:
         live = (ADAPTERS.c.id > last, ADAPTERS.c.deleted_at.is_(None))
         page = select(ADAPTERS).where(*live).order_by(ADAPTERS.c.id).limit(500)
-        with database.read() as connection:
+        with database.read(limit_s=LONG_TIMEOUT_S) as connection:
             rows = connection.execute(page).all()
             if not rows:
                 return
@@ -287,16 +310,16 @@ def _import_batch(
             if digest not in digests or digest in found:
                 continue
             try:
-                record = stored.decode(digest, payload, member.name)
+                stored.verify(digest, payload, member.name)
             except RecordDamaged as error:
                 raise AdapterRejected(f"archive: {member.name}", str(error)) from error
             found.add(digest)
-            if len(record) > PACKED_BYTES_MAX:
+            if len(payload) > PACKED_BYTES_MAX:
                 # What is there already is not written again, so nobody may be collecting it.
                 database.transact(partial(garbage.spare, digest=digest, now=time.time()))
-                store.put(digest, record)
+                store.put(digest, stored.decode(digest, payload, member.name))
                 continue
-            small[digest] = record
+            small[digest] = payload
             size += len(payload)
             if size >= BATCH_BYTES:
                 store.put_many(list(small.items()))

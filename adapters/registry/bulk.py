@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Row, delete, insert, select
 
 from shoal.adapters.registry import placing, totals
-from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.database import LONG_TIMEOUT_S, Database
 from shoal.adapters.registry.info import Content, Scope, Source
 from shoal.adapters.registry.tables import ADAPTERS, GARBAGE, SHARES, VERSIONS
 from shoal.adapters.registry.totals import Amount
@@ -68,7 +68,7 @@ class Outcome:
 
 def missing(database: Database, adapters: Sequence[Adapter]) -> list[Adapter]:
     """Those of ``adapters`` whose active content their name does not have yet."""
-    with database.read() as connection:
+    with database.read(limit_s=LONG_TIMEOUT_S) as connection:
         rows = _rows(connection, adapters)
         known = _digests(connection, [row.id for row in rows.values() if row.deleted_at is None])
     return [a for a in adapters if not _has(rows.get((a.owner, a.name)), known, a)]

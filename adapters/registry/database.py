@@ -7,6 +7,7 @@ time), retries, and when the schema is upgraded. Knows nothing of adapters.
 import contextlib
 import os
 import random
+import socket
 import sqlite3
 import threading
 import time
@@ -16,18 +17,30 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, TimeoutError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    InvalidatePoolError,
+    TimeoutError,
+)
 from sqlalchemy.pool import QueuePool
 
 from shoal.adapters.registry.errors import RegistryUnavailable, SchemaTooNew
+from shoal.adapters.registry.outages import Door, Watchdog
 from shoal.adapters.registry.tables import SCHEMA_VERSION
 from shoal.adapters.registry.upgrading import schema_version, upgrade
 
 # How long a statement waits for another process's write, and a thread for a connection.
 BUSY_TIMEOUT_S = 20.0
-# PostgreSQL only: how long to wait for a new connection, and for any one statement.
-CONNECT_TIMEOUT_S = 10
+# PostgreSQL only: how long to wait for a new connection, and how long the server may take for any
+# one statement.
+CONNECT_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 120.0
+# … and how long this side waits, should the server say nothing at all: for what requests read, and
+# for changes and what a command reads.
+READ_TIMEOUT_S = 5.0
+LONG_TIMEOUT_S = STATEMENT_TIMEOUT_S + 10.0
 CONNECTIONS_MAX = 8
 # How often a transaction is tried that others' transactions got in the way of.
 ATTEMPTS_MAX = 8
@@ -36,6 +49,9 @@ ATTEMPTS_MAX = 8
 _UPGRADE_LOCK = 0x73686F616C
 # serialization_failure, deadlock_detected, unique_violation (two created the same row at once)
 _IN_THE_WAY = ("40001", "40P01", "23505")
+
+# Where a pooled connection keeps its socket for the watchdog.
+_SOCKET = "shoal socket"
 
 T = TypeVar("T")
 
@@ -98,7 +114,6 @@ class Database:
                 pool_size=1 if in_memory else CONNECTIONS_MAX,
                 max_overflow=0,
                 pool_timeout=BUSY_TIMEOUT_S,
-                pool_pre_ping=not self._is_sqlite,
                 connect_args=_connect_arguments(parsed),
             )
         except (ArgumentError, ImportError) as error:
@@ -110,10 +125,13 @@ class Database:
         self._writer = self._reader = self._engine
         # Threads queue here rather than in SQLite, which only polls its lock.
         self._writing = threading.Lock() if self._is_sqlite else contextlib.nullcontext()
+        self._watchdog = Watchdog()
+        self._door = Door()
         if self._is_sqlite:
             self._writer = self._engine.execution_options(shoal_write=True)
             _configure_sqlite(self._engine)
         else:
+            _watch(self._engine, self._watchdog)
             # One round trip a look-up instead of three.
             self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         try:
@@ -122,16 +140,35 @@ class Database:
             self.close()
             raise
 
+    @property
+    def backend(self) -> str:
+        """Which database it is: ``sqlite``, ``postgresql``."""
+        return self._engine.dialect.name
+
     @contextlib.contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A connection to read with; each statement by itself sees a consistent state."""
-        with self._translated(), self._reader.begin() as connection:
+    def read(self, *, limit_s: float | None = None) -> Iterator[Connection]:
+        """A connection to read with; each statement by itself sees a consistent state.
+
+        Args:
+            limit_s: PostgreSQL only: how long it may take before it is taken for dead, instead of
+                ``READ_TIMEOUT_S``.
+        """
+        limit_s = READ_TIMEOUT_S if limit_s is None else limit_s
+        with self._translated(), self._connected(self._reader, limit_s) as connection:
             yield connection
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[Connection]:
-        """All or nothing: durable when the block has ended, undone when it raises."""
-        with self._translated(), self._writing, self._writer.begin() as connection:
+    def write(self, *, limit_s: float = LONG_TIMEOUT_S) -> Iterator[Connection]:
+        """All or nothing: durable when the block has ended, undone when it raises.
+
+        Args:
+            limit_s: PostgreSQL only: how long it may take before it is taken for dead.
+        """
+        with (
+            self._translated(),
+            self._writing,
+            self._connected(self._writer, limit_s) as connection,
+        ):
             yield connection
 
     def transact(self, work: Callable[[Connection], T]) -> T:
@@ -147,7 +184,10 @@ class Database:
         with self._translated():
             for attempt in range(1, ATTEMPTS_MAX + 1):
                 try:
-                    with self._writing, self._writer.begin() as connection:
+                    with (
+                        self._writing,
+                        self._connected(self._writer, LONG_TIMEOUT_S) as connection,
+                    ):
                         return work(connection)
                 except DBAPIError as error:
                     state = getattr(error.orig, "sqlstate", None)
@@ -159,22 +199,38 @@ class Database:
     def close(self) -> None:
         """Close the connections; an in-memory database is gone after it."""
         self._engine.dispose()
+        self._watchdog.close()
+
+    @contextlib.contextmanager
+    def _connected(self, engine: Engine, limit_s: float) -> Iterator[Connection]:
+        """A connection in a transaction, which ends before ``limit_s`` is over or fails."""
+        with engine.connect() as connection, contextlib.ExitStack() as stack:
+            self._door.answered()
+            watched = connection.connection.info.get(_SOCKET)
+            if watched is not None:
+                stack.enter_context(self._watchdog.limited(watched, limit_s))
+            stack.enter_context(connection.begin())
+            yield connection
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
+        entered = self._door.enter()
         try:
             yield
         except IntegrityError:
             raise
         except (DBAPIError, TimeoutError, sqlite3.Error) as error:
             said = error.orig if isinstance(error, DBAPIError) else error
+            # What the server itself says has a code: a lock or a statement that took too long.
+            if not self._is_sqlite and getattr(said, "sqlstate", None) is None:
+                self._door.failed(entered)
             raise RegistryUnavailable(f"registry {self._shown_url}: {said}") from error
 
     def _ensure_schema(self) -> None:
         with self.read() as connection:
             if self._schema_is_current(connection):
                 return
-        with self.write() as connection:
+        with self.write(limit_s=float("inf")) as connection:
             if not self._is_sqlite:
                 # Whoever comes second waits for as long as the first one needs.
                 connection.execute(text("SET LOCAL lock_timeout = 0"))
@@ -211,6 +267,30 @@ def _connect_arguments(url: URL) -> dict[str, Any]:
         "tcp_user_timeout": milliseconds,
         "options": " ".join(options).strip(),
     }
+
+
+def _watch(engine: Engine, watchdog: Watchdog) -> None:
+    """Let ``watchdog`` reach every connection, and test them as they leave the pool."""
+
+    @event.listens_for(engine, "connect")
+    def _connected(connection: Any, record: Any) -> None:
+        # A number of its own for the same socket: the driver's may be another's when it is needed.
+        record.info[_SOCKET] = socket.socket(fileno=os.dup(connection.fileno()))
+
+    @event.listens_for(engine, "close")
+    def _closed(_connection: Any, record: Any) -> None:
+        watched = record.info.pop(_SOCKET, None)
+        if watched is not None:
+            watched.close()
+
+    # In place of the pool's own ping, which nothing would end.
+    @event.listens_for(engine, "checkout")
+    def _leaving(connection: Any, record: Any, _proxy: Any) -> None:
+        try:
+            with watchdog.limited(record.info[_SOCKET], READ_TIMEOUT_S):
+                engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error
 
 
 def _configure_sqlite(engine: Engine) -> None:

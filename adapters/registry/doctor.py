@@ -1,30 +1,33 @@
 """What is wrong between catalog and store, and what of that can be put right.
 
 Finds records that are missing or damaged, bases that are missing, bytes that no version refers to,
-and packs that are torn or mostly dead. ``repair`` removes the last three: orphans older than a
-grace period, what is unreadable of torn packs, and the dead part of packs. It removes nothing that
+files that writers which died left half-written, and packs that are torn or mostly dead. ``repair``
+removes the last four: orphans and such files older than a grace period, what is unreadable of torn
+packs, and the dead part of packs. It removes nothing that
 the catalog refers to, or that waits there to be collected (``garbage.py``), also while the
 registry is in use: what is put again meanwhile counts as new (``Store.retire_record``).
 
 What is missing or damaged is mended by uploading, or importing, the same content again.
 """
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import select
+from sqlalchemy import Table, select
 
 from shoal.adapters.registry import stored
 from shoal.adapters.registry.archive import BATCH_BYTES
-from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.database import LONG_TIMEOUT_S, Database
 from shoal.adapters.registry.errors import RecordDamaged
+from shoal.adapters.registry.packed import Packed
 from shoal.adapters.registry.packs import frames
-from shoal.adapters.registry.store import Store
+from shoal.adapters.registry.store import Store, files_before
 from shoal.adapters.registry.tables import GARBAGE, VERSIONS
 
 # Longer than any upload takes from its first byte to its name, and than clocks differ.
@@ -32,7 +35,10 @@ GRACE_S = 24 * 3600.0
 # A pack is rewritten when less of its bytes than this is alive.
 LIVE_SHARE_MIN = 0.5
 EXAMPLES_MAX = 20
+# Of bases that are being written: see ``formats.container.write_atomically``.
+TEMPORARY = ".*.safetensors.*"
 _CHUNK = 500
+_PAGE = 5000
 
 T = TypeVar("T")
 
@@ -63,9 +69,10 @@ class Report:
         missing_bases: ids of shared bases that adapters are written in and that are not there, or
             are other bytes.
         orphans: records outside packs that nobody refers to, older than the grace period.
+        leftovers: half-written files, older than the grace period.
         torn_packs, dead_packs: without an index; with less than ``LIVE_SHARE_MIN`` alive.
-        removed_records, removed_packs, rescued: what ``repair`` did; rescued are the live records
-            of removed packs.
+        removed_records, removed_leftovers, removed_packs, rescued: what ``repair`` did; rescued are
+            the live records of removed packs.
     """
 
     records: int = 0
@@ -73,9 +80,11 @@ class Report:
     damaged: Finding = field(default_factory=Finding)
     missing_bases: Finding = field(default_factory=Finding)
     orphans: Finding = field(default_factory=Finding)
+    leftovers: Finding = field(default_factory=Finding)
     torn_packs: Finding = field(default_factory=Finding)
     dead_packs: Finding = field(default_factory=Finding)
     removed_records: int = 0
+    removed_leftovers: int = 0
     removed_packs: int = 0
     rescued: int = 0
 
@@ -96,7 +105,7 @@ def examine(
     now: float | None = None,
     progress: Progress = lambda what, done: None,
 ) -> Report:
-    """Compare the catalog with the store, in bounded memory.
+    """Compare the catalog with the store, in 50 bytes of memory a packed record.
 
     Args:
         bases: folder of the shared bases.
@@ -111,23 +120,56 @@ def examine(
     report = Report()
     before = (time.time() if now is None else now) - grace_s
     # Torn packs first: what can be rescued of them is not missing.
-    _packs(database, store, report, before, repair, progress)
-    for digest in _referenced(database):
-        report.records += 1
-        if report.records % 1000 == 0:
-            progress("records", report.records)
-        _check(store, digest, read_all, report)
+    _torn_packs(database, store, report, repair)
+    packed = Packed(store.packs.indexes())
+    if read_all:
+        packed.verify(store.packs, lambda done: progress("packed", done))
+    hidden = _files(database, store, packed, report, before, repair, read_all, progress)
+    holds = packed.holds_intact if read_all else packed.holds
+    for page in _digests(database, VERSIONS):
+        report.records += len(page)
+        progress("records", report.records)
+        packed.want(page)
+        for digest, found in zip(page, holds(page), strict=True):
+            if not found or digest in hidden:
+                _check(store, digest, read_all, report)
+    for page in _digests(database, GARBAGE):
+        packed.want(page)
+    _dead_packs(database, store, packed, report, before, repair)
     _bases(database, bases, report)
-    old = (digest for digest, written in store.records() if written < before)
+    _leftovers(store, bases, report, before, repair)
+    return report
+
+
+def _files(
+    database: Database,
+    store: Store,
+    packed: Packed,
+    report: Report,
+    before: float,
+    repair: bool,
+    read_all: bool,
+    progress: Progress,
+) -> set[str]:
+    """Records outside packs: orphans, and those that are damaged and read before a packed copy."""
+    hidden: set[str] = set()
     done = 0
-    for some in _chunks(old):
+    for some in _chunks(store.records()):
         done += len(some)
-        progress("stored", done)
-        for digest in set(some) - _wanted(database, some):
+        progress("files", done)
+        if read_all:
+            for (digest, _), twice in zip(some, packed.holds([d for d, _ in some]), strict=True):
+                if twice:
+                    try:
+                        store.get(digest)
+                    except RecordDamaged:
+                        hidden.add(digest)
+        old = [digest for digest, written in some if written < before]
+        for digest in set(old) - _wanted(database, old):
             report.orphans.add(digest)
             if repair:
                 report.removed_records += store.retire_record(digest, before)
-    return report
+    return hidden
 
 
 def _check(store: Store, digest: str, read_all: bool, report: Report) -> None:
@@ -143,7 +185,7 @@ def _check(store: Store, digest: str, read_all: bool, report: Report) -> None:
 def _bases(database: Database, bases: Path, report: Report) -> None:
     # Of `spectral` adapters it names singular vectors, which a server computes from its base.
     query = select(VERSIONS.c.basis_id).where(VERSIONS.c.family == "core").distinct()
-    with database.read() as connection:
+    with database.read(limit_s=LONG_TIMEOUT_S) as connection:
         ids = sorted(basis_id for basis_id in connection.execute(query).scalars() if basis_id)
     for basis_id in ids:
         path = bases / f"{basis_id}.safetensors"
@@ -156,42 +198,36 @@ def _bases(database: Database, bases: Path, report: Report) -> None:
             report.missing_bases.add(basis_id)
 
 
-def _packs(
-    database: Database,
-    store: Store,
-    report: Report,
-    before: float,
-    repair: bool,
-    progress: Progress,
-) -> None:
+def _leftovers(store: Store, bases: Path, report: Report, before: float, repair: bool) -> None:
+    for path in [*store.leftovers(before), *files_before(bases.glob(TEMPORARY), before)]:
+        report.leftovers.add(str(path))
+        if repair:
+            # Its writer may live after all, and be done with it by now.
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                report.removed_leftovers += 1
+
+
+def _torn_packs(database: Database, store: Store, report: Report, repair: bool) -> None:
     store.packs.refresh()
-    torn = store.packs.torn()
-    for name in torn:
+    for name in store.packs.torn():
         report.torn_packs.add(name)
         if repair:
             _replace(database, store, name, report, before=float("inf"))
-    for done, name in enumerate(sorted(store.packs.indexes().keys() - set(torn)), start=1):
-        progress("packs", done)
+
+
+def _dead_packs(
+    database: Database, store: Store, packed: Packed, report: Report, before: float, repair: bool
+) -> None:
+    for name, wanted, total in packed.bytes_wanted():
         try:
-            if store.pack_time(name) >= before:
+            if wanted >= total * LIVE_SHARE_MIN or store.pack_time(name) >= before:
                 continue
-            alive, total = _bytes_alive(database, store, name)
         except FileNotFoundError:
             continue  # another doctor was here
-        if alive < total * LIVE_SHARE_MIN:
-            report.dead_packs.add(name)
-            if repair:
-                _replace(database, store, name, report, before)
-
-
-def _bytes_alive(database: Database, store: Store, name: str) -> tuple[int, int]:
-    alive = total = 0
-    for some in _chunks(store.packs.digests(name)):
-        wanted = _wanted(database, (digest for digest, _ in some))
-        for digest, length in some:
-            total += length
-            alive += length if digest in wanted else 0
-    return alive, total
+        report.dead_packs.add(name)
+        if repair:
+            _replace(database, store, name, report, before)
 
 
 def _replace(database: Database, store: Store, name: str, report: Report, before: float) -> None:
@@ -214,9 +250,10 @@ def _replace(database: Database, store: Store, name: str, report: Report, before
             if digest not in wanted:
                 continue
             try:
-                batch[digest] = stored.decode(digest, payload, name)
+                stored.verify(digest, payload, name)
             except RecordDamaged:
                 continue  # if there is no other copy, it is among the damaged
+            batch[digest] = payload
             size += len(payload)
         if size >= BATCH_BYTES:
             keep()
@@ -228,23 +265,23 @@ def _replace(database: Database, store: Store, name: str, report: Report, before
     store.packs.refresh()
 
 
-def _referenced(database: Database) -> Iterator[str]:
-    """Every digest that a version has, in order."""
+def _digests(database: Database, table: Table) -> Iterator[Sequence[str]]:
+    """Every digest of a table once, in order, by pages."""
     last = ""
     while True:
-        query = select(VERSIONS.c.digest).where(VERSIONS.c.digest > last).distinct()
-        with database.read() as connection:
-            page = connection.execute(query.order_by(VERSIONS.c.digest).limit(1000)).scalars().all()
+        query = select(table.c.digest).where(table.c.digest > last).distinct()
+        with database.read(limit_s=LONG_TIMEOUT_S) as connection:
+            page = connection.execute(query.order_by(table.c.digest).limit(_PAGE)).scalars().all()
         if not page:
             return
-        yield from page
+        yield page
         last = page[-1]
 
 
 def _wanted(database: Database, digests: Iterable[str]) -> set[str]:
     """Those of ``digests`` that a version has, or that wait to be collected."""
     found: set[str] = set()
-    with database.read() as connection:
+    with database.read(limit_s=LONG_TIMEOUT_S) as connection:
         for some in _chunks(digests):
             for table in (VERSIONS, GARBAGE):
                 query = select(table.c.digest).where(table.c.digest.in_(some))

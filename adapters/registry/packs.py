@@ -38,6 +38,7 @@ RECORDS_MAX = 1 << 17
 TAIL_BYTES = 1 << 18
 
 _FRAME = struct.Struct("<32sQ")
+FRAME_BYTES = _FRAME.size  # before the stored bytes of each record
 _TRAILER = struct.Struct("<QQ32s8s")
 _INDEX_BYTES = 20
 _READERS = 16
@@ -228,19 +229,6 @@ class Packs:
         """Bytes of a pack; see ``ReadRange``."""
         return self._read(name, start, end)
 
-    def digests(self, name: str) -> Iterator[tuple[str, int]]:
-        """Digest and length of every record of a readable pack; reads the heads of its frames.
-
-        Raises:
-            FileNotFoundError: it is gone.
-        """
-        with self._lock:
-            index = self._indexes.get(name)
-        if index is None:
-            raise FileNotFoundError(name)
-        for start, length in zip(index.offsets, index.lengths, strict=True):
-            yield self._read(name, start, start + 32).hex(), length
-
     def _load(self, name: str) -> None:
         try:
             index = read_index(name, self._read)
@@ -275,8 +263,8 @@ def pack_name(encoded: Sequence[tuple[str, bytes]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32] + SUFFIX
 
 
-def read_packed(packs: Packs, digest: str, where: str) -> bytes:
-    """The record of ``digest`` from the first pack that has it intact.
+def read_packed(packs: Packs, digest: str, where: str, form: stored.Form) -> bytes:
+    """A form of the record of ``digest``, from the first pack that has it intact.
 
     Raises:
         RecordDamaged: none has it.
@@ -284,7 +272,7 @@ def read_packed(packs: Packs, digest: str, where: str) -> bytes:
     problem = stored.missing(digest, where)
     for name, payload in packs.payloads(digest):
         try:
-            return stored.decode(digest, payload, name)
+            return form(digest, payload, name)
         except RecordDamaged as error:
             problem = error
     raise problem

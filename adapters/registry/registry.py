@@ -8,12 +8,14 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import takewhile
 
 from shoal.adapters.errors import AdapterConflict, AdapterNotFound
 from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.names import SHIPPED_OWNER, not_found, validate_name
+from shoal.adapters.registry.recent import RecentMeanings
 from shoal.adapters.registry.store import Store, open_store, places
 from shoal.adapters.registry.usage import UseRecorder
 
@@ -53,6 +55,7 @@ class Registry:
         self._clock = clock
         self._uses = UseRecorder(database, clock=clock)
         self._keys = Keys(database, clock=clock)
+        self._recent = RecentMeanings()
 
     @classmethod
     def open(
@@ -118,7 +121,8 @@ class Registry:
         # With its limits, so that what there is no room for is not written either.
         self.claim(name, owner=owner, content=content, limits=limits)
         self._put(content.digest, record)
-        return self._of(owner).publish(name, content, created=self._clock(), limits=limits)
+        with self._recent.changing(owner, name):
+            return self._of(owner).publish(name, content, created=self._clock(), limits=limits)
 
     def publish_shipped(self, name: str, content: Content, record: bytes) -> AdapterInfo | None:
         """Like ``publish``, unless a user changed or deleted ``name``: then None.
@@ -128,10 +132,12 @@ class Registry:
         self._check_name(name)
         self._put(content.digest, record)
         shared = self._of(SHIPPED_OWNER)
-        shared.publish_shipped(name, content, created=self._clock())
+        with self._recent.changing(SHIPPED_OWNER, name):
+            shared.publish_shipped(name, content, created=self._clock())
         with suppress(AdapterNotFound):  # an admin may have deleted it
             shared.share(name, None)
-        return self._of("").publish_shipped(name, content, created=self._clock())
+        with self._recent.changing("", name):
+            return self._of("").publish_shipped(name, content, created=self._clock())
 
     def read(self, digest: str) -> bytes:
         """The record of ``digest``, verified.
@@ -144,11 +150,16 @@ class Registry:
     def resolve(self, model: str, *, owner: str = "") -> AdapterInfo:
         """What ``name`` (its active version) or ``name@version`` means to ``owner``.
 
-        Each may be ``owner/name`` for an adapter that its owner has shared.
+        Each may be ``owner/name`` for an adapter that its owner has shared. While the database
+        cannot be reached it is what it meant lately: see ``recent.py``.
 
         Raises:
             AdapterNotFound: nothing; also when ``model`` could not be an adapter's name.
+            RegistryUnavailable: the database cannot be reached, and this was not asked lately.
         """
+        return self._recent.look_up(owner, model, lambda: self._look_up(model, owner))
+
+    def _look_up(self, model: str, owner: str) -> AdapterInfo:
         name, at, number = model.partition("@")
         if not at:
             return self._of(owner).get(name)
@@ -174,11 +185,13 @@ class Registry:
 
     def activate(self, name: str, version: int, *, owner: str = "") -> AdapterInfo:
         """Let ``name`` mean ``version``, or AdapterNotFound."""
-        return self._of(owner).activate(name, version)
+        with self._recent.changing(owner, name):
+            return self._of(owner).activate(name, version)
 
     def tag(self, name: str, tags: Mapping[str, str], *, owner: str = "") -> AdapterInfo:
         """See ``Catalog.tag``."""
-        return self._of(owner).tag(name, tags)
+        with self._recent.changing(owner, name):
+            return self._of(owner).tag(name, tags)
 
     def share(self, name: str, grantee: str | None, *, owner: str) -> None:
         """See ``Catalog.share``."""
@@ -186,7 +199,8 @@ class Registry:
 
     def unshare(self, name: str, grantee: str | None, *, owner: str) -> None:
         """See ``Catalog.unshare``."""
-        self._of(owner).unshare(name, grantee)
+        with self._recent.changing(owner, name):
+            self._of(owner).unshare(name, grantee)
 
     def grantees(self, name: str, *, owner: str) -> list[str | None]:
         """See ``Catalog.grantees``."""
@@ -197,16 +211,22 @@ class Registry:
 
         The bytes stay until ``collect``, because requests may be running with them.
         """
-        self._of(owner).delete(name, now=self._clock())
+        with self._recent.changing(owner, name):
+            self._of(owner).delete(name, now=self._clock())
 
     def note_use(self, info: AdapterInfo) -> None:
         """The adapter is being used. Does not wait for the database, and never fails."""
         self._uses.note(info.owner, info.name)
 
-    def collect(self, *, grace_s: float = GRACE_S) -> int:
+    def collect(
+        self, *, grace_s: float = GRACE_S, stopping: Callable[[], bool] = lambda: False
+    ) -> int:
         """Remove the bytes that nobody has referred to for ``grace_s``.
 
         Safe while others upload, delete and collect.
+
+        Args:
+            stopping: asked before each record; the rest is left when it says so.
 
         Returns:
             How many records were removed.
@@ -214,14 +234,17 @@ class Registry:
         older_than = self._clock() - grace_s
         catalog = self._of("")  # garbage is nobody's
         removed = 0
-        while digests := catalog.collectable(older_than):
+        while True:
+            digests = catalog.collectable(older_than)
+            # Also of none: it forgets what turned out to be somebody else's, too.
             now_removed = catalog.forget(
-                digests, older_than=older_than, remove_bytes=self._store.delete
+                takewhile(lambda _: not stopping(), digests),
+                older_than=older_than,
+                remove_bytes=self._store.delete,
             )
             removed += now_removed
-            if now_removed == 0:
-                break  # another process collects the same ones
-        return removed
+            if now_removed == 0 or stopping():
+                return removed  # nothing is left, or another process collects the same ones
 
     def count(self, *, owner: str = "") -> int:
         """How many names ``owner`` has."""

@@ -68,7 +68,7 @@ class SharedBases:
         if self._store is None or path.exists():
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".fetch.")
+        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{path.name}.")
         os.close(handle)
         try:
             self._store.fetch_file(f"{_REMOTE}/{path.name}", Path(temporary))

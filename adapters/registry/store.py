@@ -56,7 +56,10 @@ class Store(Protocol):
         ...
 
     def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
-        """Keep all of these (digest, data) as one pack, or none of them; returns its name.
+        """Keep all of these as one pack, or none of them; returns its name.
+
+        Args:
+            records: digest and stored bytes (``stored.encode``), which the caller has verified.
 
         Raises:
             ValueError: more than a pack holds.
@@ -69,6 +72,10 @@ class Store(Protocol):
         Raises:
             RecordDamaged: they are missing, or are other bytes.
         """
+        ...
+
+    def get_stored(self, digest: str) -> bytes:
+        """As ``get``, but what ``stored.encode`` gives for them: what ``put_many`` takes."""
         ...
 
     def exists(self, digest: str) -> bool:
@@ -96,6 +103,10 @@ class Store(Protocol):
 
     def retire_pack(self, name: str, before: float) -> bool:
         """Delete a pack unless it, or a record that is in it, was put after ``before``."""
+        ...
+
+    def leftovers(self, before: float) -> list[Path]:
+        """Files of writers that died before ``before``; nobody reads them, any may be deleted."""
         ...
 
 
@@ -197,22 +208,28 @@ class LocalStore:
 
     def put_many(self, records: Sequence[tuple[str, bytes]]) -> str:
         """See ``Store``."""
-        encoded = [(digest, stored.encode(digest, data)) for digest, data in records]
-        path = self._packs / pack_name(encoded)
+        path = self._packs / pack_name(records)
         with _translated(str(path)):
-            self._write(path, pack_chunks(encoded))
+            self._write(path, pack_chunks(records))
             _sync_folder(self._packs)
         self.packs.forget(path.name)
         return path.name
 
     def get(self, digest: str) -> bytes:
         """See ``Store``."""
+        return self._get(digest, stored.decode)
+
+    def get_stored(self, digest: str) -> bytes:
+        """See ``Store``."""
+        return self._get(digest, stored.verified)
+
+    def _get(self, digest: str, form: stored.Form) -> bytes:
         path = self._path(digest)
         with _translated(str(path)):
             try:
-                return stored.decode(digest, path.read_bytes(), str(path))
+                return form(digest, path.read_bytes(), str(path))
             except FileNotFoundError:
-                return read_packed(self.packs, digest, str(path))
+                return read_packed(self.packs, digest, str(path), form)
 
     def exists(self, digest: str) -> bool:
         """See ``Store``."""
@@ -250,6 +267,11 @@ class LocalStore:
         self.packs.forget(name)
         return self._retire(self._packs / name, before)
 
+    def leftovers(self, before: float) -> list[Path]:
+        """See ``Store``."""
+        with _translated(str(self._temporary)):
+            return list(files_before(self._temporary.iterdir(), before))
+
     def _retire(self, path: Path, before: float) -> bool:
         """Delete ``path`` unless it is newer.
 
@@ -262,13 +284,13 @@ class LocalStore:
                 if os.stat(path).st_mtime >= before:
                     return False
                 os.replace(path, aside)
+                if os.stat(aside).st_mtime >= before:
+                    os.replace(aside, path)
+                    return False
             except FileNotFoundError:
-                return False
-            if os.stat(aside).st_mtime >= before:
-                os.replace(aside, path)
-                return False
+                return False  # another doctor was here, or took what is aside for a leftover
             _sync_folder(path.parent)
-            os.unlink(aside)
+            aside.unlink(missing_ok=True)
             return True
 
     def _path(self, digest: str) -> Path:
@@ -321,12 +343,19 @@ class LocalStore:
             raise
 
     def _remove_leftovers(self) -> None:
-        for path in self._temporary.iterdir():
+        for path in self.leftovers(time.time() - _LEFTOVER_AGE_S):
             # Another process cleans too; and on a read-only disk they do no harm.
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
-                    log.info("removing an unfinished record path=%s", path)
-                    path.unlink()
+                log.info("removing an unfinished record path=%s", path)
+                path.unlink()
+
+
+def files_before(paths: Iterable[Path], before: float) -> Iterator[Path]:
+    """Those last written before ``before`` (unix time); what vanishes meanwhile is left out."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < before:
+                yield path
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

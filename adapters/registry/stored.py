@@ -6,9 +6,13 @@ stored, so both forms are verified by expanding and hashing.
 
 import hashlib
 import re
+from collections.abc import Callable
 
 from shoal.adapters import compact
 from shoal.adapters.registry.errors import RecordDamaged
+
+# ``decode`` or ``verified``: checks what is stored for a digest at a place, and gives a form of it.
+Form = Callable[[str, bytes, str], bytes]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -46,6 +50,33 @@ def decode(digest: str, stored: bytes, where: str) -> bytes:
     if found != digest:
         raise RecordDamaged(f"record {digest} is damaged: its bytes have sha256 {found} ({where})")
     return record
+
+
+def verify(digest: str, stored: bytes, where: str) -> None:
+    """What ``decode`` checks, without making the record.
+
+    Raises:
+        RecordDamaged: as ``decode``.
+    """
+    if not stored.startswith(compact.MAGIC):
+        decode(digest, stored, where)
+        return
+    try:
+        found = compact.record_sha256(stored)
+    except ValueError as error:
+        raise RecordDamaged(f"record {digest} is damaged: {error} ({where})") from error
+    if found != digest:
+        raise RecordDamaged(f"record {digest} is damaged: its bytes have sha256 {found} ({where})")
+
+
+def verified(digest: str, stored: bytes, where: str) -> bytes:
+    """What ``encode`` gives for the record of what is stored at ``where``, without making it.
+
+    Raises:
+        RecordDamaged: as ``decode``.
+    """
+    verify(digest, stored, where)
+    return stored if stored.startswith(compact.MAGIC) else compact.compact(stored) or stored
 
 
 def missing(digest: str, where: str) -> RecordDamaged:

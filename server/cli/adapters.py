@@ -1,20 +1,19 @@
 """``shoal adapters ...``: manage the adapters of a running server over HTTP.
 
-``check`` and ``convert`` work on files, ``export`` and ``import`` on a registry; they need no
-server: see their own modules.
+``check`` and ``convert`` work on files; ``export`` and ``import`` on a registry, as do ``list``,
+``show``, ``activate`` and ``rm`` when given ``--registry``. They need no server: see their modules.
 """
 
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from shoal.adapters.spec import ADAPTER_NAME
-from shoal.server.cli import adapters_archive, adapters_check, adapters_convert
+from shoal.server.cli import adapters_archive, adapters_check, adapters_convert, adapters_registry
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 KEY_VARIABLE = "SHOAL_API_KEY"
@@ -36,21 +35,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     verbs = parser.add_subparsers(dest="adapters_verb", required=True)
 
-    def verb(name: str, help: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=help, description=help, parents=[connection])
+    registry = argparse.ArgumentParser(add_help=False)
+    adapters_registry.add_arguments(registry)
 
-    listing = verb("list", "list active adapters")
+    def verb(name: str, help: str, *more: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=help, description=help, parents=[connection, *more])
+
+    listing = verb("list", "list active adapters", registry)
     listing.add_argument("--prefix", default="", help="names that begin so")
     listing.add_argument("--shared", action="store_true", help="what others share with you")
-    listing.add_argument("--owner", help="of this owner, with an admin key")
+    listing.add_argument("--owner", help="of this owner, with an admin key or --registry")
     push = verb("push", "upload an adapter directory; usable by the next request")
     push.add_argument("name", help="name to serve it under")
     push.add_argument("directory", type=Path, help=f"folder with {' and '.join(FILES)}")
-    verb("show", "show one adapter and its versions").add_argument("name")
-    activate = verb("activate", "make a version the one that the bare name means")
+    verb("show", "show one adapter and its versions", registry).add_argument("name")
+    activate = verb("activate", "make a version the one that the bare name means", registry)
     activate.add_argument("name")
     activate.add_argument("version", type=int)
-    verb("rm", "delete an adapter (its name stops resolving)").add_argument("name")
+    verb("rm", "delete an adapter (its name stops resolving)", registry).add_argument("name")
     tag = verb("tag", "give an adapter these tags and no others; without any, take them away")
     tag.add_argument("name")
     tag.add_argument("tags", nargs="*", metavar="KEY=VALUE")
@@ -77,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         return int(OFFLINE[args.adapters_verb].run(args))
     if args.adapters_verb in ARCHIVE:
         return ARCHIVE[args.adapters_verb](args)
+    if getattr(args, "registry", None) is not None:
+        return adapters_registry.run(args)
     key = args.api_key or os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
@@ -195,9 +199,4 @@ def _answer(response: httpx.Response) -> Any:
 
 
 def _print(adapter: dict[str, Any], mark: str = "") -> None:
-    created = adapter.get("created")
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(created)) if created else ""
-    print(
-        f"{mark}{adapter['name']}@{adapter['version']}  {adapter['family']} r={adapter['rank']}  "
-        f"{adapter['bytes']} bytes  {adapter['digest'][:12]}  {when}".rstrip()
-    )
+    print(adapters_registry.line(adapter, mark))

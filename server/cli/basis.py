@@ -25,22 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from shoal.adapters.base import base_digest
     from shoal.adapters.basis import canonical_path, load_basis, save_basis
     from shoal.adapters.errors import AdapterError
-    from shoal.server.assemble import load_canonical_basis
+    from shoal.server.assemble import canonical_file
     from shoal.server.model.config import ModelError
     from shoal.server.model.pull import resolve_model
-    from shoal.server.model.weights import load_model, read_config
+    from shoal.server.model.weights import read_config
 
     cache = platformdirs.user_cache_path("shoal") / "bases"
     try:
         path = resolve_model(args.model)
-        shape = read_config(path).base_shape(path.stem, base_digest(path))
-        cached = canonical_path(cache, shape, args.basis_rank)
         if args.basis_verb == "import":
+            shape = read_config(path).base_shape(path.stem, base_digest(path))
+            cached = canonical_path(cache, shape, args.basis_rank)
             basis = load_basis(args.file, shape)
             if basis.rank != args.basis_rank:
                 raise ValueError(f"{args.file} has rank {basis.rank}, not {args.basis_rank}")
@@ -48,10 +46,7 @@ def run(args: argparse.Namespace) -> int:
             save_basis(basis, cached)
             print(f"{cached}  {basis.id}")
             return 0
-        if not cached.exists():
-            device, dtype = torch.device("cpu"), torch.float32
-            decoder = load_model(path, device=device, dtype=dtype, load_format="auto")
-            load_canonical_basis(decoder.weight_of, shape, args.basis_rank)
+        _, cached = canonical_file(path, args.basis_rank)
         shutil.copyfile(cached, args.file)
         print(f"{args.file}  {load_basis(args.file, shape).id}")
     except (AdapterError, ModelError, OSError, ValueError) as problem:

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         ("damaged", report.damaged, "upload or import the same content again"),
         ("missing bases", report.missing_bases, "import them, or upload an adapter with its basis"),
         ("orphans", report.orphans, "--repair removes them"),
+        ("leftovers", report.leftovers, "--repair removes them"),
         ("torn packs", report.torn_packs, "--repair keeps what is whole"),
         ("dead packs", report.dead_packs, "--repair removes what is dead"),
     )
@@ -75,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
                 print(f"  {example}")
     if args.repair:
         print(
-            f"removed {report.removed_records} records and {report.removed_packs} packs, "
-            f"{report.rescued} records of which live on in others"
+            f"removed {report.removed_records} records, {report.removed_leftovers} leftovers and "
+            f"{report.removed_packs} packs, {report.rescued} records of which live on in others"
         )
     left = 0 if args.repair else sum(finding.count for _, finding, _ in findings[3:])
     return 0 if report.healthy and not left else 1

@@ -32,6 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", metavar="URL", help="as for serve (default: the same)")
 
 
+def urls(args: argparse.Namespace) -> tuple[str, str]:
+    """The catalog and the store that ``args`` of ``add_arguments`` name.
+
+    Raises:
+        RegistryUnavailable: there is no default store for that catalog.
+    """
+    from shoal.adapters.registry.store import places
+    from shoal.server.config import ServeConfig
+
+    url = ServeConfig(registry=args.registry).registry_url
+    return url, places(url, args.store).store_url
+
+
 @contextmanager
 def open_database(args: argparse.Namespace) -> "Iterator[Database]":
     """Open, or create, the database that ``args`` of ``add_registry_argument`` name.

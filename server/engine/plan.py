@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLoad:
-    """Copy a staged adapter from the host tier into the device bank before the forward pass."""
+    """Copy a staged adapter from the host tier into the device bank."""
 
     adapter: RowAdapter
 
@@ -67,10 +67,14 @@ class StepPlan:
 
     ``rows`` has the one-token (decode) rows first, then prompt chunks; within each part, rows of
     the same adapter are neighbours, because grouped kernels read an adapter once per group.
+
+    ``adapter_loads`` are of these rows, and so come before the forward pass; ``prefetches`` are
+    for rows of later steps, and this one need not wait for them.
     """
 
     rows: tuple[Row, ...]
     adapter_loads: tuple[AdapterLoad, ...] = ()
+    prefetches: tuple[AdapterLoad, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -20,6 +20,7 @@ from shoal.adapters.spec import RowAdapter
 from shoal.server.engine.blocks import BlockPool
 from shoal.server.engine.deadlines import Deadlines
 from shoal.server.engine.fairness import INPUT_PRICE, OUTPUT_PRICE, Backlog, FairQueue
+from shoal.server.engine.lookahead import LookAhead
 from shoal.server.engine.plan import AdapterLoad, Row, StepPlan, StepResult
 from shoal.server.engine.prefix_cache import PrefixCache
 from shoal.server.engine.request import FinishReason, Request, TokenEvent
@@ -100,6 +101,7 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self._slots = slots
+        self._ahead = LookAhead(slots)
         self._eos = eos_token_ids
         self._blocks = BlockPool(limits.num_blocks, limits.block_tokens)
         self._cache = PrefixCache(self._blocks)
@@ -199,6 +201,8 @@ class Scheduler:
         # Blocks just taken from a running request are not for newcomers.
         if self._waiting and self._preemptions == preemptions:
             loads = self._admit(shares)
+        if not self._waiting:
+            self._ahead.let_go_all()
         if not shares:
             assert self._flights or not self._live, "requests wait but nothing can run"
             return None
@@ -206,8 +210,11 @@ class Scheduler:
         seqs = sorted([seq for seq, count in shares.items() if count == 1], key=_PLACE)
         if len(seqs) < len(shares):
             seqs += sorted([seq for seq, count in shares.items() if count > 1], key=_PLACE)
+        prefetches = self._ahead.look(self._waiting, self._lost) if self._waiting else []
         plan = StepPlan(
-            rows=tuple([seq.schedule(shares[seq]) for seq in seqs]), adapter_loads=tuple(loads)
+            rows=tuple([seq.schedule(shares[seq]) for seq in seqs]),
+            adapter_loads=tuple(loads),
+            prefetches=tuple(prefetches),
         )
         self._flights.append(_Flight(plan, seqs))
         return plan
@@ -230,7 +237,8 @@ class Scheduler:
         has rows in the younger step only.
         """
         doomed = self._land(plan)
-        lost = {load.adapter.spec.digest for load in plan.adapter_loads}
+        loads = (*plan.adapter_loads, *plan.prefetches)
+        lost = {load.adapter.spec.digest for load in loads}
         if lost:
             doomed += [
                 seq
@@ -244,7 +252,8 @@ class Scheduler:
                 # Copies, because each consumer raises its own and grows its traceback.
                 events.append(TokenEvent(request_id=seq.request.id, error=copy(error)))
         for digest in lost:
-            if not self._slots.evict(digest):
+            self._ahead.let_go(digest)
+            if not self._slots.evict(digest) and self._slots.resident(digest):
                 assert self._flights, "a failed load is still pinned"
                 self._lost.add(digest)
         return events
@@ -284,6 +293,9 @@ class Scheduler:
         self._cache.check()
         self._slots.check()
         pinned = {s.row_adapter.spec.digest for s in holders if s.row_adapter is not None}
+        assert not self._ahead.held or self._waiting, "held for nobody"
+        assert not self._ahead.held & self._lost
+        pinned |= self._ahead.held
         assert self._slots.num_pinned == len(pinned), "a slot is pinned by nobody"
         assert all(self._slots.resident(digest) for digest in pinned)
         assert self._lost <= pinned, "a failed load is trusted again"
@@ -435,6 +447,8 @@ class Scheduler:
         if adapter is None:
             return True
         acquired = self._slots.acquire(adapter)
+        while acquired is None and self._ahead.make_room():
+            acquired = self._slots.acquire(adapter)
         if acquired is None:
             return False
         slot, needs_load = acquired
@@ -543,6 +557,8 @@ class Scheduler:
         del self._live[request_id]
         if self._running.pop(request_id, None) is None:
             self._waiting.remove(seq)
+            if not self._waiting:
+                self._ahead.let_go_all()
         self._waiting.close(seq.account)
         seq.ended = True
         if seq.request.deadline_s is not None:

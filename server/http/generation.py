@@ -266,10 +266,18 @@ async def _staged(services: Services, job: Job) -> AsyncIterator[AdapterSpec | N
                 return
         library.unstage(spec)  # the request was cancelled while this thread worked
 
+    def stage_resident() -> bool:
+        # Behind adapters that a slow store is being asked for, it would wait as long as they do.
+        spec = library.stage_resident(info)
+        if spec is not None:
+            pins.append(spec)
+        return spec is not None
+
     try:
         try:
-            pool = services.compose if isinstance(info, Blend) else services.load
-            await pool(stage, owner=job.tenant)
+            if not stage_resident():
+                pool = services.compose if isinstance(info, Blend) else services.load
+                await pool(stage, owner=job.tenant)
         except AdapterTooLarge as error:
             raise Overloaded(
                 f"no room for adapter {job.adapter_name!r} just now: {error}"

@@ -93,20 +93,10 @@ async def received(request: Request, *, max_bytes: int) -> AsyncIterator[Upload]
     with _disk_failures():
         folder = Path(await anyio.to_thread.run_sync(_make_folder))
     try:
-        with _disk_failures():
-            upload = await _receive(request, boundary, folder, max_bytes)
-        yield upload
+        yield await _receive(request, boundary, folder, max_bytes)
     finally:
         # Not in a thread: it must happen also when this request is being cancelled.
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _disk_failures() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RegistryUnavailable(f"an upload cannot be kept: {error}") from error
 
 
 def _make_folder() -> str:
@@ -138,15 +128,26 @@ async def _receive(request: Request, boundary: bytes, folder: Path, max_bytes: i
             if total > max_bytes + _ENVELOPE_BYTES:
                 raise _too_large(max_bytes)
             # Parsing writes to disk.
-            await anyio.to_thread.run_sync(parser.write, chunk)
+            with _disk_failures():
+                await anyio.to_thread.run_sync(parser.write, chunk)
         parser.finalize()
     except FormParserError as error:
         raise InvalidRequest(f"the multipart body cannot be read: {error}") from error
     except ClientDisconnect as error:
         raise InvalidRequest("the upload ended before it was complete") from error
     finally:
-        form.close()
+        with _disk_failures():
+            form.close()
     return form.result()
+
+
+@contextmanager
+def _disk_failures() -> Iterator[None]:
+    """What the operator must mend, such as a full disk; the caller may try again."""
+    try:
+        yield
+    except OSError as error:
+        raise RegistryUnavailable(f"an upload could not be received: {error}") from error
 
 
 class _Form:

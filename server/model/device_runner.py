@@ -198,7 +198,7 @@ class DeviceRunner:
     def submit(self, plan: StepPlan) -> Pending:
         """Begin a step. See ``Runner``."""
         with _noticing_loss(), self._on_stream():
-            for load in plan.adapter_loads:
+            for load in (*plan.adapter_loads, *plan.prefetches):
                 assert self._bank is not None
                 assert self._host is not None
                 self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))

@@ -92,7 +92,7 @@ class FakeRunner:
         if self.before_step is not None:
             self.before_step(plan)
         self.steps += 1
-        for load in plan.adapter_loads:
+        for load in (*plan.adapter_loads, *plan.prefetches):
             self._load(load.adapter)
         result = StepResult(token_ids={})
         for row in plan.rows:

@@ -48,7 +48,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:
-        for load in plan.adapter_loads:
+        for load in (*plan.adapter_loads, *plan.prefetches):
             self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))
         batch = Batch.from_rows(
             plan.rows,

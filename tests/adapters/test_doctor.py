@@ -87,6 +87,48 @@ def test_damage_is_named(tmp_path: Path) -> None:
     assert path.exists()  # the catalog refers to it
 
 
+def test_of_several_copies_the_one_that_is_read_decides(tmp_path: Path) -> None:
+    clinic = Clinic(tmp_path)
+    digest = clinic.publish("a", b"1")
+    clinic.put(b"1")
+    clinic.pack(b"1", b"another")
+    [path] = [p for p in (tmp_path / "store/records").rglob("*") if p.is_file()]
+    path.write_bytes(b"2")  # is read before the pack
+    with pytest.raises(RecordDamaged):
+        clinic.store.get(digest)
+    assert clinic.examine().damaged.examples == [digest]
+    path.unlink()
+    assert clinic.examine().healthy
+    [pack] = (tmp_path / "store/packs").iterdir()
+    data = pack.read_bytes()
+    at = data.index(bytes.fromhex(digest)) + 40
+    pack.write_bytes(data[:at] + b"2" + data[at + 1 :])
+    assert clinic.examine().damaged.examples == [digest]
+    assert clinic.examine(read_all=False).healthy
+    clinic.pack(b"1", b"a third")
+    assert clinic.store.get(digest) == b"1"
+    assert clinic.examine().healthy
+
+
+@pytest.mark.parametrize("read_all", [True, False])
+def test_among_many_packed_records_it_finds_the_few(
+    clinic: Clinic, monkeypatch: pytest.MonkeyPatch, read_all: bool
+) -> None:
+    monkeypatch.setattr("shoal.adapters.registry.packed.WINDOW_BYTES", 1000)
+    monkeypatch.setattr("shoal.adapters.registry.doctor._PAGE", 7)
+    rng = random.Random(0)
+    datas = [rng.randbytes(100) for _ in range(60)]
+    digests = [clinic.publish(f"a{n}", data) for n, data in enumerate(datas)]
+    clinic.pack(*datas[:30])
+    clinic.pack(*datas[20:48], b"nobody's")  # some twice
+    for data in datas[48:55]:
+        clinic.put(data)
+    report = clinic.examine(read_all=read_all)
+    assert report.records == 60
+    assert sorted(report.missing.examples) == sorted(digests[55:])
+    assert report == Report(records=60, missing=report.missing)
+
+
 def test_bases_that_are_gone_or_other_bytes_are_named(clinic: Clinic) -> None:
     clinic.publish("a", b"1")
     clinic.put(b"1")
@@ -133,6 +175,25 @@ def test_an_orphan_that_is_put_again_and_published_meanwhile_is_kept(clinic: Cli
     clinic.store.retire_record = late  # type: ignore[method-assign]
     assert clinic.examine(repair=True).removed_records == 0
     assert clinic.store.get(digest) == b"1"
+
+
+def test_what_dead_writers_left_goes_once_it_is_old(tmp_path: Path) -> None:
+    clinic = Clinic(tmp_path)
+    clinic.publish("a", b"1")
+    clinic.put(b"1")
+    left = [
+        tmp_path / "store" / "temporary" / "half",
+        clinic.bases / f".{BASIS_ID}.safetensors.x_y",
+    ]
+    for path in left:
+        path.write_bytes(b"half")
+    assert clinic.examine(repair=True, now=time.time()) == Report(records=1)
+    found = clinic.examine()
+    assert sorted(found.leftovers.examples) == sorted(map(str, left))
+    assert found.healthy
+    assert all(path.exists() for path in left)
+    assert clinic.examine(repair=True).removed_leftovers == 2
+    assert clinic.examine() == Report(records=1)
 
 
 def test_of_a_torn_pack_everything_whole_is_rescued(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 from tests.adapters.databases import BASE, content
 
 from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
@@ -16,6 +17,7 @@ from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RegistryUnavailable
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import open_store
+from shoal.adapters.registry.tables import GARBAGE
 
 
 class Clock:
@@ -144,6 +146,19 @@ def test_collecting_removes_dead_bytes_and_no_others(registry: Registry, clock: 
     store = registry._store
     assert not store.exists(hashlib.sha256(b"1").hexdigest())
     assert registry.read(publish(registry, "a1", b"1").digest) == b"1"
+
+
+def test_what_is_not_garbage_after_all_is_forgotten_as_such(
+    registry: Registry, clock: Clock
+) -> None:
+    for name in "ab":
+        publish(registry, name, b"shared")
+    registry.delete("a")
+    clock.now += 100.0
+    assert registry.collect(grace_s=50.0) == 0
+    with registry._database.read() as connection:
+        assert not connection.execute(select(GARBAGE)).all()
+    assert registry.read(hashlib.sha256(b"shared").hexdigest()) == b"shared"
 
 
 def test_an_upload_waits_while_its_bytes_are_removed(

@@ -8,18 +8,22 @@ import random
 import shutil
 import tempfile
 import threading
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import update
 
 from shoal.adapters import library as library_module
+from shoal.adapters import preparing
 from shoal.adapters.basis import Basis, BasisStore, compute_basis, make_basis
 from shoal.adapters.errors import (
     AdapterConflict,
@@ -41,11 +45,13 @@ from shoal.adapters.library import AdapterInfo, AdapterLibrary, RegistryUnavaila
 from shoal.adapters.reading import adapter_files
 from shoal.adapters.registry import stored
 from shoal.adapters.registry.archive import export_archive, import_archive
+from shoal.adapters.registry.collecting import Collector
 from shoal.adapters.registry.database import Database
 from shoal.adapters.registry.errors import RecordDamaged
 from shoal.adapters.registry.keys import Limits
 from shoal.adapters.registry.registry import Registry
 from shoal.adapters.registry.store import LocalStore, open_store
+from shoal.adapters.registry.tables import GARBAGE
 from shoal.adapters.spec import BaseShape, Dims, Family, Target
 from shoal.adapters.weights import AdapterWeights, Correction
 
@@ -149,6 +155,32 @@ def test_a_restart_serves_the_same_bits_as_the_upload(
     assert spec.packed_elements == info.packed_elements == after.get(spec.digest).data.numel()
     restarted.unstage(spec)
     library.unstage(spec)
+
+
+def test_a_restart_packs_the_same_bits_also_without_parsing(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = HostTier(1 << 20)
+    library = open_library(host=first)
+    infos = [upload(library, f"a{seed}", adapter(tmp_path, seed)) for seed in range(4)]
+    parsed = []
+    from_record = library_module.from_record
+
+    def counted(data: bytes, shape: BaseShape) -> AdapterWeights:
+        parsed.append(data)
+        return from_record(data, shape)
+
+    monkeypatch.setattr(library_module, "from_record", counted)
+    again = HostTier(1 << 20)
+    announced: list[Basis] = []
+    restarted = open_library(host=again, on_basis=announced.append)
+    for count, info in enumerate(infos, start=1):
+        spec = restarted.stage(info)
+        kept, packed = first.get(info.digest), again.get(info.digest)
+        assert (spec, packed.spec) == (kept.spec, kept.spec)
+        assert torch.equal(packed.data.view(torch.int32), kept.data.view(torch.int32))
+        assert [basis.id for basis in announced] == [CANONICAL.id] * count
+    assert len(parsed) == 1
 
 
 def test_an_upload_is_in_the_host_tier_when_it_returns(open_library: Open, tmp_path: Path) -> None:
@@ -319,6 +351,53 @@ def test_concurrent_stages_of_one_adapter_load_it_once(
     assert not library._loading._locks, "a lock outlived its users"
 
 
+def test_an_open_library_removes_what_was_deleted_long_ago(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_module, "Collector", partial(Collector, interval_s=0.02))
+    library = open_library()
+    for name, seed in (("old", 1), ("new", 2), ("kept", 3)):
+        upload(library, name, adapter(tmp_path, seed))
+    digests = {name: library.resolve(name).digest for name in ("old", "new", "kept")}
+    library.delete("old")
+    library.delete("new")
+    database = Database(f"sqlite:///{tmp_path}/registry.db")
+    with database.write() as connection:
+        connection.execute(
+            update(GARBAGE).where(GARBAGE.c.digest == digests["old"]).values(since=0)
+        )
+    database.close()
+    store = LocalStore(tmp_path / "registry.db.store")
+    until = time.monotonic() + 60
+    while store.exists(digests["old"]) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [name for name in digests if store.exists(digests[name])] == ["new", "kept"]
+
+
+def test_those_who_wait_for_a_load_that_fails_do_not_try_one_after_another(
+    open_library: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = upload(open_library(), "a", adapter(tmp_path, 1))
+    library = open_library()
+    loads: list[str] = []
+
+    def fail_slowly(registry: Registry, digest: str) -> bytes:
+        loads.append(digest)
+        until = time.monotonic() + 60
+        while library._loading._locks[digest].users < 8 and time.monotonic() < until:
+            time.sleep(0.001)
+        raise RegistryUnavailable("away")
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(8) as pool:
+        patch.setattr(Registry, "read", fail_slowly)
+        staged = [pool.submit(library.stage, info) for _ in range(8)]
+        for future in staged:
+            with pytest.raises(RegistryUnavailable, match="away"):
+                future.result(timeout=60)
+    assert loads == [info.digest]
+    library.unstage(library.stage(info))
+
+
 def test_a_failed_load_is_tried_again(open_library: Open, tmp_path: Path) -> None:
     info = upload(open_library(), "a", adapter(tmp_path, 1))
     library = open_library()
@@ -452,7 +531,7 @@ def test_a_vast_packed_size_is_refused_before_it_is_allocated(
     def allocate(*_: object) -> None:
         raise AssertionError("was packed")
 
-    monkeypatch.setattr(library_module, "pack_adapter", allocate)
+    monkeypatch.setattr(preparing, "pack_adapter", allocate)
     with pytest.raises(AdapterTooLarge, match="rank 4 on every module"):
         upload(open_library(**small), "a", adapter(tmp_path, 1, "lora"))
 

@@ -7,11 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from shoal.adapters.registry import packs
+from shoal.adapters.record import record_digest, to_record
+from shoal.adapters.registry import packs, stored
 from shoal.adapters.registry.errors import RecordDamaged, RegistryUnavailable
 from shoal.adapters.registry.packs import Index, PackTorn, frames, pack_chunks, read_index
 from shoal.adapters.registry.store import LocalStore, Store, open_store
+from shoal.adapters.spec import MODULES, BaseShape, Dims
+from shoal.adapters.weights import AdapterWeights
 
 
 def records(count: int, seed: int = 0) -> dict[str, bytes]:
@@ -203,3 +207,24 @@ def test_what_is_put_again_is_not_retired(store: Store, put_again: bool) -> None
     assert store.retire_record(digest, before) != put_again
     assert store.exists(digest) == put_again
     assert not store.retire_record("0" * 64, before)
+
+
+def test_the_stored_form_is_that_of_encode_wherever_it_lies(store: Store) -> None:
+    shape = BaseShape("tiny", "d" * 64, 12, dict.fromkeys(MODULES, Dims(8, 8)))
+    tensors = {target: (torch.full((4, 4), 0.5),) for target in shape.targets()}
+    adapter = AdapterWeights("lora_xs", "core", tensors, dict.fromkeys(tensors, 1.0), "b" * 64)
+    record = to_record(adapter)
+    digest = record_digest(record)
+    encoded = stored.encode(digest, record)
+    assert len(encoded) < len(record)
+    store.put_many([(digest, record)])  # as it is, as older releases did
+    assert (store.get_stored(digest), store.get(digest)) == (encoded, record)
+    store.put(digest, record)
+    assert (store.get_stored(digest), store.get(digest)) == (encoded, record)
+    stored.verify(digest, encoded, "here")
+    stored.verify(digest, record, "here")
+    for bad in (encoded[:-1], encoded[:-1] + b"x", record[:-1] + b"x", encoded[:9], b""):
+        with pytest.raises(RecordDamaged):
+            stored.verify(digest, bad, "here")
+        with pytest.raises(RecordDamaged):
+            stored.decode(digest, bad, "here")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.e2e.crash_server import forge
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -22,6 +23,8 @@ from transformers import (
 
 from shoal.kernels.paged_attention.kernel import paged_prefill
 from shoal.server.model.kv_cache import KVCache
+
+__all__ = ["forge"]
 
 HIDDEN, FFN, LAYERS, EOS = 48, 80, 2, 1
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

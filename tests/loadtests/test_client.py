@@ -69,6 +69,34 @@ def test_failures_are_samples_with_a_reason(response: httpx.Response, says: str)
     asyncio.run(go())
 
 
+@pytest.mark.parametrize(
+    ("asked", "served", "fine"),
+    [
+        ("a", "a@3", True),
+        ("a@3", "a@3", True),
+        ("acme/a", "acme/a@1", True),
+        ("a", None, True),  # another kind of server
+        ("a", "b@3", False),
+        ("a@2", "a@3", False),
+        (None, "a@1", False),
+    ],
+)
+def test_an_answer_of_another_adapter_is_a_failure(
+    asked: str | None, served: str | None, fine: bool
+) -> None:
+    def respond(_: httpx.Request) -> httpx.Response:
+        answer = events({"choices": [{"text": "x", "token_ids": [5]}]}, "[DONE]")
+        answer.headers.update({} if served is None else {"x-shoal-adapter": served})
+        return answer
+
+    async def go() -> None:
+        async with client(respond) as http:
+            (sample,) = await drive(http, OPTIONS, planned(adapter=asked))
+        assert (sample.error is None) == fine
+
+    asyncio.run(go())
+
+
 def test_concurrency_never_exceeds_the_limit() -> None:
     flying, most = 0, 0
 

@@ -71,6 +71,16 @@ def test_a_run_prints_a_table_and_ends_in_one_json_line(
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_range_of_adapters_is_not_listed_first(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--base-url", url, "--adapter-range", "u000:u999", "--num-prompts", "20") == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["completed"] == 20
+    assert figures["adapters_used"] > 15
+    assert figures["adapters_registered"] == 1000
+
+
 def test_a_server_that_is_not_there_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("--base-url", "http://127.0.0.1:9") == 2
     assert capsys.readouterr().err.startswith("error: http://127.0.0.1:9: ")

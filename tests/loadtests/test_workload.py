@@ -6,7 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.loadtests.workload import Lengths, PlannedRequest, Workload, plan_requests
+from shoal.loadtests.workload import (
+    Lengths,
+    NameRange,
+    PlannedRequest,
+    Workload,
+    plan_requests,
+)
 
 NAMES = [f"a{i}" for i in range(20)]
 WORKLOAD = Workload(
@@ -79,3 +85,19 @@ def test_a_shared_prefix_is_shared_by_all() -> None:
 def test_impossible_loads_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         replace(WORKLOAD, **change)  # type: ignore[arg-type]
+
+
+def test_a_range_of_names_counts_up_without_being_made() -> None:
+    names = NameRange.parse("u-1.0098:u-1.0102")
+    assert list(names) == ["u-1.0098", "u-1.0099", "u-1.0100", "u-1.0101", "u-1.0102"]
+    assert list(names[1:3]) == ["u-1.0099", "u-1.0100"]
+    million = NameRange.parse("u0000000:u0999999")
+    assert (len(million), million[-1]) == (1_000_000, "u0999999")
+    planned = plan_requests(WORKLOAD, adapters=million, token_ids=[1, 2], seed=0)
+    assert len({r.adapter for r in planned}) > 1900
+
+
+@pytest.mark.parametrize("text", ["u1", "u1:u0", "u1:v2", "u1:u02", "u:u", "u1:x1", "1:", ""])
+def test_what_is_no_range_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be FIRST:LAST"):
+        NameRange.parse(text)

@@ -108,6 +108,7 @@ def test_keys_are_not_printed() -> None:
         ({"served_model_name": ""}, "--served-model-name"),
         ({"max_body_bytes": 0}, "--max-body-bytes"),
         ({"spectral_memory": -1}, "--spectral-memory"),
+        ({"upload_helpers": 65}, "--upload-helpers"),
     ],
 )
 def test_a_broken_field_is_named_with_its_value_and_rule(broken: dict[str, Any], flag: str) -> None:
@@ -254,3 +255,10 @@ def test_singular_vectors_have_room_on_a_cpu_and_on_cuda_when_asked_for() -> Non
     assert ServeConfig().spectral_bytes("cuda") == 0
     assert ServeConfig(spectral_memory=0).spectral_bytes("cpu") == 0
     assert parse("--spectral-memory", "3GiB").spectral_bytes("cuda") == 3 * GIB
+
+
+def test_upload_helpers_follow_the_machine_unless_they_are_told() -> None:
+    by_itself = ServeConfig()
+    assert [by_itself.upload_processes(n) for n in (1, 2, 8, 16, 128)] == [1, 1, 2, 4, 4]
+    assert ServeConfig(upload_helpers=0).upload_processes(8) == 0
+    assert ServeConfig(upload_helpers=7).upload_processes(8) == 7

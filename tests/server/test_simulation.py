@@ -107,9 +107,11 @@ class Simulation:
         elif fate < 0.05:  # the device dies half-way
             rows = plan.rows[: self.chance.randrange(len(plan.rows))]
             loads = plan.adapter_loads
+            ahead = plan.prefetches
             if self.chance.random() < 0.5:
                 loads, rows = loads[: self.chance.randrange(len(loads) + 1)], ()
-            done = replace(plan, rows=rows, adapter_loads=loads)
+                ahead = ahead[: self.chance.randrange(len(ahead) + 1)]
+            done = replace(plan, rows=rows, adapter_loads=loads, prefetches=ahead)
             self.under_way.append(Step(plan, self.runner.submit(done), fails=True))
         else:
             self.under_way.append(Step(plan, self.runner.submit(plan), fails=False))
@@ -183,7 +185,10 @@ class Simulation:
 
     def check_plan(self, plan: StepPlan) -> None:
         limits = self.scheduler.limits
-        self.seen["loads"] += len(plan.adapter_loads)
+        self.seen["loads"] += len(plan.adapter_loads) + len(plan.prefetches)
+        self.seen["prefetches"] += len(plan.prefetches)
+        mine = {row.adapter.spec.digest for row in plan.rows if row.adapter is not None}
+        assert {load.adapter.spec.digest for load in plan.adapter_loads} <= mine
         self.seen["plans ahead"] += bool(self.under_way)
         assert len(plan.rows) <= limits.max_num_seqs
         assert plan.num_tokens <= limits.max_num_batched_tokens
@@ -239,7 +244,7 @@ class Simulation:
         for row in plan.rows if older else ():
             for block_id in row.block_ids[row.start // block_tokens :]:
                 assert users.get(block_id, set()) <= {row.request_id}, "written under a step"
-        for load in plan.adapter_loads:
+        for load in (*plan.adapter_loads, *plan.prefetches):
             slot, digest = load.adapter.slot, load.adapter.spec.digest
             for row in older:
                 if row.adapter is not None and row.adapter.spec.digest != digest:
@@ -341,7 +346,7 @@ def test_looking_ahead_changes_no_request(seed: int) -> None:
 @pytest.mark.parametrize("lookahead", [False, True], ids=["in turn", "ahead"])
 def test_the_simulation_reaches_what_it_claims_to_test(lookahead: bool) -> None:
     seen: Counter[str] = Counter()
-    for seed in range(0, 200, 8):
+    for seed in range(0, 200, 6):
         simulation = make(seed, lookahead=lookahead)
         simulation.run(arrivals=40)
         stats = simulation.scheduler.stats()
@@ -355,7 +360,7 @@ def test_the_simulation_reaches_what_it_claims_to_test(lookahead: bool) -> None:
     outcomes = ("stop", "length", "abort", "deadline", "PromptTooLong", "UnusableAdapter")
     outcomes += ("EngineFailure", "DeadlineExceeded")
     ahead = ("plans ahead", "ignored", "failures under a step") if lookahead else ()
-    for name in ("preemptions", "hits", "reloads", *outcomes, *ahead):
+    for name in ("preemptions", "hits", "reloads", "prefetches", *outcomes, *ahead):
         assert seen[name] >= 5, (name, seen)
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from shoal.adapters.errors import AdapterTooLarge
 from shoal.adapters.registry.errors import RegistryUnavailable
-from shoal.server.http import uploads
 
 pytestmark = pytest.mark.anyio
 
@@ -138,7 +137,7 @@ async def test_a_broken_form_is_a_400_and_leaves_nothing(
         assert list(tmp_path.glob("shoal-upload-*")) == []
 
 
-@pytest.mark.parametrize("what", ["_make_folder", "_Form"])
+@pytest.mark.parametrize("what", ["_make_folder", "_Form._open"])
 async def test_a_disk_that_cannot_keep_an_upload_is_a_503(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -147,7 +146,7 @@ async def test_a_disk_that_cannot_keep_an_upload_is_a_503(
 
     async with serve() as h:
         with monkeypatch.context() as patch:
-            patch.setattr(uploads, what, full)
+            patch.setattr(f"shoal.server.http.uploads.{what}", full)
             response = await h.upload("poet")
         assert response.status_code == 503
         assert response.headers["retry-after"]

@@ -46,6 +46,9 @@ class RegistryLibrary:
     def stage(self, info: Any) -> AdapterSpec:
         return AdapterSpec(info.digest, "core", info.rank, info.basis_id, info.packed_elements)
 
+    def stage_resident(self, info: Any) -> AdapterSpec | None:
+        return None
+
     def stage_blend(self, blend: Blend[Any]) -> AdapterSpec:
         return AdapterSpec(blend.digest, "core", 4, None, 64)
 
