@@ -9,7 +9,9 @@ tenant has been served its next n requests, everybody else who waits has caught 
 that it has then: that is how much is served before n places fall free. The time is rounded up to
 whole seconds, as HTTP says it, and the place is kept for the same request (tenant, prompt and
 parameters): others get what is left when all promises are kept, and who is refused meanwhile is
-told the time of the next place. A promise that nobody claims lapses.
+told the time of the next place. A promise that nobody claims lapses. A tenant with less than its
+share of the places does not stand back behind what others were promised: one tenant could have all
+of them promised to it, for hours, and come for none.
 """
 
 from bisect import bisect_left, insort
@@ -111,6 +113,9 @@ class Door:
                 each_s = self._seconds(self._mean_price(self._waiting.values(), request))
             why = f"{everybody} requests wait, and {limits.max_waiting} may"
             free_s = _free_after(everybody, promises.all, limits.max_waiting, each_s, now_s)
+            if free_s is not None and mine + len(own) < self._share(tenant):
+                # Else one tenant, refused again and again, would have all places promised to it.
+                free_s = _free_after(everybody, own, limits.max_waiting, each_s, now_s)
         if free_s is None:
             if since is not None and not due:  # too early, and there is a place all the same
                 promises.claim(tenant, key)
@@ -160,6 +165,11 @@ class Door:
     def _count(self, tenant: str) -> int:
         backlog = self._waiting.get(tenant)
         return self._entered[tenant] + (backlog.waiting if backlog else 0)
+
+    def _share(self, tenant: str) -> int:
+        """Places that nobody else's promises keep ``tenant`` from."""
+        tenants = {*self._waiting, *self._entered, *self._promises.tenants, tenant}
+        return max(1, self.limits.max_waiting // len(tenants))
 
     def _wait_s(self, request: Request, count: int) -> float:
         """Seconds until its tenant was served ``count`` more requests, and others their due."""
@@ -260,6 +270,11 @@ class _Promises:
 
     def __len__(self) -> int:
         return len(self.all)
+
+    @property
+    def tenants(self) -> Collection[str]:
+        """Who was promised something that has not lapsed, or did so just now."""
+        return self._of.keys()
 
     def of(self, tenant: str) -> Sequence[_Span]:
         """By time."""

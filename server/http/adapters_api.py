@@ -79,11 +79,13 @@ def adapters_router(services: Services) -> APIRouter:
                 if prefix:
                     raise InvalidRequest("`prefix` does not go with `shared`", param="prefix")
                 infos, following = await services.lookup(
-                    lambda: library.list_shared(limit=limit, after=after, owner=whose)
+                    lambda: library.list_shared(limit=limit, after=after, owner=whose),
+                    owner=caller.owner,
                 )
             else:
                 infos, following = await services.lookup(
-                    lambda: library.list(limit=limit, after=after, prefix=prefix, owner=whose)
+                    lambda: library.list(limit=limit, after=after, prefix=prefix, owner=whose),
+                    owner=caller.owner,
                 )
         return {
             "object": "list",
@@ -97,52 +99,63 @@ def adapters_router(services: Services) -> APIRouter:
     async def list_versions(name: str, request: Request) -> Json:
         caller = caller_of(request)
         owner, reference = caller.acts_on(name)
-        infos = await services.lookup(lambda: library.versions(reference, owner=owner))
+        infos = await services.lookup(
+            lambda: library.versions(reference, owner=owner), owner=caller.owner
+        )
         return {"object": "list", "data": [adapter_json(caller, info) for info in infos]}
 
     @router.post("/{name:path}/activate")
     async def activate_version(name: str, body: ActivateRequest, request: Request) -> Json:
         caller, owner, own = _writing(request, name)
-        info = await services.lookup(lambda: library.activate(own, body.version, owner=owner))
+        info = await services.lookup(
+            lambda: library.activate(own, body.version, owner=owner), owner=caller.owner
+        )
         return adapter_json(caller, info)
 
     @router.put("/{name:path}/tags")
     async def tag_adapter(name: str, body: TagsRequest, request: Request) -> Json:
         caller, owner, own = _writing(request, name)
-        info = await services.lookup(lambda: library.tag(own, body.tags, owner=owner))
+        info = await services.lookup(
+            lambda: library.tag(own, body.tags, owner=owner), owner=caller.owner
+        )
         return adapter_json(caller, info)
 
     @router.get("/{name:path}/shares")
     async def list_shares(name: str, request: Request) -> Json:
-        owner, own = caller_of(request).acts_on(name)
-        grantees = await services.lookup(lambda: library.grantees(own, owner=owner))
+        caller = caller_of(request)
+        owner, own = caller.acts_on(name)
+        grantees = await services.lookup(
+            lambda: library.grantees(own, owner=owner), owner=caller.owner
+        )
         return {"object": "list", "data": [{"owner": who or EVERYBODY} for who in grantees]}
 
     @router.put("/{name:path}/shares/{grantee}", status_code=204)
     async def share_adapter(name: str, grantee: str, request: Request) -> Response:
-        _, owner, own = _writing(request, name)
+        caller, owner, own = _writing(request, name)
         whom = None if grantee == EVERYBODY else grantee
-        await services.lookup(lambda: library.share(own, whom, owner=owner))
+        await services.lookup(lambda: library.share(own, whom, owner=owner), owner=caller.owner)
         return Response(status_code=204)
 
     @router.delete("/{name:path}/shares/{grantee}", status_code=204)
     async def unshare_adapter(name: str, grantee: str, request: Request) -> Response:
-        _, owner, own = _writing(request, name)
+        caller, owner, own = _writing(request, name)
         whom = None if grantee == EVERYBODY else grantee
-        await services.lookup(lambda: library.unshare(own, whom, owner=owner))
+        await services.lookup(lambda: library.unshare(own, whom, owner=owner), owner=caller.owner)
         return Response(status_code=204)
 
     @router.get("/{name:path}")
     async def show_adapter(name: str, request: Request) -> Json:
         caller = caller_of(request)
         owner, reference = caller.acts_on(name)
-        info = await services.lookup(lambda: library.resolve(reference, owner=owner))
+        info = await services.lookup(
+            lambda: library.resolve(reference, owner=owner), owner=caller.owner
+        )
         return adapter_json(caller, info)
 
     @router.delete("/{name:path}", status_code=204)
     async def delete_adapter(name: str, request: Request) -> Response:
-        _, owner, own = _writing(request, name)
-        await services.lookup(lambda: library.delete(own, owner=owner))
+        caller, owner, own = _writing(request, name)
+        await services.lookup(lambda: library.delete(own, owner=owner), owner=caller.owner)
         return Response(status_code=204)
 
     return router

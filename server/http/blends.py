@@ -50,4 +50,4 @@ async def resolve_asked(
             found.append((info, part.weight))
         return found
 
-    return blended(await services.lookup(look_up))
+    return blended(await services.lookup(look_up, owner=caller.owner))

@@ -150,7 +150,9 @@ async def resolve(services: Services, caller: Caller, model: str) -> "AdapterInf
         return None
     owner, reference = caller.acts_on(model)
     try:
-        return await services.lookup(lambda: services.library.resolve(reference, owner=owner))
+        return await services.lookup(
+            lambda: services.library.resolve(reference, owner=owner), owner=caller.owner
+        )
     except (AdapterNotFound, AdapterNameInvalid) as error:
         raise ModelNotFound(
             f"no model {model!r}: it is neither the base {services.model_name!r} nor an adapter",

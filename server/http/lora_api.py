@@ -34,7 +34,9 @@ def lora_router(services: Services) -> APIRouter:
     @router.post("/v1/unload_lora_adapter")
     async def unload_lora_adapter(body: UnloadLoraRequest, request: Request) -> PlainTextResponse:
         _, owner, name = _allowed(services, request, body.lora_name)
-        await services.lookup(lambda: library.delete(name, owner=owner))
+        await services.lookup(
+            lambda: library.delete(name, owner=owner), owner=caller_of(request).owner
+        )
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router

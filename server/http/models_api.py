@@ -63,7 +63,8 @@ async def _page(
     with names_from("after"):
         if after is None or "/" not in after:
             infos, following = await services.lookup(
-                lambda: library.list(limit=max(limit, 1), after=after, owner=owner)
+                lambda: library.list(limit=max(limit, 1), after=after, owner=owner),
+                owner=owner,
             )
             if len(infos) > limit or following is not None:
                 return infos[:limit], True
@@ -72,7 +73,8 @@ async def _page(
             return infos, False  # who has no name was given nothing
         room, cursor = limit - len(infos), after
         shared, following = await services.lookup(
-            lambda: library.list_shared(limit=max(room, 1), after=cursor, owner=owner)
+            lambda: library.list_shared(limit=max(room, 1), after=cursor, owner=owner),
+            owner=owner,
         )
     return [*infos, *shared[:room]], len(shared) > room or following is not None
 

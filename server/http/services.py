@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import anyio
-import anyio.to_thread
-
 from shoal.adapters.errors import (
     AdapterConflict,
     AdapterError,
@@ -193,7 +190,7 @@ class Services:
     draining: bool = field(default=False, init=False)
     in_flight: int = field(default=0, init=False)
     started: int = field(default_factory=lambda: int(time.time()), init=False)
-    _lookups: anyio.CapacityLimiter = field(init=False)
+    _lookups: Pool = field(init=False)
     _loads: Pool = field(init=False)
     _blends: Pool = field(init=False)
     _texts: Pool = field(init=False)
@@ -203,16 +200,16 @@ class Services:
         self.metrics = Metrics(self.model_name, stats=self.engine.stats)
         # Long texts and uploads keep a core busy: few at a time, never in the way of look-ups. Nor
         # is what waits for a disk: the first adapter on singular vectors may need gigabytes.
-        self._lookups = anyio.CapacityLimiter(8)
+        self._lookups = Pool(8)
         self._loads = Pool(8)
         self._blends = Pool(8)
         self._texts = Pool(2)
         # One beside those that wait for helper processes.
         self._uploads = Pool(1 + max(1, self.config.upload_processes()))
 
-    async def lookup(self, call: Callable[[], T]) -> T:
+    async def lookup(self, call: Callable[[], T], *, owner: str) -> T:
         """Run a short blocking call in a thread."""
-        return await anyio.to_thread.run_sync(call, limiter=self._lookups)
+        return await self._lookups.run(call, owner=owner)
 
     async def load(self, call: Callable[[], T], *, owner: str) -> T:
         """Run what may have to read an adapter, or what it needs of the base, in a thread."""

@@ -244,3 +244,47 @@ def ask(tenant: str, number: int = 0) -> Request:
         sampling=SamplingParams(max_tokens=45),
         tenant=tenant,
     )
+
+
+@pytest.mark.parametrize("of_one", [50, 100])
+def test_a_tenant_that_never_comes_back_does_not_keep_the_places_from_another(of_one: int) -> None:
+    door = Door(DoorLimits(max_waiting=100, max_waiting_per_tenant=of_one))
+    sampling = SamplingParams(max_tokens=16)
+    now_s, number, served = 0.0, 0, 0
+    waiting = {"flood": 0, "other": 0}
+    counters = {"flood": 0, "other": 0}
+
+    def ask(tenant: str) -> bool:
+        nonlocal number
+        number += 1  # always something else, so that no promise is ever claimed
+        request = Request(
+            id=str(number), prompt_ids=(number, 1, 2), sampling=sampling, tenant=tenant
+        )
+        try:
+            door.admit(request, now_s)
+        except Overloaded:
+            return False
+        waiting[tenant] += 1
+        return True
+
+    accepted = []
+    for step in range(500):
+        now_s += 0.1
+        door.take()
+        if any(waiting.values()):  # ten requests a second, of whom was served less
+            tenant = min((t for t in waiting if waiting[t]), key=lambda t: counters[t])
+            waiting[tenant] -= 1
+            served += 35
+            counters[tenant] += 35 * SCALE
+        changes = [
+            Backlog(t, counters[t], 1, waiting[t], 3 * waiting[t], 16 * waiting[t], 16.0, False)
+            for t in waiting
+        ]
+        door.look(changes, served, now_s)
+        if step < 300:
+            for _ in range(6):
+                ask("flood")
+        if step % 10 == 0:
+            accepted.append(ask("other"))
+    assert sum(accepted) >= 0.9 * len(accepted)
+    assert all(accepted[-15:]), "nobody waits any more"
