@@ -7,7 +7,9 @@ import pytest
 from shoal.server.cli import adapters
 
 
-@pytest.mark.parametrize("words", [["rm", "../models"], ["show", "a@1"], ["activate", "a/b/c", "1"]])
+@pytest.mark.parametrize(
+    "words", [["rm", "../models"], ["show", "a@1"], ["activate", "a/b/c", "1"]]
+)
 def test_what_is_no_name_is_refused_before_anything_is_sent(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
