@@ -2,7 +2,7 @@
 #
 #   make serve            serve SmolLM2-135M-Instruct with the shipped adapters on this machine
 #   make serve ARGS="--port 8123 --device cpu"
-#   make test             the test suite, including the tests on the real model
+#   make test             the test suite, including the tests on the real model (WORKERS= for one process)
 #   make check            lint + types + tests: exactly what CI runs
 #   make bench            the CPU throughput comparison of the README
 #
@@ -13,6 +13,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 ARGS   ?=
+# A worker a core; one file's tests stay together, because they share what is slow to make.
+WORKERS ?= -n auto --dist loadfile
 
 BIN    := $(VENV)/bin
 BASE   := $(VENV)/.base-installed
@@ -26,7 +28,7 @@ serve: $(BASE)
 
 test: $(DEV)
 	@$(BIN)/shoal pull smollm2
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(WORKERS) $(ARGS)
 
 check: lint types test
 
