@@ -5,7 +5,7 @@ A *reference* is ``name``, for those without an owner, or ``owner/name``. Names 
 owner, whatever the base, so a reference says which base it is of.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from sqlalchemy import select
 
@@ -63,6 +63,26 @@ class WholeCatalog:
         """Let the bare name mean ``version``, or AdapterNotFound."""
         catalog, name = self._find(reference)
         return catalog.activate(name, version)
+
+    def tag(self, reference: str, tags: Mapping[str, str]) -> AdapterInfo:
+        """Give an adapter these tags and no others, or AdapterNotFound, AdapterRejected."""
+        catalog, name = self._find(reference)
+        return catalog.tag(name, tags)
+
+    def share(self, reference: str, grantee: str | None) -> None:
+        """Let ``grantee``, or everybody, see an adapter, or AdapterNotFound, AdapterRejected."""
+        catalog, name = self._find(reference)
+        catalog.share(name, grantee)
+
+    def unshare(self, reference: str, grantee: str | None) -> None:
+        """Undo ``share``, or AdapterNotFound, AdapterRejected."""
+        catalog, name = self._find(reference)
+        catalog.unshare(name, grantee)
+
+    def grantees(self, reference: str) -> list[str | None]:
+        """With whom an adapter is shared; None is everybody. AdapterNotFound."""
+        catalog, name = self._find(reference)
+        return catalog.grantees(name)
 
     def delete(self, reference: str, *, now: float) -> None:
         """Forget an adapter as its owner's ``delete`` does, or AdapterNotFound.

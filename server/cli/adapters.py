@@ -1,7 +1,7 @@
 """``shoal adapters ...``: manage the adapters of a running server over HTTP.
 
-``check`` and ``convert`` work on files; ``export`` and ``import`` on a registry, as do ``list``,
-``show``, ``activate`` and ``rm`` when given ``--registry``. They need no server: see their modules.
+``check`` and ``convert`` work on files; ``export`` and ``import`` on a registry, as do all the
+others when given ``--registry``. They need no server: see their modules.
 """
 
 import argparse
@@ -13,7 +13,13 @@ from typing import Any
 import httpx
 
 from shoal.adapters.spec import ADAPTER_NAME
-from shoal.server.cli import adapters_archive, adapters_check, adapters_convert, adapters_registry
+from shoal.server.cli import (
+    adapters_archive,
+    adapters_base,
+    adapters_check,
+    adapters_convert,
+    adapters_registry,
+)
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 KEY_VARIABLE = "SHOAL_API_KEY"
@@ -48,19 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     push = verb("push", "upload an adapter directory; usable by the next request")
     push.add_argument("name", help="name to serve it under")
     push.add_argument("directory", type=Path, help=f"folder with {' and '.join(FILES)}")
+    adapters_base.add_arguments(push)  # for a registry without a server
     verb("show", "show one adapter and its versions", registry).add_argument("name")
     activate = verb("activate", "make a version the one that the bare name means", registry)
     activate.add_argument("name")
     activate.add_argument("version", type=int)
     verb("rm", "delete an adapter (its name stops resolving)", registry).add_argument("name")
-    tag = verb("tag", "give an adapter these tags and no others; without any, take them away")
+    tag = verb(
+        "tag", "give an adapter these tags and no others; without any, take them away", registry
+    )
     tag.add_argument("name")
     tag.add_argument("tags", nargs="*", metavar="KEY=VALUE")
     for name, help in (
         ("share", "let another owner use an adapter, as YOU/NAME; without one, say who may"),
         ("unshare", "undo share"),
     ):
-        shares = verb(name, help)
+        shares = verb(name, help, registry)
         shares.add_argument("name")
         shares.add_argument(
             "owner", nargs="?" if name == "share" else None, help="* is everybody", metavar="OWNER"
@@ -75,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.adapters_verb == "tag":
+        pairs = [tag.partition("=") for tag in args.tags]
+        if wrong := [key for key, equals, _ in pairs if not equals]:
+            print(f"error: {wrong[0]!r} is no tag: write KEY=VALUE", file=sys.stderr)
+            return 1
+        args.tags = {key: value for key, _, value in pairs}
     if args.adapters_verb in OFFLINE:
         return int(OFFLINE[args.adapters_verb].run(args))
     if args.adapters_verb in ARCHIVE:
@@ -139,19 +154,15 @@ def _rm(client: httpx.Client, args: argparse.Namespace) -> None:
 
 
 def _tag(client: httpx.Client, args: argparse.Namespace) -> None:
-    pairs = [tag.partition("=") for tag in args.tags]
-    if wrong := [key for key, equals, _ in pairs if not equals]:
-        raise CommandError(f"{wrong[0]!r} is no tag: write KEY=VALUE")
-    body = {"tags": {key: value for key, _, value in pairs}}
-    shown = _answer(client.put(f"{_path(args.name)}/tags", json=body))["tags"]
-    print(" ".join(f"{key}={value}" for key, value in shown.items()) or "no tags")
+    shown = _answer(client.put(f"{_path(args.name)}/tags", json={"tags": args.tags}))["tags"]
+    print(adapters_registry.tags_line(shown))
 
 
 def _share(client: httpx.Client, args: argparse.Namespace) -> None:
     if args.owner is not None:
         _answer(client.put(_share_path(args)))
     owners = [share["owner"] for share in _answer(client.get(f"{_path(args.name)}/shares"))["data"]]
-    print(f"{args.name} is shared with " + (", ".join(owners) or "nobody"))
+    print(adapters_registry.shares_line(args.name, owners))
 
 
 def _unshare(client: httpx.Client, args: argparse.Namespace) -> None:

@@ -1,15 +1,17 @@
-"""``shoal adapters list|show|activate|rm --registry URL``: an operator's view, without a server.
+"""``shoal adapters VERB --registry URL``: an operator's view of a registry, without a server.
 
 Of all owners (``owner/name``) and bases. Servers on that registry see changes with the next
-request. Uploading is not among them: it takes the base's weights to check an adapter.
+request. ``push`` checks an adapter as a server does, for which it opens the base.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from shoal.server.cli import adapters_base
 
 if TYPE_CHECKING:
     from shoal.adapters.registry.catalog import AdapterInfo
@@ -29,11 +31,14 @@ def run(args: argparse.Namespace) -> int:
     from shoal.adapters.registry.database import Database, sqlite_file
     from shoal.adapters.registry.errors import RegistryError
     from shoal.adapters.registry.whole import WholeCatalog
+    from shoal.server.model.config import ModelError
 
     if getattr(args, "shared", False):
         print("error: --shared is of a key's owner: with --registry everything is", file=sys.stderr)
         return 2
     try:
+        if args.adapters_verb == "push":
+            return _push(args)
         file = sqlite_file(args.registry)
         if file is not None and not file.exists():  # opening would make one
             print(f"error: no registry at {file}", file=sys.stderr)
@@ -45,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             database.close()
     except BrokenPipeError:  # `… list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (AdapterError, RegistryError) as problem:
+    except (AdapterError, RegistryError, ModelError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
     return 0
@@ -91,11 +96,86 @@ def _rm(catalog: "WholeCatalog", args: argparse.Namespace) -> None:
     print(f"deleted {args.name}")
 
 
+def _tag(catalog: "WholeCatalog", args: argparse.Namespace) -> None:
+    print(tags_line(catalog.tag(args.name, args.tags).tags))
+
+
+def _share(catalog: "WholeCatalog", args: argparse.Namespace) -> None:
+    if args.owner is not None:
+        catalog.share(args.name, _grantee(args.owner))
+    print(shares_line(args.name, [who or "*" for who in catalog.grantees(args.name)]))
+
+
+def _unshare(catalog: "WholeCatalog", args: argparse.Namespace) -> None:
+    catalog.unshare(args.name, _grantee(args.owner))
+    print(f"{args.name} is no longer shared with {args.owner}")
+
+
+def tags_line(tags: Mapping[str, str]) -> str:
+    """Tags for people."""
+    return " ".join(f"{key}={value}" for key, value in tags.items()) or "no tags"
+
+
+def shares_line(name: str, owners: Sequence[str]) -> str:
+    """With whom ``name`` is shared, for people."""
+    return f"{name} is shared with " + (", ".join(owners) or "nobody")
+
+
+def _grantee(owner: str) -> str | None:
+    return None if owner == "*" else owner
+
+
+def _push(args: argparse.Namespace) -> int:
+    """Upload as a server does, but for what only a device can refuse."""
+    import torch
+
+    from shoal.adapters.basis import BasisStore
+    from shoal.adapters.host_tier import HostTier
+    from shoal.adapters.library import AdapterLibrary, places
+    from shoal.adapters.reading import adapter_files
+    from shoal.adapters.registry.names import validate_name, validate_owner
+    from shoal.adapters.registry.shared_bases import SharedBases
+    from shoal.server.config import ServeConfig
+
+    whose, slash, name = args.name.rpartition("/")
+    owner = validate_owner(whose) if slash else ""
+    validate_name(name)
+    files = adapter_files(args.directory)
+    look = adapters_base.look_at(files)
+    limits = ServeConfig(model=args.base)
+    shared = SharedBases.open(places(args.registry, args.store))
+    with adapters_base.offline_base(args, need_basis=True, need_spectral=look.spectral) as base:
+        library = AdapterLibrary.open(
+            registry_url=args.registry,
+            store_url=args.store,
+            shape=base.shape,
+            weight_of=base.weight_of,
+            canonical=base.canonical,
+            bases=BasisStore(shared.folder, shared),
+            host=HostTier(limits.host_adapter_memory),
+            on_basis=lambda basis: None,
+            dtype=torch.float32,
+            reserved_names=frozenset({limits.base_name.lower()}),
+            max_upload_bytes=limits.max_upload_bytes,
+            shipped=None,
+            spectral=base.spectral,
+            on_spectral=lambda basis, targets: None,
+        )
+        try:
+            print(line(_as_json(library.upload(name, files, owner=owner))))
+        finally:
+            library.close()
+    return 0
+
+
 _VERBS: dict[str, Callable[["WholeCatalog", argparse.Namespace], None]] = {
     "list": _list,
     "show": _show,
     "activate": _activate,
     "rm": _rm,
+    "tag": _tag,
+    "share": _share,
+    "unshare": _unshare,
 }
 
 

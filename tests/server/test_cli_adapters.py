@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoal.adapters import corrections
 from shoal.adapters.base import base_digest
-from shoal.adapters.basis import Basis, compute_basis, make_basis, save_basis
+from shoal.adapters.basis import Basis, BasisStore, compute_basis, make_basis, save_basis
 from shoal.adapters.formats.keys import module_path
 from shoal.adapters.formats.writing import (
     write_compact_lora_xs,
@@ -22,7 +22,9 @@ from shoal.adapters.formats.writing import (
     write_miss,
     write_svf,
 )
-from shoal.adapters.library import places
+from shoal.adapters.host_tier import HostTier
+from shoal.adapters.library import AdapterLibrary, places
+from shoal.adapters.registry.shared_bases import SharedBases
 from shoal.adapters.spec import MODULES, UNIT_ELEMENTS, Target
 from shoal.adapters.spectral_basis import SpectralBasis
 from shoal.server.cli import adapters
@@ -572,3 +574,57 @@ def test_push_points_to_convert(tiny: Tiny, capsys: pytest.CaptureFixture[str]) 
     words = ["push", "name", str(pickled(tiny.lora())), "--url", "http://127.0.0.1:1"]
     assert adapters.run(parser.parse_args(words)) == 1
     assert "shoal adapters convert" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------- push, without a server
+
+
+@pytest.mark.parametrize("kind", ["lora", "compact", "official", "svf"])
+def test_a_push_to_a_registry_is_what_a_server_there_serves(
+    tiny: Tiny, run: Run, kind: str
+) -> None:
+    folder = getattr(tiny, kind)()
+    url = f"sqlite:///{tiny.folder}/registry.db"
+    for reference, version in (("acme/poem", 1), ("acme/poem", 1), ("poem", 1)):
+        code, out, err = run("push", reference, folder, "--registry", url)
+        assert (code, err.count("error")) == (0, 0), err
+        assert out.startswith(f"{reference}@{version}  ")
+    shape = tiny.decoder.config.base_shape("base", base_digest(tiny.base))
+    shared = SharedBases.open(places(url))
+    library = AdapterLibrary.open(
+        registry_url=url,
+        store_url=None,
+        shape=shape,
+        weight_of=tiny.decoder.weight_of,
+        canonical=compute_basis(tiny.decoder.weight_of, shape, 8),
+        bases=BasisStore(shared.folder, shared),
+        host=HostTier(1 << 20),
+        on_basis=lambda basis: None,
+        dtype=torch.float32,
+        reserved_names=frozenset(),
+        max_upload_bytes=1 << 20,
+        shipped=None,
+        spectral=SpectralBasis(tiny.decoder.weight_of, shape, tiny.folder / "own"),
+        on_spectral=lambda basis, targets: None,
+    )
+    try:
+        info = library.resolve("poem", owner="acme")
+        library.unstage(library.stage(info))
+        assert info.digest == library.resolve("poem").digest
+    finally:
+        library.close()
+
+
+def test_a_push_that_is_refused_says_why_and_makes_no_name(tiny: Tiny, run: Run) -> None:
+    url = f"sqlite:///{tiny.folder}/registry.db"
+    for reference, folder, says in (
+        ("poem", tiny.bat(), "bat"),
+        ("../poem", tiny.lora(), "owner '..'"),
+        ("Poem", tiny.folder / "lora", "adapter name 'Poem'"),
+        ("base", tiny.folder / "lora", "reserved"),
+        ("poem", tiny.folder / "nowhere", "adapter_config.json"),
+    ):
+        code, out, err = run("push", reference, folder, "--registry", url)
+        assert (code, out) == (1, "")
+        assert says in err
+    assert run("push", "poem", tiny.folder / "lora", "--registry", url)[1].startswith("poem@1 ")

@@ -1,4 +1,4 @@
-"""``shoal adapters list|show|activate|rm --registry``: every owner and base, without a server."""
+"""``shoal adapters VERB --registry``: every owner and base, without a server."""
 
 import hashlib
 from pathlib import Path
@@ -55,9 +55,34 @@ def test_all_owners_and_bases_are_listed_shown_and_changed(
     database.close()
 
 
+def test_tags_and_shares(database_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    database = Database(database_url)
+    publish(database, "tea", "3", owner="acme")
+    publish(database, "milk", "4")
+    where = ["--registry", database_url]
+    for words, says in (
+        (["tag", "acme/tea", "lang=fr"], "lang=fr"),
+        (["tag", "acme/tea"], "no tags"),
+        (["share", "acme/tea", "globex"], "acme/tea is shared with globex"),
+        (["share", "acme/tea", "*"], "acme/tea is shared with *, globex"),
+        (["unshare", "acme/tea", "*"], "acme/tea is no longer shared with *"),
+        (["share", "acme/tea"], "acme/tea is shared with globex"),
+    ):
+        assert main(["adapters", *words, *where]) == 0
+        assert capsys.readouterr().out.strip() == says
+    seen = Catalog(database, base_digest=BASE, owner="globex").shared_page(limit=9)[0]
+    assert [info.reference for info in seen] == ["acme/tea"]
+    assert main(["adapters", "share", "milk", "globex", *where]) == 1, "it has no owner"
+    assert main(["adapters", "tag", "milk", "lang", *where]) == 1
+    assert "KEY=VALUE" in capsys.readouterr().err
+    database.close()
+
+
 @pytest.mark.parametrize(
     "words",
     [
+        ("tag", "coffee", "a=b"),
+        ("share", "coffee", "acme"),
         ("show", "coffee"),
         ("show", "acme/tea"),
         ("show", "../x"),
