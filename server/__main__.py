@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stderr, level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     # One line for each HTTP request that a verb makes is not what its user asked to see.
-    for chatty in ("httpx", "alembic"):
+    for chatty in ("httpx", "alembic", "aiobotocore", "botocore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     module = importlib.import_module(f"shoal.server.cli.{verb}")
     parser = argparse.ArgumentParser(
