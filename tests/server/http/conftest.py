@@ -173,10 +173,12 @@ class Gate:
         self._open.set()
         self.error: Exception | None = None
         self.delay_s = 0.0
+        self.steps = 0  # that came here
 
     def __call__(self, plan: StepPlan) -> None:
         if self.delay_s:
             time.sleep(self.delay_s)
+        self.steps += 1
         self._open.wait(10)
         if self.error is not None:
             raise self.error

@@ -18,7 +18,7 @@ LONG = {"model": "poet", "max_tokens": 200, "ignore_eos": True}
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not condition():
             await anyio.sleep(0.001)
 
@@ -61,7 +61,7 @@ class Client:
             "server": ("shoal", 80),
             "client": ("client", 1),
         }
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             await app(scope, self.receive, self.send)
 
 
@@ -270,7 +270,7 @@ async def test_a_deadline_that_passes_before_the_first_token_is_a_504(serve: Ser
 
         async with anyio.create_task_group() as group:
             group.start_soon(h.complete)  # its step is under way when the other one comes
-            await anyio.sleep(0.1)
+            await until(lambda: h.gate.steps == 1)
             group.start_soon(late)
             await anyio.sleep(0.1)
             h.gate.open()
