@@ -26,15 +26,18 @@ def save_checkpoint(
     fingerprint: Mapping[str, object],
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
+    state: Mapping[str, Tensor],
 ) -> None:
     """Write the state after ``step`` updates; durable when it returns."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors[f"value.{name}"] = parameter.detach().cpu().contiguous()
-        state = optimizer.state.get(parameter, {})
+        known = optimizer.state.get(parameter, {})
         for moment in _MOMENTS:
-            if moment in state:
-                tensors[f"{moment}.{name}"] = state[moment].detach().cpu().contiguous()
+            if moment in known:
+                tensors[f"{moment}.{name}"] = known[moment].detach().cpu().contiguous()
+    for name, tensor in state.items():
+        tensors[f"method.{name}"] = tensor.detach().cpu().contiguous()
     header = {"step": str(step), "fingerprint": json.dumps(fingerprint, sort_keys=True)}
     write_atomically(path, [save(tensors, metadata=header)])
 
@@ -45,8 +48,9 @@ def load_checkpoint(
     fingerprint: Mapping[str, object],
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
+    state: Mapping[str, Tensor],
 ) -> int:
-    """Restore the state into ``parameters`` and ``optimizer``.
+    """Restore the state into ``parameters``, ``optimizer`` and ``state``.
 
     Returns:
         How many updates the state contains.
@@ -73,6 +77,8 @@ def load_checkpoint(
                 key: value if key == "step" else value.to(parameter.device)
                 for key, value in moments.items()
             }
+    for name, tensor in state.items():
+        tensor.copy_(tensors[f"method.{name}"])
     return step
 
 

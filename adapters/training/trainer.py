@@ -39,7 +39,7 @@ from shoal.adapters.training.errors import Diverged
 from shoal.adapters.training.interrupt import StopRequest
 from shoal.adapters.training.loading import Base, load_base
 from shoal.adapters.training.methods.attaching import shape_of, weight_reader
-from shoal.adapters.training.methods.contract import AdaptedLinear
+from shoal.adapters.training.methods.contract import AdaptedLinear, Method
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import attach_all, method_of
 from shoal.adapters.training.metrics import (
@@ -125,7 +125,7 @@ def train(
     )
     method = method_of(config)
     adapted = attach_all(base.model, config, source)
-    trainer = _Trainer(config, base, adapted, examples, evaluation, run)
+    trainer = _Trainer(config, base, method, adapted, examples, evaluation, run)
     if config.resume:
         trainer.restore()
     else:
@@ -177,6 +177,7 @@ class _Trainer:
         self,
         config: TrainConfig,
         base: Base,
+        method: Method,
         adapted: Mapping[Target, AdaptedLinear],
         examples: Sequence[Example],
         evaluation: Sequence[Example],
@@ -184,6 +185,8 @@ class _Trainer:
     ) -> None:
         self.config = config
         self.base = base
+        self.method = method
+        self.adapted = adapted
         self.run = run
         self.examples = examples
         self.evaluation = evaluation
@@ -193,8 +196,13 @@ class _Trainer:
             for target, linear in adapted.items()
             for name, factor in linear.factors().items()
         }
+        rates = method.rates()
+        groups = [
+            {"params": [factor], "rate": rates.get(name.rpartition(".")[2], 1.0)}
+            for name, factor in self.parameters.items()
+        ]
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+            groups, lr=config.learning_rate, weight_decay=config.weight_decay
         )
         pad_id = base.tokenizer.pad_token_id
         # What the padding is does not matter (see summed_loss), only that it is in the vocabulary.
@@ -213,6 +221,7 @@ class _Trainer:
             fingerprint=self.fingerprint,
             parameters=self.parameters,
             optimizer=self.optimizer,
+            state=self.method.state(self.adapted),
         )
         keep_until(self.run.metrics, self.step)
         keep_until(self.run.evals, self.step)
@@ -254,19 +263,24 @@ class _Trainer:
         started = time.perf_counter()
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         self.optimizer.zero_grad()
         count = sum(batch.num_supervised for batch in batches)
         loss = 0.0
         for batch in batches:
             part = summed_loss(self.base.model, batch) / count
+            penalty = self.method.penalty(self.adapted)
+            if penalty is not None:
+                part = part + penalty.sum() / len(batches)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
+        self.method.before_step(self.adapted)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(self.step + 1, loss)
         self.optimizer.step()
         self.step += 1
+        self.method.after_step(self.adapted, self.step, self.config.steps)
         seconds = time.perf_counter() - started
         tokens = sum(batch.num_tokens for batch in batches)
         return StepMetrics(self.step, loss, rate, norm, round(tokens / seconds, 1))
@@ -312,6 +326,7 @@ class _Trainer:
             fingerprint=self.fingerprint,
             parameters=self.parameters,
             optimizer=self.optimizer,
+            state=self.method.state(self.adapted),
         )
 
     def _fingerprint(self) -> dict[str, object]:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.method_options import RANKLESS
 from shoal.adapters.training.trainer import OnStep, TrainResult, train
 
 CHATML = (
@@ -88,7 +89,9 @@ class Lab:
 
     def config(self, name: str, **options: Any) -> TrainConfig:
         """A short LoRA-XS run into the directory ``name``, unless told otherwise."""
-        asked: dict[str, Any] = {"method": "lora-xs", "steps": 6, "rank": 4, "batch_size": 2}
+        asked: dict[str, Any] = {"method": "lora-xs", "steps": 6, "batch_size": 2}
+        if options.get("method") not in RANKLESS:
+            asked["rank"] = 4
         paths = {"base": self.base, "data": self.data, "out": self.root / name}
         return TrainConfig(**{**paths, **asked, "device": "cpu", **options})
 
