@@ -107,6 +107,7 @@ class Scorer:
         if row is not None:
             return row
         plan, config = self._parts.plan, self._parts.config
+        assert len(ids) <= plan.max_model_len, "the caller knows the limits"
         blocks = -(-len(ids) // plan.block_tokens)
         units = 0
         if adapter != BASE and adapter not in step.adapters:

@@ -75,12 +75,13 @@ def unique_names(directories: list[Path], reserved: str) -> list[str]:
     Raises:
         ValueError: the same directory is given twice.
     """
-    parts = [path.resolve().parts for path in directories]
-    for length in range(1, max(map(len, parts), default=0) + 1):
+    paths = [path.resolve() for path in directories]
+    parts = [path.parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names) and reserved not in names:
             return names
-    twice = next((path for path in directories if directories.count(path) > 1), directories[0])
+    twice = next(path for path in paths if paths.count(path) > 1)
     raise ValueError(f"the directory {twice} is given twice")
 
 
