@@ -26,7 +26,7 @@ from shoal.server.engine.plan import AdapterLoad, Row, StepPlan
 from shoal.server.engine.request import SamplingParams
 
 # Elements of float32 logits that are made at once.
-LOGITS_MAX = 1 << 26
+LOGITS_MAX = 1 << 24
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 

@@ -23,7 +23,7 @@ def plot_parameters(
     points = [
         (facts[s.adapter].parameters, s.accuracy, s.adapter)
         for s in summaries
-        if s.adapter in facts and s.accuracy is not None
+        if s.adapter in facts and facts[s.adapter].parameters and s.accuracy is not None
     ]
     if not points:
         return False

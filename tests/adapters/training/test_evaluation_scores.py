@@ -120,6 +120,8 @@ def test_every_adapter_and_the_base_are_scored_on_every_task(tasks: list[Task]) 
     assert [s.items for s in found.scores if s.task == "prose"] == [4, 4, 4]
     assert base["prose"]["cross_entropy"] == base["prose"]["entropy"] == 3.0
     assert ann["prose"]["kl"] == 0.5
+    short = read_task(TaskSpec(str(tasks[2].source), {"length": "3", "limit": "1"}))
+    assert [s.items for s in evaluate(Letters(), {}, [short], metrics=["forgetting"]).scores] == [2]
     assert ann["prose"]["perplexity"] == pytest.approx(math.exp(4.0))
 
 
@@ -169,6 +171,8 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_asked(
         evaluate(source, {}, tasks, metrics=["accuracy"])
     with pytest.raises(OptionRejected, match="name="):
         evaluate(source, {}, [tasks[0], replace(tasks[0])], metrics=["exact"])
+    with pytest.raises(OptionRejected, match="own row"):
+        evaluate(source, {BASE: ""}, tasks)
     bad = {
         '{"messages": [{"role": "user", "content": "q"}], "answer": "a"}': "no chat template",
         json.dumps({"prompt": "a" * 40, "answer": "a"}): "40 tokens",
@@ -228,6 +232,10 @@ def test_facts_come_from_the_run_directory(lab: object, tmp_path: Path) -> None:
     facts = adapter_facts(run)
     assert (facts.method, facts.rank) == ("lora-xs", 4)
     assert facts.parameters == 4 * 4 * 7 * 2
+    assert facts.train_seconds is not None
+    assert facts.peak_bytes is not None
+    assert facts.train_seconds > 0
+    assert facts.peak_bytes > 1 << 20
     assert facts.file_bytes == sum(path.stat().st_size for path in run.glob("adapter_*"))
     (run / "training.json").unlink()
     (run / "metrics.jsonl").unlink()
