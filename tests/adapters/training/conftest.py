@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.lanes import Lane
 from shoal.adapters.training.loop import OnStep
+from shoal.adapters.training.method_options import RANKLESS
 from shoal.adapters.training.trainer import TrainResult, train
 from shoal.adapters.training.world import World
 
@@ -96,7 +97,9 @@ class Lab:
 
     def config(self, name: str, **options: Any) -> TrainConfig:
         """A short LoRA-XS run into the directory ``name``, unless told otherwise."""
-        asked: dict[str, Any] = {"method": "lora-xs", "steps": 6, "rank": 4, "batch_size": 2}
+        asked: dict[str, Any] = {"method": "lora-xs", "steps": 6, "batch_size": 2}
+        if options.get("method") not in RANKLESS:
+            asked["rank"] = 4
         paths = {"base": self.base, "data": self.data, "out": self.root / name}
         return TrainConfig(**{**paths, **asked, "device": "cpu", **options})
 

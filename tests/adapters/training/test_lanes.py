@@ -51,17 +51,27 @@ def assert_same_adapter(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_a_lane_among_others_learns_what_it_learns_alone(
-    method: MethodName, lab: Lab, write_lines: Callable[..., Path]
+def test_a_lane_among_others_learns_what_it_learns_alone(method: MethodName, lab: Lab) -> None:
+    lanes = [Lane("a", 3), Lane("b", 4, lr=0.003)]
+    options: dict[str, Any] = {"method": method, "steps": 3, "lr": 0.001}
+    lab.train_lanes("together", lanes, **options)
+    lab.train("alone", seed=4, **options | {"lr": 0.003})
+
+    together, apart = lab.root / "together" / "b", lab.root / "alone"
+    assert losses(together) == pytest.approx(losses(apart), rel=1e-4)
+    assert_same_adapter(together, apart)
+
+
+def test_lanes_have_data_results_and_records_of_their_own(
+    lab: Lab, write_lines: Callable[..., Path]
 ) -> None:
     other = write_lines('{"prompt": "abcdefgh", "completion": "ijklmnopq"}')
-    lanes = [Lane("a", 3), Lane("b", 4, lr=0.003), Lane("c", 3, data=other)]
-    options: dict[str, Any] = {"method": method, "steps": 5, "lr": 0.001, "accumulate": 2}
+    lanes = [Lane("a", 3), Lane("b", 3, data=other)]
+    options: dict[str, Any] = {"method": "lora", "steps": 5, "accumulate": 2}
     results = lab.train_lanes("together", lanes, **options)
     alone = [
         lab.train("alone-a", seed=3, **options),
-        lab.train("alone-b", seed=4, **options | {"lr": 0.003}),
-        lab.train("alone-c", seed=3, **options | {"data": other}),
+        lab.train("alone-b", seed=3, **options | {"data": other}),
     ]
 
     for lane, result, single in zip(lanes, results, alone, strict=True):
