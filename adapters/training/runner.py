@@ -5,9 +5,11 @@ forward and backward pass at once, but only for the shapes and addresses it was 
 inputs are copied into tensors that stay, and there is one graph for each shape that occurs.
 """
 
+import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -120,16 +122,18 @@ class CapturedRunner(StepRunner):
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory.
+    """Records CUDA graphs that share one stream and one pool of memory, whatever run they are of.
 
     They never run at the same time, and what outlives a replay (gradients, losses, values) lies
-    outside of the pool, so one graph may use the memory of another.
+    outside of the pool, so one graph may use the memory of another. Graphs are kept when their run
+    is over: going on with cuBLAS after one was destroyed has failed.
     """
+
+    _kept: ClassVar[list[torch.cuda.CUDAGraph]] = []
 
     def __init__(self, device: torch.device) -> None:
         """Needs a CUDA device."""
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream, self._pool = _stream_and_pool(device)
 
     def __call__(self, work: Callable[[], None]) -> Replay:
         """Run ``work`` a few times beside the current stream, then record it (without running)."""
@@ -145,7 +149,13 @@ class CudaRecorder:
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
             work()
+        self._kept.append(graph)
         return graph.replay
+
+
+@functools.cache
+def _stream_and_pool(device: torch.device) -> tuple[Any, Any]:
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
 
 
 def runner_for(step: TrainStep, *, captured: bool, reduce: Reduce | None = None) -> StepRunner:
