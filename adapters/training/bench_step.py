@@ -318,18 +318,12 @@ def main() -> None:
         steps=args.steps,
         rounds=args.rounds,
     )
-    print(
-        f"{'step':<20} {'lanes':>5} {'ms':>9} {'p20':>9} {'p80':>9} {'MB':>9} {'time':>6} {'mem':>5}"
-    )
+    columns = ("lanes", "ms", "p20", "p80", "MB", "time", "memory")
+    print(f"{'step':<20}" + "".join(f"{column:>10}" for column in columns))
     for row in rows:
-        peak, time_ratio, memory_ratio = (
-            "" if value is None else f"{value:.2f}"
-            for value in (row.peak_mb, row.time_ratio, row.memory_ratio)
-        )
-        print(
-            f"{row.name:<20} {row.lanes:>5} {row.ms:>9.2f} {row.p20:>9.2f} {row.p80:>9.2f} "
-            f"{peak:>9} {time_ratio:>6} {memory_ratio:>6}"
-        )
+        figures = (row.ms, row.p20, row.p80, row.peak_mb, row.time_ratio, row.memory_ratio)
+        texts = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+        print(f"{row.name:<20}{row.lanes:>10}" + "".join(f"{text:>10}" for text in texts))
     record = {
         "bench": "training-step",
         "setting": asdict(setting),

@@ -63,7 +63,9 @@ class TrainConfig:
     # ruff cannot see that option() and required() are dataclasses.field() (RUF009).
     method: MethodName = required("how the adapter acts", choices=METHOD_NAMES)  # noqa: RUF009
     base: Path = required("a Hugging Face directory, a .gguf file, or the alias smollm2")  # noqa: RUF009
-    data: Path = required("JSONL: one chat or prompt/completion record a line")  # noqa: RUF009
+    data: Path = required(  # noqa: RUF009
+        "records: a JSONL or Parquet file, or reasoning-gym:TASK:key=value,…"
+    )
     out: Path = required("run directory; afterwards also an adapter directory")  # noqa: RUF009
     steps: int = option(200, "optimiser steps in all")
     rank: int = option(RANK_DEFAULT, "rank r of the adapter on every target; svf, svft have none")

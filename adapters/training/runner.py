@@ -85,6 +85,7 @@ class CapturedRunner(StepRunner):
         super().__init__(step, reduce)
         self._recorder = recorder
         self._passes: dict[tuple[int, ...], tuple[StepInputs, Replay]] = {}
+        self._most = MAX_GRAPHS
         own = [step.optimizer.active, *step.method.state(step.adapted).values()]
         before = [tensor.clone() for tensor in own]
         step.optimizer.active.zero_()
@@ -96,8 +97,8 @@ class CapturedRunner(StepRunner):
     def run(self, batches: Sequence[StepInputs]) -> None:
         """As the class says."""
         for inputs in batches:
-            if inputs.key not in self._passes and len(self._passes) < MAX_GRAPHS:
-                self._passes[inputs.key] = self._record(inputs)
+            if inputs.key not in self._passes and len(self._passes) < self._most:
+                self._record(inputs)
         self.step.begin()
         for inputs in batches:
             self._pass(inputs)
@@ -115,10 +116,17 @@ class CapturedRunner(StepRunner):
             place.copy_(value, non_blocking=True)
         replay()
 
-    def _record(self, inputs: StepInputs) -> tuple[StepInputs, Replay]:
-        log.debug("recording shape=%s", inputs.key)
+    def _record(self, inputs: StepInputs) -> None:
         fixed = inputs.to(self.step.device)
-        return fixed, self._recorder(lambda: self.step.accumulate(fixed))
+        try:
+            replay = self._recorder(lambda: self.step.accumulate(fixed))
+        except RuntimeError as error:
+            # A decoder that looks at its own values (a RoPE that depends on the length) cannot be.
+            log.warning("steps run call by call, recording one failed: %s", error)
+            self._most = 0
+            return
+        log.debug("recorded shape=%s", inputs.key)
+        self._passes[inputs.key] = fixed, replay
 
 
 class CudaRecorder:

@@ -191,6 +191,21 @@ def test_a_replayed_step_is_the_same_step(
     assert all(torch.equal(a, b) for a, b in zip(records, expected_records, strict=True))
 
 
+def test_a_step_that_cannot_be_recorded_is_run_all_the_same(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Replayed):
+        def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+            if self.recordings == 2:
+                raise RuntimeError("not while capturing")
+            return super().__call__(work)
+
+    values, _ = run(CapturedRunner(make_step(base, tmp_path), Failing()), fixed_shapes=True)
+    expected, _ = run(EagerRunner(make_step(base, tmp_path)), fixed_shapes=True)
+    assert torch.equal(values, expected)
+    assert "not while capturing" in caplog.text
+
+
 def test_recording_alone_changes_nothing(base: Path, tmp_path: Path) -> None:
     step = make_step(base, tmp_path)
     step.optimizer.active[1] = False
