@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shoal.server.config import ServeConfig
-from shoal.server.evaluating.engine_source import EngineSource, open_source as open_engine
+from shoal.server.evaluating.engine_source import EngineSource
+from shoal.server.evaluating.engine_source import open_source as open_engine
 
 # Test prompts are short: many rows at once fill a GPU.
 _ROWS = 256

@@ -133,9 +133,7 @@ def _measure(args: argparse.Namespace, log: Log, deadline: float) -> int:
         complete = measure_costs(lab, clock)
     names = [name for name in TABLES if args.what in (name, "all")]
     tables = [TABLES[name] for name in names]
-    complete &= driver.work(
-        lab, tables, clock, open_source, limit=args.limit, keep=args.keep
-    )
+    complete &= driver.work(lab, tables, clock, open_source, limit=args.limit, keep=args.keep)
     return 0 if complete else 3
 
 

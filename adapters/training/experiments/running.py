@@ -103,7 +103,7 @@ def run_group(lab: Lab, table: str, group: Group) -> None:
         results = [None] * len(lanes)
     seconds = time.perf_counter() - started
     for lane, result in zip(lanes, results, strict=True):
-        measured = {"diverged": True, "final_loss": None}
+        measured: dict[str, Any] = {"diverged": True, "final_loss": None}
         if result is not None and result.fate == "finished":
             measured = _measured(directory / lane.name, result)
         lab.log.append(
@@ -171,6 +171,10 @@ def _forget_peak() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def _loss_or_inf(loss: float | None) -> float:
+    return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
 def unscored(lab: Lab) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""What is compared: a method with its options, and the learning rates it is tried with. No torch."""
+"""What is compared: a method, its options, and the learning rates it is tried with. No torch."""
 
 import hashlib
 import json
@@ -86,7 +86,9 @@ class Group:
     @property
     def runs(self) -> tuple[str, ...]:
         """The id of each lane's run, which its record in the log carries."""
-        return tuple(run_id(self.setting, self.task, lr, seed, self.steps) for seed, lr in self.lanes)
+        return tuple(
+            run_id(self.setting, self.task, lr, seed, self.steps) for seed, lr in self.lanes
+        )
 
     @property
     def id(self) -> str:
