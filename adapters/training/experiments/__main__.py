@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace, deadline: float) -> int:
     if args.what == "report":
         from shoal.adapters.training.experiments.report import write_report
 
-        for path in write_report(log, args.to):
+        for path in write_report(log, args.to, seeds=args.seeds, steps=args.steps):
             print(path)
         return 0
     return _measure(args, log, deadline)
@@ -100,9 +100,11 @@ def _measure(args: argparse.Namespace, log: Log, deadline: float) -> int:
     from platformdirs import user_cache_path
 
     from shoal.adapters.training.experiments import driver
+    from shoal.adapters.training.experiments.base import directory_of
     from shoal.adapters.training.experiments.controlled import run_all
     from shoal.adapters.training.experiments.costs import measure_costs
     from shoal.adapters.training.experiments.running import Lab
+    from shoal.adapters.training.experiments.scoring import OpenSource
     from shoal.adapters.training.experiments.tasks import missing
 
     clock = driver.Clock(deadline)
@@ -117,7 +119,7 @@ def _measure(args: argparse.Namespace, log: Log, deadline: float) -> int:
         print(f"experiments: {args.what} needs {wanted}", file=sys.stderr)
         return 2
     lab = Lab(
-        base=args.base.resolve(),
+        base=directory_of(args.base.resolve(), args.out / "base"),
         data=args.data,
         out=args.out,
         cache=args.cache or user_cache_path("shoal") / "bases",
@@ -126,8 +128,10 @@ def _measure(args: argparse.Namespace, log: Log, deadline: float) -> int:
         seeds=args.seeds,
         log=log,
     )
-    open_source = None if args.no_score else importlib.import_module(args.scorer).open_source
-    if args.what == "score":
+    open_source: OpenSource | None = None
+    if not args.no_score:
+        open_source = importlib.import_module(args.scorer).open_source
+    if args.what == "score" and open_source is not None:
         complete = driver.score(lab, open_source, clock, limit=args.limit, keep=args.keep)
     if args.what in ("costs", "all"):
         complete = measure_costs(lab, clock)

@@ -32,7 +32,7 @@ def directory_of(base: Path, folder: Path) -> Path:
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     loaded.tokenizer.save_pretrained(making)
-    config = loaded.model.config.to_dict()  # type: ignore[operator, union-attr]
+    config = loaded.model.config.to_dict()
     config.pop("quantization_config", None)
     tied = config.get("tie_word_embeddings", False)
     weights = {

@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from shoal.adapters.training.experiments.running import (
-    Lab,
+from shoal.adapters.training.experiments.choosing import (
     best_rate,
     main_group,
-    run_group,
+    missing_of,
     unscored,
 )
+from shoal.adapters.training.experiments.running import Lab, run_group
 from shoal.adapters.training.experiments.scoring import OpenSource, score_all
 from shoal.adapters.training.experiments.settings import Group, sweep_of
 from shoal.adapters.training.experiments.tables import Table
@@ -85,7 +85,7 @@ def work(
     complete = True
     for table in tables:
         for group in _missing(lab, table):
-            waiting = len(unscored(lab)) if open_source is not None else 0
+            waiting = len(unscored(lab.log, lab.seeds)) if open_source is not None else 0
             if not clock.trains(group, waiting):
                 log.info("out of time table=%s left=%.0fs", table.name, clock.left())
                 complete = False
@@ -102,14 +102,14 @@ def score(
     lab: Lab, open_source: OpenSource, clock: Clock, *, limit: int | None, keep: bool
 ) -> bool:
     """Score what has no score; True when everything has one."""
-    before = unscored(lab)
+    before = unscored(lab.log, lab.seeds)
     started = time.monotonic()
     left = score_all(lab, open_source, clock.deadline, limit)
     done = len(before) - left
     if done:
         clock.score_s = max(clock.score_s, (time.monotonic() - started - ENGINE_S) / done)
     if not keep:
-        scored = set(before) - set(unscored(lab))
+        scored = set(before) - set(unscored(lab.log, lab.seeds))
         lines = lab.log.by_id("run")
         for run in scored:
             for name in _ADAPTER:
@@ -120,15 +120,15 @@ def score(
 def _missing(lab: Lab, table: Table) -> Iterator[Group]:
     """Groups to run, the next known only when the one before is in the log (it may be a sweep)."""
     for setting, tasks in table.rows:
-        sweep = lab.missing(sweep_of(setting, lab.steps))
+        sweep = missing_of(lab.log, sweep_of(setting, lab.steps))
         if setting.lr is None and sweep is not None:
             yield sweep
-        rate = best_rate(lab, setting)
+        rate = best_rate(lab.log, setting, lab.steps)
         if rate is None:
             log.warning("every rate diverged setting=%s", setting.label)
             continue
         for task in tasks:
-            group = lab.missing(main_group(lab, setting, task, rate))
+            group = missing_of(lab.log, main_group(setting, task, rate, lab.seeds, lab.steps))
             if group is not None:
                 yield group
 

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.errors import Diverged
 from shoal.adapters.training.experiments.log import Log
 from shoal.adapters.training.experiments.place import place
-from shoal.adapters.training.experiments.settings import Group, Setting, sweep_of
+from shoal.adapters.training.experiments.settings import Group
 from shoal.adapters.training.experiments.tasks import path_of
 from shoal.adapters.training.lanes import Lane
 from shoal.adapters.training.metrics import read_evals, read_steps
@@ -54,35 +53,6 @@ class Lab:
         """Where a group's runs lie, one folder a lane."""
         return self.out / "runs" / group.id
 
-    def missing(self, group: Group) -> Group | None:
-        """The lanes of a group that are not in the log; None when all are."""
-        done = self.log.by_id("run")
-        lanes = tuple(
-            lane for lane, run in zip(group.lanes, group.runs, strict=True) if run not in done
-        )
-        return Group(group.setting, group.task, lanes, group.steps) if lanes else None
-
-
-def best_rate(lab: Lab, setting: Setting) -> float | None:
-    """The learning rate with the least validation loss in the sweep; None without one.
-
-    Runs that diverged count as infinitely bad.
-    """
-    if setting.lr is not None:
-        return setting.lr
-    done = lab.log.by_id("run")
-    sweep = sweep_of(setting, lab.steps)
-    if any(run not in done for run in sweep.runs):
-        return None
-    losses = [_loss_or_inf(done[run]["final_loss"]) for run in sweep.runs]
-    best = min(losses)
-    return setting.grid[losses.index(best)] if math.isfinite(best) else None
-
-
-def main_group(lab: Lab, setting: Setting, task: str, rate: float) -> Group:
-    """The runs that count: one lane for each seed."""
-    return Group(setting, task, tuple((seed, rate) for seed in lab.seeds), lab.steps)
-
 
 def run_group(lab: Lab, table: str, group: Group) -> None:
     """Train a group and log each lane; one that diverged is logged as such."""
@@ -92,7 +62,7 @@ def run_group(lab: Lab, table: str, group: Group) -> None:
         Lane(name=run, seed=seed, lr=rate)
         for run, (seed, rate) in zip(group.runs, group.lanes, strict=True)
     ]
-    _forget_peak()
+    forget_peak()
     started = time.perf_counter()
     try:
         results: Sequence[TrainResult | None] = train(
@@ -125,13 +95,13 @@ def run_group(lab: Lab, table: str, group: Group) -> None:
         )
 
 
-def config_of(lab: Lab, group: Group, directory: Path) -> TrainConfig:
-    """The trainer's options for a group."""
+def config_of(lab: Lab, group: Group, directory: Path, *, validate: bool = True) -> TrainConfig:
+    """The trainer's options for a group; ``validate``: measure on the validation split."""
     return TrainConfig(
         method=group.setting.method,  # type: ignore[arg-type]
         base=lab.base,
         data=path_of(lab.data, group.task, "train"),
-        eval_data=path_of(lab.data, group.task, "valid"),
+        eval_data=path_of(lab.data, group.task, "valid") if validate else None,
         out=directory,
         steps=group.steps,
         save_every=group.steps,
@@ -165,23 +135,9 @@ def _measured(directory: Path, result: TrainResult) -> dict[str, Any]:
     }
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Peak memory is of one group, not of those before it."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def _loss_or_inf(loss: float | None) -> float:
-    return math.inf if loss is None or not math.isfinite(loss) else loss
-
-
-def unscored(lab: Lab) -> Sequence[str]:
-    """Runs that count and have no score; those of sweeps are chosen among by their loss."""
-    scored = lab.log.by_id("score")
-    return [
-        run
-        for run, line in lab.log.by_id("run").items()
-        if run not in scored and line["seed"] in lab.seeds and not line.get("diverged")
-    ]

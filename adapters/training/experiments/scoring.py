@@ -16,8 +16,9 @@ from shoal.adapters.training.evaluation.results import Results, Score
 from shoal.adapters.training.evaluation.source import BASE, AnswerSource
 from shoal.adapters.training.evaluation.spec import TaskSpec
 from shoal.adapters.training.evaluation.tasks import Task, read_task
+from shoal.adapters.training.experiments.choosing import unscored
 from shoal.adapters.training.experiments.place import place
-from shoal.adapters.training.experiments.running import Lab, unscored
+from shoal.adapters.training.experiments.running import Lab
 from shoal.adapters.training.experiments.tasks import FORGETTING, TASKS, path_of
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def score_all(lab: Lab, open_source: OpenSource, deadline: float, limit: int | N
     Returns:
         How many runs are without a score.
     """
-    todo = list(_by_task(lab, unscored(lab)))
+    todo = list(_by_task(lab, unscored(lab.log, lab.seeds)))
     if not todo:
         return 0
     results = Results()
@@ -73,7 +74,7 @@ def score_all(lab: Lab, open_source: OpenSource, deadline: float, limit: int | N
                 break
             _score(lab, source, task, runs, results, limit)
             longest = max(longest, time.monotonic() - started)
-    return len(unscored(lab))
+    return len(unscored(lab.log, lab.seeds))
 
 
 def _by_task(lab: Lab, runs: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
