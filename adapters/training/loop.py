@@ -191,7 +191,9 @@ class TrainingLoop:
         self._core.votes.fill_(float(votes_to_stop))
         self._runner.run(batch.inputs)
         self.step += 1
-        self._core.method.after_step(self._core.adapted, self.step, self.config.steps)
+        self._core.method.after_step(
+            self._core.adapted, self.step, self.config.steps, self._optimizer.active
+        )
         self._reader.push(self.step, batch.tokens, self._core.record)
 
     def _note(self, reporter: "_Reporter", *, all_of_them: bool) -> bool:

@@ -83,11 +83,13 @@ class CapturedRunner(StepRunner):
         super().__init__(step, reduce)
         self._recorder = recorder
         self._passes: dict[tuple[int, ...], tuple[StepInputs, Replay]] = {}
-        active = step.optimizer.active.clone()
+        own = [step.optimizer.active, *step.method.state(step.adapted).values()]
+        before = [tensor.clone() for tensor in own]
         step.optimizer.active.zero_()
         step.begin()
         self._update = recorder(step.update)
-        step.optimizer.active.copy_(active)
+        for tensor, value in zip(own, before, strict=True):
+            tensor.copy_(value)
 
     def run(self, batches: Sequence[StepInputs]) -> None:
         """As the class says."""

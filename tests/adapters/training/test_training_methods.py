@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
 from shoal.adapters.training.errors import BaseRejected, OptionRejected
+from shoal.adapters.training.method_options import RANKLESS
 from shoal.adapters.training.methods.attaching import shape_of, weight_reader
 from shoal.adapters.training.methods.contract import AdaptedLinear
 from shoal.adapters.training.methods.lora import LoraLinear
@@ -17,9 +18,12 @@ from shoal.adapters.training.methods.miss import FoldLinear
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import attach_all
 
+# Those that always start at the same values.
+SEEDLESS = ("miss", "pissa", "milora", "vera", "svf", "svft")
+
 
 def config_for(method: MethodName, base: Path, **options: object) -> TrainConfig:
-    asked: dict[str, object] = {"rank": 4, **options}
+    asked: dict[str, object] = ({} if method in RANKLESS else {"rank": 4}) | options
     return TrainConfig(method=method, base=base, data=base, out=base, **asked)  # type: ignore[arg-type]
 
 
@@ -108,7 +112,7 @@ def test_the_seed_decides_the_initial_values(
     first, again, other = initial(1), initial(1), initial(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     differs = any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert differs == (method != "miss")  # MiSS starts at zero
+    assert differs == (method not in SEEDLESS)
 
 
 def test_a_rank_that_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None:
@@ -125,12 +129,15 @@ def test_a_model_without_the_expected_linears_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "dora"}, "method is dora: must be one of lora-xs, miss, lora"),
-        ({"method": "miss", "alpha": 8.0}, "alpha is 8.0: MiSS has no scale"),
-        ({"method": "lora", "format": "official"}, "format is official: lora has only one format"),
-        ({"method": "lora", "basis_rank": 8}, "basis-rank is 8: belongs to lora-xs"),
+        ({"method": "dora2"}, "method is dora2: must be one of lora, rslora, .*, svft"),
+        ({"method": "miss", "alpha": 8.0}, "alpha is 8.0: miss has none"),
+        (
+            {"method": "lora", "format": "official"},
+            "format is official: belongs to lora-xs, pissa, milora, not to lora",
+        ),
+        ({"method": "lora", "basis_rank": 8}, "basis-rank is 8: belongs to lora-xs, not to lora"),
         ({"rank": 9, "basis_rank": 8}, "basis-rank is 8: rank 9 needs more"),
-        ({"format": "zip"}, "format is zip: must be one of compact, official"),
+        ({"format": "zip"}, "format is zip: must be one of compact, official, residual, converted"),
         ({"steps": 0}, "steps is 0: must be at least 1"),
         ({"batch_size": -1}, "batch-size is -1: must be at least 1"),
         ({"lr": float("nan")}, "lr is nan: must be a positive number"),
