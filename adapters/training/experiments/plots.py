@@ -107,6 +107,8 @@ def _controlled(log: Log, axes: Any) -> bool:
     """Validation loss against epochs, mean over seeds."""
     found: dict[str, list[Line]] = {}
     for line in log.by_id("controlled").values():
+        if line["reading"] != "shared x":
+            continue
         found.setdefault(line["method"], []).append(line)
     for method, runs in found.items():
         means = [
