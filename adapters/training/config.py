@@ -296,7 +296,7 @@ class TrainConfig:
             self._require("vectors", not (drawn and self.vectors), f"init {self.init} has no order")
             self._require("svd", not (drawn and self.svd), f"init {self.init} takes none of W")
             self._require(
-                "no-sigma",
+                "no_sigma",
                 not (self.no_sigma and self.init in ("random", "orthonormal")),
                 f"init {self.init} has no singular values",
             )
@@ -318,7 +318,7 @@ class TrainConfig:
                 "needs svd exact: what a randomised one took from the base cannot be found again",
             )
         both = self.mini_r is not None and self.shard == "output"
-        self._require("mini-r", not both, "has no output shards")
+        self._require("mini_r", not both, "has no output shards")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

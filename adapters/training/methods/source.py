@@ -99,7 +99,7 @@ class Source:
     @cached_property
     def spectral(self) -> SpectralBasis:
         """All singular vectors, target by target."""
-        return SpectralBasis(self.weight_of, self.shape, self._cache_dir / "spectral")
+        return SpectralBasis(self.weight_of, self.shape, self._cache_dir)
 
     def _other(
         self, what: str, rank: int, kind: Kind, compute: Callable[[Tensor, Target], Tensor]
