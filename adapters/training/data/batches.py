@@ -43,19 +43,21 @@ class Batch:
         same = self.segments[:, :, None] == self.segments[:, None, :]
         return (same & causal)[:, None]
 
-    def inputs(self) -> dict[str, Tensor]:
-        """What a transformers decoder must be called with.
+    def inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """What a transformers decoder of this dtype must be called with.
 
         Rows of one record need no mask: padding stands at the right, where a causal model cannot
-        look.
+        look. The mask of packed rows is one to be added, which every kind of attention takes.
         """
         mask = self.attention_mask()
         if mask is None or self.position_ids is None:
             return {"input_ids": self.input_ids}
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        added.masked_fill_(~mask, torch.finfo(dtype).min)
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
-            "attention_mask": mask,
+            "attention_mask": added,
         }
 
 

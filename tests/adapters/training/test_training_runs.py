@@ -18,7 +18,7 @@ from shoal.adapters.base import base_digest
 from shoal.adapters.basis import DEFAULT_RANK, Basis, BasisStore, canonical_basis
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.spec import Target
-from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
+from shoal.adapters.training.config import MethodName, TrainConfig
 from shoal.adapters.training.data import Example, collate
 from shoal.adapters.training.errors import (
     Diverged,
@@ -131,7 +131,7 @@ def merged_logits(lab: Lab, name: str, ids: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", LEARNING)
 def test_a_run_memorises_its_data_and_saves_what_it_learnt(method: MethodName, lab: Lab) -> None:
     before = base_digest(lab.base)
     result = lab.train("run", method=method, steps=40, alpha=None, **LEARNING[method])
@@ -150,7 +150,7 @@ def test_a_run_memorises_its_data_and_saves_what_it_learnt(method: MethodName, l
     assert changed > 0.1
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", LEARNING)
 def test_the_adapter_read_back_gives_the_logits_of_the_trained_model(
     method: MethodName, lab: Lab
 ) -> None:
