@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shoal.adapters.base import base_digest
 from shoal.adapters.training import runner
 from shoal.adapters.training.activations import checkpoint_activations
-from shoal.adapters.training.attention import causal_attention, packed_mask
+from shoal.adapters.training.attention import causal_attention
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.data import Batch, Example, collate, join
+from shoal.adapters.training.data.batches import packed_mask
 from shoal.adapters.training.inputs import StepInputs, step_inputs, supervised_per_lane
 from shoal.adapters.training.loss import LaneLoss
 from shoal.adapters.training.methods.attaching import shape_of, weight_reader
