@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal.adapters.base import base_digest
-from shoal.adapters.training import runner
+from shoal.adapters.training import runner, token_loss
 from shoal.adapters.training.activations import checkpoint_activations
 from shoal.adapters.training.attention import causal_attention
 from shoal.adapters.training.config import TrainConfig
@@ -107,6 +108,26 @@ def test_the_loss_of_a_lane_is_the_mean_over_its_tokens_of_the_step(base: Path) 
     assert isinstance(total, Tensor)
     expected = [mean(SHORT, LONG, LONG, SHORT), mean(OTHER, SHORT, SHORT, OTHER)]
     assert total.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1 << 23, 250])
+def test_token_losses_are_cross_entropy(
+    chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_loss, "CHUNK_VALUES", chunk)
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn((7, 100), generator=generator) * 5).to(dtype).requires_grad_()
+    labels = torch.randint(0, 100, (7,), generator=generator)
+    weights = torch.rand(7, generator=generator)
+    ours = token_loss.token_losses(logits, labels)
+    expected = F.cross_entropy(logits.float(), labels, reduction="none")
+    torch.testing.assert_close(ours, expected)
+
+    [gradient] = torch.autograd.grad((ours * weights).sum(), logits)
+    [theirs] = torch.autograd.grad((expected * weights).sum(), logits)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, theirs)
 
 
 def test_padding_to_fixed_shapes_changes_no_loss(base: Path) -> None:
