@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # Adapters scored before the clock is looked at again.
 AT_ONCE = 12
+METRICS = ("exact", "forgetting")
 
 
 class AdapterSource(AnswerSource, Protocol):
@@ -100,7 +101,8 @@ def _score(
         source.add(run, lab.out / lines[run]["directory"])
     digests = source.digests
     try:
-        done = evaluate(source, {run: digests[run] for run in runs}, tests, results=results)
+        adapters = {run: digests[run] for run in runs}
+        done = evaluate(source, adapters, tests, metrics=METRICS, results=results)
     finally:
         for run in runs:
             source.forget(run)
