@@ -59,8 +59,8 @@ Made from `experiments.jsonl` by `python -m shoal.adapters.training.experiments 
 measured is in [experiments/README.md](experiments/README.md). SmolLM2-135M-Instruct, {steps}
 updates, seeds {", ".join(map(str, seeds))} side by side, the same records in the same order for
 every method; accuracy is the exact match of greedy answers on 300 questions no method was trained
-on. Figures are mean ± standard deviation over seeds. A claim *holds* (or *does not hold*) when the
-mean difference over seeds is at least two of its standard errors from zero.
+on. Figures are mean ± standard deviation over seeds. A claim *holds*, or *does not hold*, when the
+95 % confidence interval (Student's t) of the mean difference over seeds leaves zero out.
 
 {len(runs)} runs, {len(scores)} scores, {minutes:.0f} minutes of training; {"; ".join(where)};
 commits {commits}.

@@ -101,7 +101,8 @@ class Group:
 
 def run_id(setting: Setting, task: str, lr: float, seed: int, steps: int = STEPS) -> str:
     """Identifies a run by everything that decides its result, the machine aside."""
-    return f"{setting.id}-{task}-{steps}-lr{lr:g}-s{seed}"
+    rate = f"{lr:g}".replace("+", "")  # it names a directory
+    return f"{setting.id}-{task}-{steps}-lr{rate}-s{seed}"
 
 
 def sweep_of(setting: Setting, steps: int = STEPS) -> Group:
