@@ -60,7 +60,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: all that was asked for is there. 3: the budget ended before. 2: it was refused."""
+    """0: all that was asked for is there. 3: the budget ended before. 2: it was refused.
+
+    130: a signal ended it; what is in the log stays.
+    """
     started = time.monotonic()
     args = parser().parse_args(arguments)
     logging.basicConfig(level="WARNING", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -73,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainingError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(args: argparse.Namespace, deadline: float) -> int:

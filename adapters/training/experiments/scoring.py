@@ -18,7 +18,7 @@ from shoal.adapters.training.evaluation.spec import TaskSpec
 from shoal.adapters.training.evaluation.tasks import Task, read_task
 from shoal.adapters.training.experiments.choosing import unscored
 from shoal.adapters.training.experiments.place import place
-from shoal.adapters.training.experiments.running import Lab
+from shoal.adapters.training.experiments.running import Lab, forget_peak
 from shoal.adapters.training.experiments.tasks import FORGETTING, TASKS, path_of
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ def score_all(lab: Lab, open_source: OpenSource, deadline: float, limit: int | N
     todo = list(_by_task(lab, unscored(lab.log, lab.seeds)))
     if not todo:
         return 0
+    forget_peak()  # the engine takes what memory there is
     results = Results()
     longest = 0.0
     with open_source(lab.base, lab.device) as source:

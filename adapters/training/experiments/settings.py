@@ -59,6 +59,11 @@ class Setting:
         return {**SHARED, **self.options}
 
     @property
+    def records(self) -> int:
+        """Records of one update."""
+        return int(self.asked["batch_size"]) * int(self.asked.get("accumulate", 1))
+
+    @property
     def grid(self) -> tuple[float, ...]:
         """Learning rates to try."""
         return GRIDS[self.method] if self.lr is None else (self.lr,)
