@@ -63,7 +63,9 @@ class TrainConfig:
     # ruff cannot see that option() and required() are dataclasses.field() (RUF009).
     method: MethodName = required("how the adapter acts", choices=METHOD_NAMES)  # noqa: RUF009
     base: Path = required("a Hugging Face directory, a .gguf file, or the alias smollm2")  # noqa: RUF009
-    data: Path = required("JSONL: one chat or prompt/completion record a line")  # noqa: RUF009
+    data: Path = required(  # noqa: RUF009
+        "records: a JSONL or Parquet file, or reasoning-gym:TASK:key=value,…"
+    )
     out: Path = required("run directory; afterwards also an adapter directory")  # noqa: RUF009
     steps: int = option(200, "optimiser steps in all")
     rank: int = option(RANK_DEFAULT, "rank r of the adapter on every target; svf, svft have none")
@@ -294,7 +296,7 @@ class TrainConfig:
             self._require("vectors", not (drawn and self.vectors), f"init {self.init} has no order")
             self._require("svd", not (drawn and self.svd), f"init {self.init} takes none of W")
             self._require(
-                "no-sigma",
+                "no_sigma",
                 not (self.no_sigma and self.init in ("random", "orthonormal")),
                 f"init {self.init} has no singular values",
             )
@@ -316,7 +318,7 @@ class TrainConfig:
                 "needs svd exact: what a randomised one took from the base cannot be found again",
             )
         both = self.mini_r is not None and self.shard == "output"
-        self._require("mini-r", not both, "has no output shards")
+        self._require("mini_r", not both, "has no output shards")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

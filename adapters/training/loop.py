@@ -202,15 +202,16 @@ class TrainingLoop:
         for outcome in self._reader.ended(all_of_them=all_of_them):
             self.seconds += outcome.seconds
             asked = asked or (self._world.size > 1 and float(outcome.record[3, 0]) > 0)
+            peak = peak_bytes(self._core.device)
             done = [
-                self._note_lane(lane, index, outcome)
+                self._note_lane(lane, index, outcome, peak)
                 for index, lane in enumerate(self.lanes)
                 if lane.fate == "running"
             ]
             reporter.report(done)
         return asked
 
-    def _note_lane(self, lane: LaneRun, index: int, outcome: StepOutcome) -> StepMetrics:
+    def _note_lane(self, lane: LaneRun, index: int, outcome: StepOutcome, peak: int) -> StepMetrics:
         loss, norm, updated, _ = outcome.record[:, index].tolist()
         done = StepMetrics(
             step=outcome.step,
@@ -219,7 +220,7 @@ class TrainingLoop:
             grad_norm=norm,
             tokens_s=round(outcome.tokens[index] / outcome.seconds, 1),
             seconds=round(outcome.seconds, 6),
-            peak_bytes=peak_bytes(self._core.device),
+            peak_bytes=peak,
             error=None if updated else str(Diverged(outcome.step, loss)),
         )
         lane.note_step(done)

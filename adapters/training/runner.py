@@ -2,24 +2,28 @@
 
 A small base spends more time launching kernels than computing. A CUDA graph launches a whole
 forward and backward pass at once, but only for the shapes and addresses it was recorded with:
-inputs are copied into tensors that stay, and there is one graph for each shape that occurs.
+inputs are copied into tensors that stay, and there is a graph for each shape, or a little larger.
 """
 
+import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
-from shoal.adapters.training.inputs import StepInputs
+from shoal.adapters.training.inputs import Shape, StepInputs
 from shoal.adapters.training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
 # Rows are padded to a multiple of this where shapes are recorded.
 LENGTH_MULTIPLE = 64
-# Shapes recorded at most; others run call by call. Each costs about a step's time and some memory.
+# Shapes recorded at most; others run call by call. A recording takes about as long as ten steps of
+# a small base, so a batch is rather padded to a recorded shape that costs up to so many times more.
 MAX_GRAPHS = 24
+PADDED_COST = 1.25
 # Runs before a recording, in which libraries allocate and choose what they will use.
 WARM_UPS = 2
 
@@ -82,7 +86,8 @@ class CapturedRunner(StepRunner):
         """
         super().__init__(step, reduce)
         self._recorder = recorder
-        self._passes: dict[tuple[int, ...], tuple[StepInputs, Replay]] = {}
+        self._passes: dict[Shape, tuple[StepInputs, Replay]] = {}
+        self._most = MAX_GRAPHS
         own = [step.optimizer.active, *step.method.state(step.adapted).values()]
         before = [tensor.clone() for tensor in own]
         step.optimizer.active.zero_()
@@ -94,8 +99,8 @@ class CapturedRunner(StepRunner):
     def run(self, batches: Sequence[StepInputs]) -> None:
         """As the class says."""
         for inputs in batches:
-            if inputs.key not in self._passes and len(self._passes) < MAX_GRAPHS:
-                self._passes[inputs.key] = self._record(inputs)
+            if self._fitting(inputs.shape) is None and len(self._passes) < self._most:
+                self._record(inputs)
         self.step.begin()
         for inputs in batches:
             self._pass(inputs)
@@ -104,32 +109,52 @@ class CapturedRunner(StepRunner):
         self._update()
 
     def _pass(self, inputs: StepInputs) -> None:
-        recorded = self._passes.get(inputs.key)
-        if recorded is None:
+        shape = self._fitting(inputs.shape)
+        if shape is None:
             self.step.accumulate(inputs.to(self.step.device))
             return
-        fixed, replay = recorded
+        if shape != inputs.shape:
+            inputs = inputs.padded(shape.length, shape.capacity)
+            inputs = inputs.pinned() if self.step.device.type == "cuda" else inputs
+        fixed, replay = self._passes[shape]
         for place, value in zip(fixed.tensors(), inputs.tensors(), strict=True):
             place.copy_(value, non_blocking=True)
         replay()
 
-    def _record(self, inputs: StepInputs) -> tuple[StepInputs, Replay]:
-        log.debug("recording shape=%s", inputs.key)
+    def _fitting(self, shape: Shape) -> Shape | None:
+        """The cheapest recorded shape that will do, if there is one."""
+        if shape in self._passes:
+            return shape
+        most = PADDED_COST * shape.cost
+        found = [known for known in self._passes if known.holds(shape) and known.cost <= most]
+        return min(found, key=lambda known: known.cost, default=None)
+
+    def _record(self, inputs: StepInputs) -> None:
         fixed = inputs.to(self.step.device)
-        return fixed, self._recorder(lambda: self.step.accumulate(fixed))
+        try:
+            replay = self._recorder(lambda: self.step.accumulate(fixed))
+        except RuntimeError as error:
+            # A decoder that looks at its own values (a RoPE that depends on the length) cannot be.
+            log.warning("steps run call by call, recording one failed: %s", error)
+            self._most = 0
+            return
+        log.debug("recorded shape=%s", inputs.shape)
+        self._passes[inputs.shape] = fixed, replay
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory.
+    """Records CUDA graphs that share one stream and one pool of memory, whatever run they are of.
 
     They never run at the same time, and what outlives a replay (gradients, losses, values) lies
-    outside of the pool, so one graph may use the memory of another.
+    outside of the pool, so one graph may use the memory of another. Graphs are kept when their run
+    is over: going on with cuBLAS after one was destroyed has failed.
     """
+
+    _kept: ClassVar[list[torch.cuda.CUDAGraph]] = []
 
     def __init__(self, device: torch.device) -> None:
         """Needs a CUDA device."""
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream, self._pool = _stream_and_pool(device)
 
     def __call__(self, work: Callable[[], None]) -> Replay:
         """Run ``work`` a few times beside the current stream, then record it (without running)."""
@@ -145,7 +170,13 @@ class CudaRecorder:
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
             work()
+        self._kept.append(graph)
         return graph.replay
+
+
+@functools.cache
+def _stream_and_pool(device: torch.device) -> tuple[Any, Any]:
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
 
 
 def runner_for(step: TrainStep, *, captured: bool, reduce: Reduce | None = None) -> StepRunner:

@@ -31,17 +31,8 @@ class Batch:
     segments: Tensor | None = None
 
     def attention_mask(self) -> Tensor | None:
-        """``(rows, 1, length, length)`` bool: may query i see key j? None when not packed.
-
-        A token sees itself and what precedes it in its record. Padding sees padding, so that no
-        row of the mask is empty (an empty one would make the attention NaN).
-        """
-        if self.segments is None:
-            return None
-        length = self.segments.shape[1]
-        causal = torch.ones((length, length), dtype=torch.bool, device=self.segments.device).tril()
-        same = self.segments[:, :, None] == self.segments[:, None, :]
-        return (same & causal)[:, None]
+        """As ``packed_mask`` gives it; None when not packed."""
+        return None if self.segments is None else packed_mask(self.segments)
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """What a transformers decoder of this dtype must be called with.
@@ -59,6 +50,21 @@ class Batch:
             "position_ids": self.position_ids,
             "attention_mask": added,
         }
+
+
+def packed_mask(segments: Tensor) -> Tensor:
+    """May query i see key j? ``(rows, 1, length, length)`` bool.
+
+    A token sees itself and what precedes it in its record. Padding sees padding, so that no row of
+    the mask is empty (an empty one would make the attention NaN).
+
+    Args:
+        segments: ``(rows, length)`` int64, which record of its row a token belongs to.
+    """
+    length = segments.shape[1]
+    causal = torch.ones((length, length), dtype=torch.bool, device=segments.device).tril()
+    same = segments[:, :, None] == segments[:, None, :]
+    return (same & causal)[:, None]
 
 
 def collate(

@@ -1,8 +1,25 @@
-"""Every method, with options under which the tiny base memorises its data, and its variants."""
+"""Every method, with options under which the tiny base memorises its data, and its variants.
 
+And `Trial`: an adapter on the tiny base, trained by the plainest loop there is.
+"""
+
+import copy
+import functools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from shoal.adapters.base import base_digest
+from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.method_options import METHOD_NAMES, MethodName
+from shoal.adapters.training.methods.attaching import shape_of, weight_reader
+from shoal.adapters.training.methods.source import Source
+from shoal.adapters.training.methods.table import attach_all, method_of
 
 # By method: options that learn within some forty steps.
 LEARNING: dict[MethodName, dict[str, Any]] = {
@@ -58,3 +75,76 @@ def options_of(name: str) -> dict[str, Any]:
     method, options = CASES[name]
     rank = {} if method in ("svf", "svft") else {"rank": 4}
     return {"method": method, **rank, **options}
+
+
+@functools.cache
+def _loaded(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+_digest = functools.cache(base_digest)
+
+
+def fresh(base: Path) -> Any:
+    """A copy of the base's model."""
+    return copy.deepcopy(_loaded(base))
+
+
+class Trial:
+    """Lanes of one case on a fresh copy of the base.
+
+    Attributes:
+        model: with the adapters on it.
+        plain: the base's weights by target, as they were.
+        losses: each step's, per lane.
+    """
+
+    def __init__(self, base: Path, cache: Path, name: str, seeds: Sequence[int] = (0,)) -> None:
+        self.model = fresh(base)
+        options = options_of(name)
+        self.config = TrainConfig(base=base, data=base, out=cache, steps=8, **options)
+        weight_of = weight_reader(self.model)
+        shape = shape_of(self.model, base.stem, _digest(base))
+        self.plain = {target: weight_of(target).clone() for target in shape.targets()}
+        self.source = Source(self.plain.__getitem__, shape, cache)
+        self.method = method_of(self.config)
+        self.adapted = attach_all(self.model, self.config, self.source, seeds)
+        self.seeds = seeds
+        self.step = 0
+        self.losses: list[Tensor] = []
+        rates = self.method.rates()
+        lr = self.config.learning_rate
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [factor], "lr": lr * rates.get(kind, 1.0)}
+                for linear in self.adapted.values()
+                for kind, factor in linear.factors().items()
+            ],
+            weight_decay=0.0,
+        )
+
+    def train(self, steps: int) -> None:
+        """Memorise six tokens after two, in two rows a lane."""
+        rows = [
+            torch.randint(3, 200, (2, 8), generator=torch.Generator().manual_seed(100 + seed))
+            for seed in self.seeds
+        ]
+        ids = torch.cat(rows)
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            logits = self.model(input_ids=ids).logits[:, 1:-1]
+            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 2:], reduction="none")
+            loss = losses.view(len(self.seeds), -1).mean(dim=1)
+            self.losses.append(loss.detach())
+            penalty = self.method.penalty(self.adapted)
+            (loss if penalty is None else loss + penalty).sum().backward()
+            self.method.before_step(self.adapted)
+            self.optimizer.step()
+            self.step += 1
+            self.method.after_step(self.adapted, self.step, self.config.steps)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """``(rows, length, vocab)``; rows are lane after lane."""
+        logits: Tensor = self.model(input_ids=ids).logits
+        return logits

@@ -78,7 +78,7 @@ def killed_at(step: int, delay: float) -> OnStep:
 def killed_again_and_again(config: TrainConfig, seed: int) -> None:
     """Start, kill and resume until the run is through; writes how often it was killed."""
     chance = random.Random(seed)
-    kills = [(3, 0.0)] + [(chance.randint(4, config.steps), chance.random() / 10) for _ in range(4)]
+    kills = [(3, 0.0)] + [(chance.randint(4, config.steps), chance.random() / 10) for _ in range(2)]
     killed = 0
     for step, delay in [*kills, (0, 0.0)]:
         resume = RunDirectory(config.out).checkpoint.exists()

@@ -35,7 +35,7 @@ class Lab(Protocol):
 
 SEEDS = [Lane("seed-1", 1), Lane("seed-2", 2)]
 KILLED: dict[str, Any] = {
-    "steps": 24, "save_every": 2, "eval_every": 3, "patience": 50, "accumulate": 2,
+    "steps": 16, "save_every": 2, "eval_every": 3, "patience": 50, "accumulate": 2,
     "weight_decay": 0.1, "lr": 0.05, "seeds": (1, 2),
 }  # fmt: skip
 TOGETHER: dict[str, Any] = {

@@ -121,6 +121,23 @@ def test_a_rank_that_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None
         attach_all(model, config_for("lora", base, rank=17), source_of(model, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("adalora", {"init_rank": 17}, "init-rank is 17: must not exceed 16"),
+        ("adalora", {"steps": 10, "tinit": 4, "tfinal": 6}, "tinit is 4: must leave steps before"),
+        ("miss", {"mini_r": 5}, "mini-r is 5: must divide the 32 outputs"),
+        ("svft", {"off_diagonals": 32}, "off-diagonals is 32: must not exceed 31"),
+    ],
+)
+def test_an_option_that_does_not_fit_the_base_is_refused(
+    method: MethodName, options: dict[str, object], message: str, base: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(OptionRejected, match=message):
+        attach_all(model, config_for(method, base, **options), source_of(model, tmp_path))
+
+
 def test_a_model_without_the_expected_linears_is_refused() -> None:
     with pytest.raises(BaseRejected, match="q_proj"):
         shape_of(nn.Sequential(nn.Linear(2, 2)), "wrong", "0")
@@ -138,6 +155,26 @@ def test_a_model_without_the_expected_linears_is_refused() -> None:
         ({"method": "lora", "basis_rank": 8}, "basis-rank is 8: belongs to lora-xs, not to lora"),
         ({"rank": 9, "basis_rank": 8}, "basis-rank is 8: rank 9 needs more"),
         ({"format": "zip"}, "format is zip: must be one of compact, official, residual, converted"),
+        ({"method": "svf"}, "rank is 4: svf has none"),
+        ({"method": "vera", "alpha": 2.0}, "alpha is 2.0: vera has none"),
+        ({"method": "lora", "lr_ratio": 4.0}, "lr-ratio is 4.0: belongs to lora-plus, not to lora"),
+        ({"method": "lora-plus", "lr_ratio": 0.0}, "lr-ratio is 0.0: must be positive"),
+        ({"method": "pissa", "format": "residual"}, "format is residual: needs svd exact"),
+        ({"method": "milora", "format": "compact"}, "milora has residual and converted"),
+        ({"method": "milora", "svd": "exact"}, "svd is exact: belongs to lora-xs, pissa"),
+        ({"init": "random", "vectors": "top"}, "vectors is top: init random has no order"),
+        ({"init": "random", "svd": "exact"}, "svd is exact: init random takes none of W"),
+        ({"init": "orthonormal", "no_sigma": True}, "init orthonormal has no singular values"),
+        ({"vectors": "bottom", "svd": "randomised"}, "randomised: finds top vectors alone"),
+        ({"vectors": "bottom", "format": "compact"}, "compact: holds only what lies on the base"),
+        ({"vectors": "middle"}, "vectors is middle: must be one of top, bottom"),
+        ({"method": "miss", "shard": "output", "mini_r": 2}, "mini-r is 2: has no output shards"),
+        ({"method": "miss", "mini_r": 0}, "mini-r is 0: must be at least 1"),
+        ({"method": "adalora", "init_rank": 3}, "init-rank is 3: rank 4 needs more"),
+        ({"method": "adalora", "beta1": 1.0}, "beta1 is 1.0: must be between 0 and 1"),
+        ({"method": "adalora", "orthogonality": -1.0}, "orthogonality is -1.0: must not be neg"),
+        ({"method": "vera", "d_initial": -0.1}, "d-initial is -0.1: must be positive"),
+        ({"method": "svft", "off_diagonals": -1, "rank": 16}, "off-diagonals is -1: must be at"),
         ({"steps": 0}, "steps is 0: must be at least 1"),
         ({"batch_size": -1}, "batch-size is -1: must be at least 1"),
         ({"lr": float("nan")}, "lr is nan: must be a positive number"),
@@ -153,6 +190,7 @@ def test_a_model_without_the_expected_linears_is_refused() -> None:
 def test_options_that_break_a_rule_are_refused_by_name(
     options: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    asked = {"method": "lora-xs", "base": tmp_path, "data": tmp_path, "out": tmp_path, **options}
+    paths = {"base": tmp_path, "data": tmp_path, "out": tmp_path}
+    asked = {"method": "lora-xs", "rank": 4, **paths, **options}
     with pytest.raises(OptionRejected, match=message):
         TrainConfig(**asked)  # type: ignore[arg-type]

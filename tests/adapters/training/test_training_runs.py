@@ -253,6 +253,25 @@ def test_accumulating_batches_is_the_same_as_one_larger_batch(lab: Lab) -> None:
     assert losses(lab.root / "small") == pytest.approx(losses(lab.root / "large"), rel=1e-5)
 
 
+def test_packed_rows_are_learnt_and_resumed(lab: Lab) -> None:
+    options = {"pack": True, "max_length": 64, "steps": 30, "batch_size": 1, **LEARNING["lora"]}
+    lab.train("whole", method="lora", **options)
+    lab.train("parts", interrupt_after(7), method="lora", **options)
+    lab.train("parts", method="lora", resume=True, **options)
+
+    learnt = losses(lab.root / "whole")
+    assert sum(learnt[-5:]) < 0.5 * sum(learnt[:5])
+    assert adapter_bytes(lab.root / "parts") == adapter_bytes(lab.root / "whole")
+
+
+def test_evaluations_come_when_they_are_asked_for(lab: Lab) -> None:
+    data = lab.config("run").data
+    lab.train("run", steps=5, eval_data=data, eval_every=3, save_every=2)
+    assert [point.step for point in read_evals(lab.root / "run" / "eval.jsonl")] == [0, 3, 5]
+    with pytest.raises(OptionRejected, match="needs eval-data"):
+        lab.train("other", patience=2)
+
+
 def test_padding_does_not_change_the_loss(lab: Lab) -> None:
     model = AutoModelForCausalLM.from_pretrained(lab.base)
     rows = [
