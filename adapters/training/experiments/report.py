@@ -204,12 +204,9 @@ def _ratios(costs: dict[str, Line]) -> list[str]:
         held = "holds" if times <= 1.0 else "does not hold"
         return f"- {text}: {what.replace('_', ' ')} × {times:.2f}, **{held}** (one run)."
 
-    peft = "PEFT LoRA r=16"
     return [
         ratio("A LoRA-XS step is no slower than LoRA's (LoRA-XS, Table 6)", "LoRA-XS r=16",
               "LoRA r=16", "step_ms"),
-        ratio("A LoRA-XS step is no slower than PEFT's LoRA", "LoRA-XS r=16", peft, "step_ms"),
-        ratio("and needs no more memory", "LoRA-XS r=16", peft, "peak_memory"),
         ratio("MiSS is faster than LoRA (MiSS, Table 8)", "MiSS r=16", "LoRA r=9", "step_ms"),
         ratio("and needs less memory", "MiSS r=16", "LoRA r=9", "peak_memory"),
         ratio("MiSS is faster than DoRA", "MiSS r=16", "DoRA r=9", "step_ms"),

@@ -20,7 +20,7 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "adalora": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
     "vera": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "svf": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "svft": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "svft": (5e-4, 2e-3, 5e-3, 2e-2, 5e-2),
 }
 # What every run shares unless a setting says otherwise.
 STEPS = 300

@@ -99,8 +99,15 @@ class Trial:
         losses: each step's, per lane.
     """
 
-    def __init__(self, base: Path, cache: Path, name: str, seeds: Sequence[int] = (0,)) -> None:
-        self.model = fresh(base)
+    def __init__(
+        self,
+        base: Path,
+        cache: Path,
+        name: str,
+        seeds: Sequence[int] = (0,),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = fresh(base).to(dtype)
         options = options_of(name)
         self.config = TrainConfig(base=base, data=base, out=cache, steps=8, **options)
         weight_of = weight_reader(self.model)
@@ -133,7 +140,8 @@ class Trial:
         for _ in range(steps):
             self.optimizer.zero_grad()
             logits = self.model(input_ids=ids).logits[:, 1:-1]
-            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 2:], reduction="none")
+            predicted = logits.float().transpose(1, 2)
+            losses = F.cross_entropy(predicted, ids[:, 2:], reduction="none")
             loss = losses.view(len(self.seeds), -1).mean(dim=1)
             self.losses.append(loss.detach())
             penalty = self.method.penalty(self.adapted)

@@ -80,7 +80,6 @@ def test_lanes_that_diverge_are_logged_and_the_others_counted(lab: Lab) -> None:
     assert [line.get("diverged") for line in lab.log.lines("run")] == [True, True]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT uses what transformers will drop
 def test_costs_are_measured_once(lab: Lab) -> None:
     settings = (Setting("MiSS", "miss", SMALL), Setting("PiSSA", "pissa", SMALL))
     assert measure_costs(lab, Clock(math.inf), settings)
