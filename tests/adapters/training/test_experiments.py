@@ -226,7 +226,7 @@ def test_the_report_says_what_is_missing_and_what_was_found(lab: Lab, tmp_path: 
     files = write_report(lab.log, tmp_path / "to", seeds=(1, 2), steps=300)
     text = files[0].read_text()
     assert f"| {CLAIMS[0].text} | MiSS, Table 5 | **does not hold** | -20.0 ± 0.0 |" in text
-    assert "![miss](plots/miss.png)" in text
+    assert "![miss](results/miss.png)" in text
     assert {"RESULTS.md", "miss.png"} <= {path.name for path in files}
     assert text.count("**not measured**") < len(CLAIMS)
 
