@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from shoal.adapters.training import loop
-from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
+from shoal.adapters.training.config import MethodName, TrainConfig
 from shoal.adapters.training.errors import Diverged, OptionRejected, ResumeMismatch
 from shoal.adapters.training.lanes import Lane, lanes_of
 from shoal.adapters.training.metrics import StepMetrics, read_evals, read_steps
@@ -50,7 +50,7 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     assert all((ours[key] - theirs[key]).abs().max() <= 1e-5 for key in ours)
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", ["lora-xs", "adalora"])  # the others: test_method*.py
 def test_a_lane_among_others_learns_what_it_learns_alone(method: MethodName, lab: Lab) -> None:
     lanes = [Lane("a", 3), Lane("b", 4, lr=0.003)]
     options: dict[str, Any] = {"method": method, "steps": 3, "lr": 0.001}
