@@ -106,8 +106,9 @@ class Trial:
         name: str,
         seeds: Sequence[int] = (0,),
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
-        self.model = fresh(base).to(dtype)
+        self.model = fresh(base).to(device, dtype)
         options = options_of(name)
         self.config = TrainConfig(base=base, data=base, out=cache, steps=8, **options)
         weight_of = weight_reader(self.model)
@@ -136,7 +137,7 @@ class Trial:
             torch.randint(3, 200, (2, 8), generator=torch.Generator().manual_seed(100 + seed))
             for seed in self.seeds
         ]
-        ids = torch.cat(rows)
+        ids = torch.cat(rows).to(self.model.device)
         for _ in range(steps):
             self.optimizer.zero_grad()
             logits = self.model(input_ids=ids).logits[:, 1:-1]
