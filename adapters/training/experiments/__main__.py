@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scorer", default=SCORER, help="module whose open_source scores")
     made.add_argument("--no-score", action="store_true", help="train only")
     made.add_argument("--commit", default="", help="of this copy (default: as git says)")
-    made.add_argument("--keep", action="store_true", help="keep adapters that were scored")
+    made.add_argument("--keep", action="store_true", help="keep the directories of scored runs")
     made.add_argument(
         "--to", type=Path, default=Path("adapters/training"), help="where the report goes"
     )
