@@ -1,12 +1,28 @@
-"""Uploads read and packed in processes beside the server's.
+"""Uploads read, packed and published by processes beside the server's.
 
-Checking one small adapter is tens of milliseconds of thousands of short calls, each of which holds
-the interpreter's lock: in the server's own process the engine would wait for them between its
-launches. So a helper process, of the lowest priority, does it, and what comes back is bytes.
+Checking one small adapter is tens of milliseconds of thousands of short calls, and publishing it a
+dozen database statements, each of which holds the interpreter's lock: in the server's own process
+the engine would wait for them between its launches. So a helper process, of the lowest priority,
+does it, and what comes back is the packed bytes and the catalog's entry.
 
 A helper has neither the base's weights nor the shared bases, only what identifies them. What needs
 more (a file that brings its own factors, say) it leaves to the server, as does a helper that has
 not started yet or has died. So nothing depends on there being one.
+
+What is said between them, for one upload::
+
+    server                             helper
+    Asked                         ->   claim the name, read, check, pack, claim again
+                                  <-   Made, a refusal, or None: the server must do it
+    keep it in the host tier
+    GO, or STOP                   ->   store the record
+                                  <-   None, or a failure
+    (no other writers meanwhile)
+    GO                            ->   publish, unless the server is gone
+                                  <-   AdapterInfo, or a failure
+
+A helper that dies on the way leaves at most a record that no name refers to, or the upload as it
+was asked for: the server does it again, which changes nothing then.
 """
 
 import contextlib
@@ -16,8 +32,9 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +43,11 @@ import torch
 from shoal.adapters.basis import Basis, sketch
 from shoal.adapters.errors import AdapterError
 from shoal.adapters.packing import PackedAdapter
-from shoal.adapters.preparing import Packing, Prepared
-from shoal.adapters.registry.catalog import Content
+from shoal.adapters.preparing import Packing
+from shoal.adapters.registry.catalog import AdapterInfo
+from shoal.adapters.registry.errors import RegistryError
+from shoal.adapters.registry.keys import Limits
+from shoal.adapters.registry.registry import Address
 from shoal.adapters.spec import AdapterSpec
 
 log = logging.getLogger(__name__)
@@ -36,6 +56,10 @@ log = logging.getLogger(__name__)
 BYTES_MAX = 32 << 20
 # Helpers that died in a row before anything was answered: then there will be no others.
 DEATHS_MAX = 3
+
+
+# What a helper is told when it waits.
+GO, STOP = True, False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +71,7 @@ class Setup:
         spectral: whether the server serves what needs singular vectors.
     """
 
+    registry: Address
     packing: Packing
     canonical: Basis
     max_bytes: int
@@ -54,38 +79,40 @@ class Setup:
     spectral: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """One upload.
 
     Attributes:
+        limits: of what the owner may have.
         bases: sketches of the known uploaded bases, when they are not those of the last request.
     """
 
+    name: str
+    owner: str
+    limits: Limits | None
     files: Mapping[str, Path]
-    bases: tuple[Basis, ...] | None
+    bases: tuple[Basis, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An adapter, prepared; its packed data as bytes."""
+    """An adapter, packed; its data as bytes."""
 
-    content: Content
-    record: bytes
     spec: AdapterSpec
     data: bytearray
 
-    def prepared(self, dtype: torch.dtype) -> Prepared:
+    def packed(self, dtype: torch.dtype) -> PackedAdapter:
         """As the server uses it, over the same memory."""
-        data = torch.frombuffer(self.data, dtype=dtype)
-        return Prepared(self.content, self.record, PackedAdapter(self.spec, data))
+        return PackedAdapter(self.spec, torch.frombuffer(self.data, dtype=dtype))
 
 
-Answer = Made | AdapterError | None  # None: the server must do it
+class Died(Exception):
+    """A helper is there no more, or makes no sense."""
 
 
 class Helpers:
-    """Processes that prepare uploads. Thread-safe; ``close`` ends them.
+    """Processes that do uploads. Thread-safe; ``close`` ends them.
 
     None is started before the first upload, which, as those that come until the first is ready, is
     left to the server.
@@ -93,7 +120,7 @@ class Helpers:
 
     def __init__(self, setup: Setup, most: int) -> None:
         """Args:
-        most: processes. Each takes 260 MB and checks some 30 small adapters a second.
+        most: processes. see ``README.md`` for what each takes and does.
         """
         self._setup = setup
         self._most = most
@@ -105,31 +132,51 @@ class Helpers:
         self._deaths = 0
         self._closed = False
 
-    def prepare(self, files: Mapping[str, Path], bases: Sequence[Basis]) -> Prepared | None:
-        """Read, check and pack an adapter; None when the caller must do that itself.
+    def upload(
+        self,
+        asked: Asked,
+        bases: Sequence[Basis],
+        *,
+        place: Callable[[PackedAdapter], None],
+        published: AbstractContextManager[None],
+    ) -> AdapterInfo | None:
+        """Have an adapter uploaded; None when the caller must do that itself.
 
         Args:
             bases: all uploaded bases that are known.
+            place: puts it where requests find it; what it raises is passed on, and then nothing
+                is published.
+            published: entered while it is being published.
 
         Raises:
-            AdapterError: it is refused, as the caller would refuse it.
+            AdapterError, RegistryError: it is refused, or fails, as the caller's own would.
             OSError: its files cannot be read.
         """
-        if sum(path.stat().st_size for path in files.values()) > BYTES_MAX:
+        if sum(path.stat().st_size for path in asked.files.values()) > BYTES_MAX:
             return None
         helper = self._take()
         if helper is None:
             return None
         try:
-            answer = helper.ask(files, bases)
-        except (OSError, EOFError, pickle.UnpicklingError) as problem:
+            info = helper.upload(
+                asked,
+                bases,
+                dtype=self._setup.packing.dtype,
+                place=place,
+                published=published,
+            )
+        except Died as problem:
             log.warning("an upload helper died pid=%d: %s", helper.pid, problem)
             self._bury(helper)
             return None
+        except BaseException:
+            if helper.at_rest:
+                self._give(helper)
+            else:
+                self._bury(helper)
+            raise
         self._give(helper)
-        if isinstance(answer, AdapterError):
-            raise answer
-        return None if answer is None else answer.prepared(self._setup.packing.dtype)
+        return info
 
     def close(self) -> None:
         """End the helpers; what they work on is left to the server."""
@@ -215,6 +262,8 @@ class _Helper:
         self._from: IO[bytes] = self._process.stdout
         self.pid = self._process.pid
         self._told: tuple[str, ...] = ()
+        # Whether it waits for the next upload.
+        self.at_rest = True
         try:
             send(self._to, setup)
             pickle.load(self._from)
@@ -222,13 +271,52 @@ class _Helper:
             self.close()
             raise
 
-    def ask(self, files: Mapping[str, Path], bases: Sequence[Basis]) -> Answer:
-        """Have an upload prepared. Raises OSError, EOFError, UnpicklingError when it has died."""
+    def upload(
+        self,
+        asked: Asked,
+        bases: Sequence[Basis],
+        *,
+        dtype: torch.dtype,
+        place: Callable[[PackedAdapter], None],
+        published: AbstractContextManager[None],
+    ) -> AdapterInfo | None:
+        """As ``Helpers.upload``. Raises Died, too."""
         ids = tuple(basis.id for basis in bases)
         told = None if ids == self._told else tuple(map(sketch, bases))
-        send(self._to, Asked(dict(files), told))
         self._told = ids
-        answer: Answer = pickle.load(self._from)
+        made: Made | None = self._ask(replace(asked, bases=told))
+        if made is None:
+            return None
+        self.at_rest = False
+        try:
+            place(made.packed(dtype))
+        except BaseException:
+            self._send(STOP)
+            self.at_rest = True
+            raise
+        self._ask(GO)
+        self.at_rest = False
+        with published:
+            info: AdapterInfo = self._ask(GO)
+        return info
+
+    def _send(self, message: object) -> None:
+        try:
+            send(self._to, message)
+        except OSError as problem:
+            raise Died(problem) from problem
+
+    def _ask(self, message: object) -> Any:
+        """The answer; raises it if it is a refusal or a failure, which end the upload."""
+        self.at_rest = False
+        self._send(message)
+        try:
+            answer = pickle.load(self._from)
+        except (OSError, EOFError, pickle.UnpicklingError) as problem:
+            raise Died(problem) from problem
+        self.at_rest = True
+        if isinstance(answer, AdapterError | RegistryError):
+            raise answer
         return answer
 
     def close(self) -> None:
@@ -247,7 +335,13 @@ def send(to: IO[bytes], message: Any) -> None:
 
 
 def make_setup(
-    packing: Packing, canonical: Basis, *, max_bytes: int, max_bases: int, spectral: bool
+    registry: Address,
+    packing: Packing,
+    canonical: Basis,
+    *,
+    max_bytes: int,
+    max_bases: int,
+    spectral: bool,
 ) -> Setup:
     """What a helper needs to know; see ``Setup``."""
-    return Setup(packing, sketch(canonical), max_bytes, max_bases, spectral)
+    return Setup(registry, packing, sketch(canonical), max_bytes, max_bases, spectral)

@@ -14,6 +14,9 @@
 Messages say what, the value and the rule, so that they can be shown to the caller unchanged.
 """
 
+from functools import partial
+from typing import Any
+
 
 class AdapterError(Exception):
     """Base of every adapter error; its text is safe to show to the client."""
@@ -75,3 +78,7 @@ class AdapterQuotaExceeded(AdapterError):
         self.allowed = allowed
         self.used = used
         self.needed = needed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        whole = partial(type(self), allowed=self.allowed, used=self.used, needed=self.needed)
+        return whole, (self.limit,)

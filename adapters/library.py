@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from shoal.adapters.apart import Helpers, make_setup
+from shoal.adapters.apart import Asked, Helpers, make_setup
 from shoal.adapters.basis import Basis, BasisStore
 from shoal.adapters.blending import Blend
 from shoal.adapters.composing import Base, compose
@@ -24,14 +24,15 @@ from shoal.adapters.errors import AdapterError, AdapterRejected, BlendRefused
 from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.layouts import Layouts
-from shoal.adapters.preparing import Packing, Prepared
+from shoal.adapters.packing import PackedAdapter
+from shoal.adapters.preparing import Packing
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.record import from_record
 from shoal.adapters.registry.catalog import AdapterInfo
 from shoal.adapters.registry.collecting import Collector
 from shoal.adapters.registry.errors import RecordDamaged, RegistryError, RegistryUnavailable
 from shoal.adapters.registry.keys import Keys, Limits
-from shoal.adapters.registry.registry import Registry
+from shoal.adapters.registry.registry import Address, Registry
 from shoal.adapters.registry.store import Places, places
 from shoal.adapters.spec import AdapterSpec, BaseShape, Target
 from shoal.adapters.spectral_basis import SpectralBasis
@@ -71,6 +72,7 @@ class AdapterLibrary:
         self,
         registry: Registry,
         *,
+        address: Address | None = None,
         shape: BaseShape,
         weight_of: WeightOf,
         canonical: Basis,
@@ -85,6 +87,7 @@ class AdapterLibrary:
         on_spectral: OnSpectral | None = None,
     ) -> None:
         self._registry = registry
+        self._address = address
         self._shape = shape
         self._weight_of = weight_of
         self._canonical = canonical
@@ -150,14 +153,10 @@ class AdapterLibrary:
             RegistryUnavailable, SchemaTooNew: the registry cannot be opened.
         """
         where = places(registry_url, store_url)
-        registry = Registry.open(
-            registry_url,
-            where.store_url,
-            base_digest=shape.digest,
-            reserved_names=reserved_names,
-        )
+        address = Address(registry_url, where.store_url, shape.digest, reserved_names)
         library = cls(
-            registry,
+            address.open(),
+            address=address,
             shape=shape,
             weight_of=weight_of,
             canonical=canonical,
@@ -181,8 +180,14 @@ class AdapterLibrary:
         return library
 
     def prepare_apart(self, processes: int) -> None:
-        """From now on let so many helper processes read and pack uploads; see ``apart.py``."""
+        """From now on let so many helper processes do uploads; see ``apart.py``.
+
+        Not those of a registry that only this process can open.
+        """
+        if self._address is None or not self._address.reachable:
+            return
         setup = make_setup(
+            self._address,
             self._packing,
             self._canonical,
             max_bytes=self._max_upload_bytes,
@@ -213,17 +218,16 @@ class AdapterLibrary:
             AdapterNameInvalid, AdapterConflict, AdapterQuotaExceeded, AdapterRejected,
             AdapterTooLarge.
         """
-        self._registry.claim(name, owner=owner, limits=limits)
-        prepared, weights = self._prepare(files)
-        content, record, packed = prepared.content, prepared.record, prepared.packed
-        self._registry.claim(name, owner=owner, content=content, limits=limits)
-        self._keep_basis(packed.spec)
-        self._announce(packed.spec, weights)
-        # Before the name exists: what can never be loaded must not get one.
-        self._host.put(packed)
-        info = self._registry.publish(
-            name, content, record, owner=owner, limits=limits, claimed=True
-        )
+        info = self._upload_apart(Asked(name=name, owner=owner, limits=limits, files=files))
+        if info is None:
+            self._registry.claim(name, owner=owner, limits=limits)
+            weights = self._read(files, self._bases)
+            prepared = self._packing.prepare(weights)
+            self._registry.claim(name, owner=owner, content=prepared.content, limits=limits)
+            self._place(prepared.packed, (weights,))
+            info = self._registry.publish(
+                name, prepared.content, prepared.record, owner=owner, limits=limits, claimed=True
+            )
         log.info("uploaded adapter=%s@%d digest=%s", info.reference, info.version, info.digest)
         return info
 
@@ -360,15 +364,23 @@ class AdapterLibrary:
                 spectral=self._spectral,
             )
 
-    def _prepare(self, files: Mapping[str, Path]) -> tuple[Prepared, Sequence[AdapterWeights]]:
-        """An upload, and what it was packed from unless that was done apart."""
-        if self._helpers is not None:
-            with _disk_failures():
-                made = self._helpers.prepare(files, self._bases.all())
-            if made is not None:
-                return made, ()
-        weights = self._read(files, self._bases)
-        return self._packing.prepare(weights), (weights,)
+    def _upload_apart(self, asked: Asked) -> AdapterInfo | None:
+        """Have a helper process do it; None when it must be done here."""
+        if self._helpers is None:
+            return None
+        with _disk_failures():
+            return self._helpers.upload(
+                asked,
+                self._bases.all(),
+                place=self._place,
+                published=self._registry.published_elsewhere(asked.name, owner=asked.owner),
+            )
+
+    def _place(self, packed: PackedAdapter, weights: Sequence[AdapterWeights] = ()) -> None:
+        """Make an adapter ready to be used. Before its name exists: what cannot be gets none."""
+        self._keep_basis(packed.spec)
+        self._announce(packed.spec, weights)
+        self._host.put(packed)
 
     def _load_and_pin(self, info: AdapterInfo) -> None:
         if self._host.pin(info.digest):

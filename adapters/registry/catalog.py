@@ -64,7 +64,13 @@ class Catalog:
             placing.claim(connection, self._scope, name, content, limits)
 
     def publish(
-        self, name: str, content: Content, *, created: float, limits: Limits | None = None
+        self,
+        name: str,
+        content: Content,
+        *,
+        created: float,
+        limits: Limits | None = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> AdapterInfo:
         """Add ``content`` as the next version of ``name`` and make it active.
 
@@ -73,6 +79,7 @@ class Catalog:
         Args:
             limits: the owner may have no more adapters and bytes than these, whoever else uploads
                 for it at the same time. What is made active again needs no room.
+            before_commit: what it raises is passed on, and nothing has changed.
 
         Raises:
             AdapterNameInvalid: ``name`` breaks the rule.
@@ -83,7 +90,10 @@ class Catalog:
 
         def work(connection: Connection) -> AdapterInfo:
             version = placing.publish(connection, self._scope, name, content, created, limits)
-            return lookup.info(connection, self._scope, name, version)
+            info = lookup.info(connection, self._scope, name, version)
+            if before_commit is not None:
+                before_commit()
+            return info
 
         return self._transact(work)
 

@@ -196,6 +196,12 @@ class Database:
                 time.sleep(random.uniform(0.0, 0.002 * 2**attempt))
         raise AssertionError("not reached")
 
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let another process write meanwhile: nobody of this one tries to."""
+        with self._writing:
+            yield
+
     def close(self) -> None:
         """Close the connections; an in-memory database is gone after it."""
         self._engine.dispose()

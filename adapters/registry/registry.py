@@ -6,13 +6,14 @@ name refers to, never a name without bytes. Knows nothing of tensors.
 
 import re
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import takewhile
 
 from shoal.adapters.errors import AdapterConflict, AdapterNotFound
 from shoal.adapters.registry.catalog import AdapterInfo, Catalog, Content
-from shoal.adapters.registry.database import Database
+from shoal.adapters.registry.database import Database, sqlite_file
 from shoal.adapters.registry.keys import Keys, Limits
 from shoal.adapters.registry.names import SHIPPED_OWNER, not_found, validate_name
 from shoal.adapters.registry.recent import RecentMeanings
@@ -23,6 +24,31 @@ from shoal.adapters.registry.usage import UseRecorder
 GRACE_S = 24 * 3600.0
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """How another process opens the same registry."""
+
+    registry_url: str
+    store_url: str
+    base_digest: str
+    reserved_names: frozenset[str]
+
+    @property
+    def reachable(self) -> bool:
+        """Whether another process can: not of a database in this one's memory."""
+        backend = self.registry_url.partition(":")[0].partition("+")[0]
+        return backend != "sqlite" or sqlite_file(self.registry_url) is not None
+
+    def open(self) -> "Registry":
+        """Raises as ``Registry.open``."""
+        return Registry.open(
+            self.registry_url,
+            self.store_url,
+            base_digest=self.base_digest,
+            reserved_names=self.reserved_names,
+        )
 
 
 class Registry:
@@ -123,9 +149,40 @@ class Registry:
         # With its limits, so that what there is no room for is not written either.
         if not claimed:
             self.claim(name, owner=owner, content=content, limits=limits)
-        self._put(content.digest, record)
+        self.store(content.digest, record)
+        return self.publish_stored(name, content, owner=owner, limits=limits)
+
+    def store(self, digest: str, record: bytes) -> None:
+        """Keep ``record`` for the ``publish_stored`` that follows."""
+        # First, so that bytes which are there already stay until the name exists.
+        self._of("").spare(digest, now=self._clock())
+        self._store.put(digest, record)
+
+    def publish_stored(
+        self,
+        name: str,
+        content: Content,
+        *,
+        owner: str = "",
+        limits: Limits | None = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> AdapterInfo:
+        """As ``publish``, of a record that ``store`` has just kept.
+
+        Args:
+            before_commit: called when all is done but that; what it raises is passed on, and
+                nothing has changed.
+        """
         with self._recent.changing(owner, name):
-            return self._of(owner).publish(name, content, created=self._clock(), limits=limits)
+            return self._of(owner).publish(
+                name, content, created=self._clock(), limits=limits, before_commit=before_commit
+            )
+
+    @contextmanager
+    def published_elsewhere(self, name: str, *, owner: str = "") -> Iterator[None]:
+        """Another process changes ``name`` for this one in the block."""
+        with self._database.lent(), self._recent.changing(owner, name):
+            yield
 
     def publish_shipped(self, name: str, content: Content, record: bytes) -> AdapterInfo | None:
         """Like ``publish``, unless a user changed or deleted ``name``: then None.
@@ -133,7 +190,7 @@ class Registry:
         Also as ``shoal/name``, which everybody sees: who has a key does not see the bare one.
         """
         self._check_name(name)
-        self._put(content.digest, record)
+        self.store(content.digest, record)
         shared = self._of(SHIPPED_OWNER)
         with self._recent.changing(SHIPPED_OWNER, name):
             shared.publish_shipped(name, content, created=self._clock())
@@ -269,11 +326,6 @@ class Registry:
 
     def _of(self, owner: str) -> Catalog:
         return Catalog(self._database, base_digest=self._base_digest, owner=owner)
-
-    def _put(self, digest: str, record: bytes) -> None:
-        # First, so that bytes which are there already stay until the name exists.
-        self._of("").spare(digest, now=self._clock())
-        self._store.put(digest, record)
 
     def _check_name(self, name: str) -> None:
         validate_name(name)

@@ -1,11 +1,15 @@
 """Uploads prepared beside the server: the same bytes, the same refusals, and nothing lost."""
 
 import os
+import pickle
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,24 @@ import pytest
 import torch
 
 from shoal.adapters import apart
-from shoal.adapters.apart import Helpers, Made, Setup, make_setup
-from shoal.adapters.apart_worker import _Known, answer
+from shoal.adapters.apart import Asked, Helpers, Setup, make_setup
+from shoal.adapters.apart_worker import _Known, prepare
 from shoal.adapters.basis import make_basis, sketch
-from shoal.adapters.errors import AdapterRejected
+from shoal.adapters.errors import (
+    AdapterConflict,
+    AdapterNameInvalid,
+    AdapterQuotaExceeded,
+    AdapterRejected,
+    AdapterTooLarge,
+)
 from shoal.adapters.formats.writing import write_compact_lora_xs
 from shoal.adapters.layouts import Layouts
+from shoal.adapters.packing import PackedAdapter
 from shoal.adapters.preparing import Packing, Prepared
 from shoal.adapters.reading import adapter_files
+from shoal.adapters.registry.catalog import AdapterInfo
+from shoal.adapters.registry.keys import Limits
+from shoal.adapters.registry.registry import Address, Registry
 
 HERE = ("lora", "lora_rs", "miss", "miss_mini", "bone")
 REFUSED = ("lora_head", "lora_bias")
@@ -32,7 +46,10 @@ START_S = 120.0  # for a process to start on a busy machine
 
 def setup_of(golden: Any, layouts: Layouts | None = None) -> Setup:
     packing = Packing(golden.shape, torch.float32, BYTES_MAX, layouts)
-    return make_setup(packing, golden.canonical, max_bytes=BYTES_MAX, max_bases=4, spectral=False)
+    registry = Address("sqlite://", "", golden.shape.digest, frozenset({"tiny"}))
+    return make_setup(
+        registry, packing, golden.canonical, max_bytes=BYTES_MAX, max_bases=4, spectral=False
+    )
 
 
 def compact(golden: Any, folder: Path, seed: int = 0) -> Path:
@@ -40,6 +57,12 @@ def compact(golden: Any, folder: Path, seed: int = 0) -> Path:
     r = {target: torch.randn(4, 4, generator=rng) for target in golden.shape.targets()}
     write_compact_lora_xs(folder, r, alpha=4, rank=4, basis=golden.canonical, shape=golden.shape)
     return folder
+
+
+def by_a_helper(golden: Any, folder: Path) -> Prepared:
+    made = prepare(setup_of(golden), adapter_files(folder), _Known())
+    assert made is not None
+    return made
 
 
 def by_the_server(golden: Any, folder: Path) -> Prepared:
@@ -56,9 +79,7 @@ def assert_same(made: Prepared, wanted: Prepared) -> None:
 @pytest.mark.parametrize("case", HERE)
 def test_a_helper_makes_what_the_server_would_have_made(golden: Any, case: str) -> None:
     folder = golden.copy(case)
-    found = answer(setup_of(golden), adapter_files(folder), _Known())
-    assert isinstance(found, Made)
-    assert_same(found.prepared(torch.float32), by_the_server(golden, folder))
+    assert_same(by_a_helper(golden, folder), by_the_server(golden, folder))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -66,38 +87,36 @@ def test_a_helper_refuses_what_the_server_would_have_refused(golden: Any, case: 
     folder = golden.copy(case)
     with pytest.raises(AdapterRejected) as refusal:
         golden.read(folder)
-    found = answer(setup_of(golden), adapter_files(folder), _Known())
-    assert isinstance(found, AdapterRejected)
-    assert str(found) == str(refusal.value)
+    with pytest.raises(AdapterRejected) as refused:
+        by_a_helper(golden, folder)
+    assert str(refused.value) == str(refusal.value)
 
 
 def test_compact_files_are_compared_with_probes_alone(golden: Any, tmp_path: Path) -> None:
     folder = compact(golden, tmp_path / "a")
-    found = answer(setup_of(golden), adapter_files(folder), _Known())
-    assert isinstance(found, Made)
-    assert_same(found.prepared(torch.float32), by_the_server(golden, folder))
+    assert_same(by_a_helper(golden, folder), by_the_server(golden, folder))
     tensors = golden.tensors(folder)
     name = next(name for name in tensors if name.endswith("basis_probe"))
     golden.save(folder, {**tensors, name: -tensors[name]})
     with pytest.raises(AdapterRejected) as refusal:
         golden.read(folder)
-    found = answer(setup_of(golden), adapter_files(folder), _Known())
-    assert isinstance(found, AdapterRejected)
-    assert str(found) == str(refusal.value)
+    with pytest.raises(AdapterRejected) as refused:
+        by_a_helper(golden, folder)
+    assert str(refused.value) == str(refusal.value)
 
 
 def test_what_is_packed_like_the_one_before_is_the_same(golden: Any, tmp_path: Path) -> None:
     setup = setup_of(golden, Layouts(golden.shape, torch.float32))
     for seed in range(3):
         folder = compact(golden, tmp_path / str(seed), seed)
-        found = answer(setup, adapter_files(folder), _Known())
-        assert isinstance(found, Made)
-        assert_same(found.prepared(torch.float32), by_the_server(golden, folder))
+        made = prepare(setup, adapter_files(folder), _Known())
+        assert made is not None
+        assert_same(made, by_the_server(golden, folder))
 
 
 @pytest.mark.parametrize("case", SERVERS)
 def test_what_needs_the_base_is_left_to_the_server(golden: Any, case: str) -> None:
-    assert answer(setup_of(golden), adapter_files(golden.copy(case)), _Known()) is None
+    assert prepare(setup_of(golden), adapter_files(golden.copy(case)), _Known()) is None
 
 
 def test_a_compact_file_on_an_uploaded_basis(golden: Any, tmp_path: Path) -> None:
@@ -111,68 +130,211 @@ def test_a_compact_file_on_an_uploaded_basis(golden: Any, tmp_path: Path) -> Non
     r = {target: torch.eye(2) for target in own.factors}
     write_compact_lora_xs(tmp_path / "a", r, alpha=4, rank=2, basis=own, shape=golden.shape)
     files = adapter_files(tmp_path / "a")
-    assert isinstance(answer(setup_of(golden), files, known), AdapterRejected)
+    with pytest.raises(AdapterRejected):
+        prepare(setup_of(golden), files, known)
     known.bases = (sketch(own),)
-    found = answer(setup_of(golden), files, known)
-    assert isinstance(found, Made)
-    assert found.content.basis_id == own.id
-    assert_same(found.prepared(torch.float32), by_the_server(golden, tmp_path / "a"))
+    made = prepare(setup_of(golden), files, known)
+    assert made is not None
+    assert made.content.basis_id == own.id
+    assert_same(made, by_the_server(golden, tmp_path / "a"))
 
 
 # -- processes ------------------------------------------------------------------------------------
 
 
+@dataclass
+class World:
+    """A registry in a file, and helpers that publish to it."""
+
+    golden: Any
+    registry: Registry
+    helpers: Helpers
+    url: str
+
+    def upload(self, files: dict[str, Path], name: str = "a", **how: Any) -> AdapterInfo | None:
+        """What a helper made of it; ``placed`` has what it packed."""
+        owner, limits = how.pop("owner", ""), how.pop("limits", None)
+        self.placed: list[PackedAdapter] = []
+        return self.helpers.upload(
+            Asked(name=name, owner=owner, limits=limits, files=files),
+            (),
+            place=how.pop("place", self.placed.append),
+            published=how.pop("published", self.registry.published_elsewhere(name, owner=owner)),
+        )
+
+    def uploaded(self, files: dict[str, Path], name: str = "a", **how: Any) -> AdapterInfo:
+        """The same; until a process has started it is not done."""
+        end = time.monotonic() + START_S
+        while time.monotonic() < end:
+            info = self.upload(files, name, **how)
+            if info is not None:
+                return info
+            time.sleep(0.05)
+        raise AssertionError("no helper started")
+
+    def names(self) -> list[str]:
+        return [info.name for info in self.registry.page(limit=10)[0]]
+
+
 @pytest.fixture
-def helpers(golden: Any) -> Iterator[Helpers]:
-    made = Helpers(setup_of(golden), 1)
-    yield made
-    made.close()
+def world(golden: Any, tmp_path: Path) -> Iterator[World]:
+    url = f"sqlite:///{tmp_path / 'registry.db'}"
+    setup = setup_of(golden)
+    address = replace(setup.registry, registry_url=url, store_url=str(tmp_path / "store"))
+    registry = address.open()
+    helpers = Helpers(replace(setup, registry=address), 1)
+    yield World(golden, registry, helpers, url)
+    helpers.close()
+    registry.close()
 
 
-def prepared(helpers: Helpers, folder: Path) -> Prepared:
-    """By a process; until one has started there is no answer."""
-    end = time.monotonic() + START_S
-    while time.monotonic() < end:
-        found = helpers.prepare(adapter_files(folder), ())
-        if found is not None:
-            return found
-        time.sleep(0.05)
-    raise AssertionError("no helper started")
-
-
-def test_a_process_prepares_refuses_and_is_replaced_when_it_dies(
-    golden: Any, helpers: Helpers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_process_uploads_refuses_and_is_replaced_when_it_dies(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    golden, helpers = world.golden, world.helpers
     folder = compact(golden, tmp_path / "a")
     files = adapter_files(folder)
-    assert helpers.prepare(files, ()) is None, "nobody waits for a process to start"
-    assert_same(prepared(helpers, folder), by_the_server(golden, folder))
+    assert world.upload(files) is None, "nobody waits for a process to start"
+    wanted = by_the_server(golden, folder)
+    info = world.uploaded(files)
+    assert info == world.registry.resolve("a")
+    assert (info.version, info.digest, info.bytes) == (1, wanted.content.digest, len(wanted.record))
+    assert world.registry.read(info.digest) == wanted.record
+    (packed,) = world.placed
+    assert packed.spec == wanted.packed.spec
+    assert torch.equal(packed.data, wanted.packed.data)
+
     (first,) = helpers._helpers
     bad = golden.edit_config(compact(golden, tmp_path / "bad"), r=5)
     with pytest.raises(AdapterRejected) as refusal:
         golden.read(bad)
     with pytest.raises(AdapterRejected) as refused:
-        helpers.prepare(adapter_files(bad), ())
+        world.upload(adapter_files(bad))
     assert str(refused.value) == str(refusal.value)
     assert (refused.value.where, refused.value.rule) == (refusal.value.where, refusal.value.rule)
+    with pytest.raises(AdapterNameInvalid):
+        world.upload(files, "../a")
+    with pytest.raises(AdapterConflict, match="reserved"):
+        world.upload(files, "tiny")
+    with pytest.raises(AdapterQuotaExceeded) as quota:
+        world.upload(files, "b", owner="team", limits=Limits(bytes=10))
+    assert (quota.value.allowed, quota.value.needed) == (10, len(wanted.record))
+    assert world.names() == ["a"]
 
     with monkeypatch.context() as patch:
         patch.setattr(apart, "BYTES_MAX", 10)
-        assert helpers.prepare(files, ()) is None, "large files are the server's"
+        assert world.upload(files) is None, "large files are the server's"
+    assert set(helpers._helpers) == {first}, "none of this harmed it"
 
     os.kill(first.pid, signal.SIGKILL)
-    assert helpers.prepare(files, ()) is None, "what it was to do is the server's"
-    other = compact(golden, tmp_path / "b", seed=1)
-    assert_same(prepared(helpers, other), by_the_server(golden, other))
+    assert world.upload(files) is None, "what it was to do is the server's"
+    assert world.uploaded(adapter_files(compact(golden, tmp_path / "b", seed=1))).version == 2
     (second,) = helpers._helpers
     assert second.pid != first.pid
     helpers.close()
     assert second._process.poll() is not None
-    assert helpers.prepare(files, ()) is None
+    assert world.upload(files) is None
+
+
+def test_what_cannot_be_placed_is_not_published(world: World, tmp_path: Path) -> None:
+    files = adapter_files(compact(world.golden, tmp_path / "a"))
+    world.uploaded(files, "first")
+    (helper,) = world.helpers._helpers
+
+    def refuse(_: PackedAdapter) -> None:
+        raise AdapterTooLarge("no room")
+
+    with pytest.raises(AdapterTooLarge, match="no room"):
+        world.upload(files, "second", place=refuse)
+    assert world.names() == ["first"]
+    assert world.upload(files, "third") is not None
+    assert set(world.helpers._helpers) == {helper}
+
+
+@pytest.mark.parametrize("when", ["place", "published"])
+def test_a_process_that_dies_half_way_publishes_nothing(
+    world: World, tmp_path: Path, when: str
+) -> None:
+    files = adapter_files(compact(world.golden, tmp_path / "a"))
+    world.uploaded(files, "first")
+
+    def kill(*_: object) -> None:
+        (helper,) = world.helpers._helpers
+        os.kill(helper.pid, signal.SIGKILL)
+        helper._process.wait()
+
+    @contextmanager
+    def killed() -> Iterator[None]:
+        kill()
+        yield
+
+    how: dict[str, Any] = {"place": kill} if when == "place" else {"published": killed()}
+    assert world.upload(files, "second", **how) is None
+    assert world.names() == ["first"]
+    assert world.uploaded(files, "second").version == 1
+
+
+def test_a_failure_while_it_is_published_costs_the_process_not_the_next_upload(
+    world: World, tmp_path: Path
+) -> None:
+    """It waits for a word that will not come, and must not be given the next upload."""
+    files = adapter_files(compact(world.golden, tmp_path / "a"))
+    world.uploaded(files, "first")
+
+    @contextmanager
+    def failing() -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        world.upload(files, "second", published=failing())
+    assert world.names() == ["first"]
+    assert world.uploaded(files, "third").name == "third"
+
+
+def test_a_process_publishes_nothing_once_its_server_is_gone(
+    world: World, golden: Any, tmp_path: Path
+) -> None:
+    """Also when it waited for its turn to write until then."""
+    files = adapter_files(compact(golden, tmp_path / "a"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shoal.adapters.apart_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    to, source = process.stdin, process.stdout
+    assert to is not None
+    assert source is not None
+
+    def ask(message: object) -> Any:
+        apart.send(to, message)
+        return pickle.load(source)
+
+    with to, source:
+        assert ask(world.helpers._setup) is True
+        assert isinstance(ask(Asked(name="a", owner="", limits=None, files=files)), apart.Made)
+        assert ask(apart.GO) is None
+        database = sqlite3.connect(world.url.removeprefix("sqlite:///"), isolation_level=None)
+        database.execute("BEGIN IMMEDIATE")
+        apart.send(to, apart.GO)
+        to.close()
+        database.execute("ROLLBACK")
+        database.close()
+        assert process.wait(START_S) == 0
+        assert source.read() == b""
+    assert world.names() == []
+
+
+def test_a_registry_in_memory_is_the_servers_alone() -> None:
+    address = Address("sqlite://", "", "", frozenset())
+    assert not address.reachable
+    assert not replace(address, registry_url="sqlite+pysqlite:///:memory:").reachable
+    assert replace(address, registry_url="sqlite:////data/registry.db").reachable
+    assert replace(address, registry_url="postgresql+psycopg://host/name").reachable
 
 
 def test_one_that_cannot_start_is_not_tried_for_ever(
-    golden: Any, helpers: Helpers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = []
 
@@ -181,13 +343,13 @@ def test_one_that_cannot_start_is_not_tried_for_ever(
         raise EOFError
 
     monkeypatch.setattr(apart._Helper, "__init__", fail)
-    files = adapter_files(compact(golden, tmp_path / "a"))
+    files = adapter_files(compact(world.golden, tmp_path / "a"))
     for _ in range(200):
-        assert helpers.prepare(files, ()) is None
+        assert world.upload(files) is None
         time.sleep(0.001)
     end = time.monotonic() + START_S
     while len(starts) < apart.DEATHS_MAX and time.monotonic() < end:
-        assert helpers.prepare(files, ()) is None
+        assert world.upload(files) is None
     assert len(starts) == apart.DEATHS_MAX
 
 

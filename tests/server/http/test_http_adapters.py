@@ -137,11 +137,11 @@ async def test_a_broken_form_is_a_400_and_leaves_nothing(
         assert list(tmp_path.glob("shoal-upload-*")) == []
 
 
-@pytest.mark.parametrize("what", ["_make_folder", "_Form._open"])
+@pytest.mark.parametrize("what", ["tempfile.mkdtemp", "_Form._open"])
 async def test_a_disk_that_cannot_keep_an_upload_is_a_503(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/tmp/secret")
 
     async with serve() as h:
