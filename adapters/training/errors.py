@@ -11,6 +11,7 @@
     └── Diverged            the loss is no longer a finite number
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -35,19 +36,37 @@ class BaseRejected(TrainingError):
 
 
 class DataRejected(TrainingError):
-    """A record cannot be used.
+    """Records cannot be used.
 
     Attributes:
-        path: the data file.
-        line: 1-based line number, or None when the file as a whole is at fault.
-        rule: what was expected.
+        path: the data's file or task.
+        line: 1-based number of the first such record, or None when the whole file is at fault.
+        rule: what was expected of it.
+        others: number and rule of further records.
+        unlisted: how many more there are.
+        place: what the numbers count: ``line``, ``row`` or ``item``.
     """
 
-    def __init__(self, path: Path, line: int | None, rule: str) -> None:
-        super().__init__(f"{path}{'' if line is None else f', line {line}'}: {rule}")
+    def __init__(
+        self,
+        path: Path,
+        line: int | None,
+        rule: str,
+        others: Sequence[tuple[int, str]] = (),
+        unlisted: int = 0,
+        place: str = "line",
+    ) -> None:
+        first = f"{path}{'' if line is None else f', {place} {line}'}: {rule}"
+        text = [first, *(f"  {place} {number}: {other}" for number, other in others)]
+        if unlisted:
+            text.append(f"  and {unlisted} more")
+        super().__init__("\n".join(text))
         self.path = path
         self.line = line
         self.rule = rule
+        self.others = tuple(others)
+        self.unlisted = unlisted
+        self.place = place
 
 
 class RunDirectoryError(TrainingError):

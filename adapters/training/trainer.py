@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from shoal.adapters.basis import DEFAULT_RANK, Basis, canonical_basis
 from shoal.adapters.formats.container import write_atomically
-from shoal.adapters.spec import BaseShape, Target
+from shoal.adapters.spec import Target
 from shoal.adapters.training.checkpoint import load_checkpoint, save_checkpoint
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.data import (
@@ -37,16 +36,12 @@ from shoal.adapters.training.data import (
     read_records,
 )
 from shoal.adapters.training.errors import Diverged
-from shoal.adapters.training.export import write_adapter
 from shoal.adapters.training.interrupt import StopRequest
 from shoal.adapters.training.loading import Base, load_base
-from shoal.adapters.training.methods import (
-    AdaptedLinear,
-    attach,
-    shape_of,
-    to_weights,
-    weight_reader,
-)
+from shoal.adapters.training.methods.attaching import shape_of, weight_reader
+from shoal.adapters.training.methods.contract import AdaptedLinear
+from shoal.adapters.training.methods.source import Source
+from shoal.adapters.training.methods.table import attach_all, method_of
 from shoal.adapters.training.metrics import (
     EvalMetrics,
     JsonLines,
@@ -125,9 +120,11 @@ def train(
         else load_examples(config.eval_data, base.tokenizer, config.max_length)
     )
     shape = shape_of(base.model, config.base.stem, base.digest)
-    weight_of = weight_reader(base.model)
-    basis = _basis(config, _exact_weights(base), shape, cache_dir, progress)
-    adapted = attach(base.model, config, {} if basis is None else basis.factors)
+    source = Source(
+        _exact_weights(base), shape, cache_dir, basis_rank=config.basis_rank, progress=progress
+    )
+    method = method_of(config)
+    adapted = attach_all(base.model, config, source)
     trainer = _Trainer(config, base, adapted, examples, evaluation, run)
     if config.resume:
         trainer.restore()
@@ -135,8 +132,7 @@ def train(
         run.clear()
     trainer.write_options()
     finished = trainer.run_steps(progress, on_step)
-    weights = to_weights(adapted, config, None if basis is None else basis.id)
-    write_adapter(config.out, config, weights, shape=shape, basis=basis, weight_of=weight_of)
+    method.write(config.out, adapted, 0, source)
     steps = read_steps(run.metrics)
     plot_loss(steps, read_evals(run.evals), run.plot)
     loss = steps[-1].loss if steps else math.nan
@@ -193,9 +189,9 @@ class _Trainer:
         self.evaluation = evaluation
         self.step = 0
         self.parameters = {
-            f"{target}.{index}": factor
+            f"{target}.{name}": factor
             for target, linear in adapted.items()
-            for index, factor in enumerate(linear.factors())
+            for name, factor in linear.factors().items()
         }
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -347,22 +343,6 @@ def _exact_weights(base: Base) -> WeightOf:
         return weight_reader(load_base(base.path, "cpu", "float32").model)
 
     return lambda target: exact()(target).to(base.device)
-
-
-def _basis(
-    config: TrainConfig, weight_of: WeightOf, shape: BaseShape, cache_dir: Path, progress: bool
-) -> Basis | None:
-    """The shared basis when the method needs one."""
-    if config.method != "lora-xs":
-        return None
-    rank = DEFAULT_RANK if config.basis_rank is None else config.basis_rank
-    with tqdm(desc="basis", unit="linear", disable=not progress, leave=False) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return canonical_basis(weight_of, shape, rank, cache_dir, report)
 
 
 def _plain(value: Any) -> object:

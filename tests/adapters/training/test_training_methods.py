@@ -1,6 +1,5 @@
 """What each method adds to a linear."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -8,20 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from shoal.adapters.basis import compute_basis
-from shoal.adapters.spec import Target
 from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
 from shoal.adapters.training.errors import BaseRejected, OptionRejected
-from shoal.adapters.training.methods import (
-    AdaptedLinear,
-    CoreLinear,
-    FoldLinear,
-    LoraLinear,
-    attach,
-    shape_of,
-    to_weights,
-    weight_reader,
-)
+from shoal.adapters.training.methods.attaching import shape_of, weight_reader
+from shoal.adapters.training.methods.contract import AdaptedLinear
+from shoal.adapters.training.methods.lora import LoraLinear
+from shoal.adapters.training.methods.lora_xs import CoreLinear
+from shoal.adapters.training.methods.miss import FoldLinear
+from shoal.adapters.training.methods.source import Source
+from shoal.adapters.training.methods.table import attach_all
 
 
 def config_for(method: MethodName, base: Path, **options: object) -> TrainConfig:
@@ -29,8 +23,8 @@ def config_for(method: MethodName, base: Path, **options: object) -> TrainConfig
     return TrainConfig(method=method, base=base, data=base, out=base, **asked)  # type: ignore[arg-type]
 
 
-def factors_of(model: nn.Module) -> Mapping[Target, Tensor]:
-    return compute_basis(weight_reader(model), shape_of(model, "tiny", "0"), 16).factors
+def source_of(model: nn.Module, folder: Path) -> Source:
+    return Source(weight_reader(model), shape_of(model, "tiny", "0" * 64), folder)
 
 
 def linear_with_bias() -> nn.Linear:
@@ -38,19 +32,20 @@ def linear_with_bias() -> nn.Linear:
     return nn.Linear(10, 6).double().requires_grad_(False)
 
 
-def randomise(adapted: AdaptedLinear) -> None:
-    for parameter in adapted.factors():
+def randomise(adapted: AdaptedLinear) -> list[Tensor]:
+    """Random values; those of its only lane."""
+    for parameter in adapted.factors().values():
         nn.init.normal_(parameter)
+    return [parameter[0] for parameter in adapted.factors().values()]
 
 
 def test_lora_xs_applies_the_formula_before_the_bias() -> None:
     linear = linear_with_bias()
     basis = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64)).Q
-    adapted = CoreLinear(linear, basis, 0.5, torch.Generator()).double()
-    randomise(adapted)
+    adapted = CoreLinear(linear, basis, torch.zeros(1, 3, 3), 0.5).double()
+    [core] = randomise(adapted)
     x = torch.randn(2, 5, 10, dtype=torch.float64)
 
-    [core] = adapted.factors()
     merged = linear.weight + 0.5 * basis @ core @ basis.T @ linear.weight
     torch.testing.assert_close(adapted(x), x @ merged.T + linear.bias)
 
@@ -58,11 +53,10 @@ def test_lora_xs_applies_the_formula_before_the_bias() -> None:
 @pytest.mark.parametrize("rank", [1, 3, 4, 5, 10])
 def test_miss_applies_the_formula_also_when_the_rank_does_not_divide(rank: int) -> None:
     linear = linear_with_bias()
-    adapted = FoldLinear(linear, rank).double()
-    randomise(adapted)
+    adapted = FoldLinear(linear, rank, 1).double()
+    [block] = randomise(adapted)
     x = torch.randn(2, 5, 10, dtype=torch.float64)
 
-    [block] = adapted.factors()
     delta = torch.stack([block[column % rank] for column in range(10)], dim=1)
     expected = x @ (linear.weight + delta).T + linear.bias
     torch.testing.assert_close(adapted(x), expected)
@@ -70,25 +64,24 @@ def test_miss_applies_the_formula_also_when_the_rank_does_not_divide(rank: int) 
 
 def test_lora_applies_the_formula() -> None:
     linear = linear_with_bias()
-    adapted = LoraLinear(linear, 3, 2.0, torch.Generator()).double()
-    randomise(adapted)
+    adapted = LoraLinear(linear, torch.zeros(1, 3, 10), torch.zeros(1, 6, 3), 2.0).double()
+    down, up = randomise(adapted)
     x = torch.randn(2, 5, 10, dtype=torch.float64)
 
-    down, up = adapted.factors()
     expected = x @ (linear.weight + 2.0 * up @ down).T + linear.bias
     torch.testing.assert_close(adapted(x), expected)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_fresh_adapter_changes_nothing_to_speak_of_and_only_it_is_trained(
-    method: MethodName, base: Path
+    method: MethodName, base: Path, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     ids = torch.arange(12).reshape(1, 12)
     with torch.no_grad():
         before = model(input_ids=ids).logits
     config = config_for(method, base, targets=("q_proj", "down_proj"))
-    adapted = attach(model, config, factors_of(model))
+    adapted = attach_all(model, config, source_of(model, tmp_path))
     with torch.no_grad():
         after = model(input_ids=ids).logits
 
@@ -96,17 +89,21 @@ def test_a_fresh_adapter_changes_nothing_to_speak_of_and_only_it_is_trained(
         "layers.0.q_proj", "layers.0.down_proj", "layers.1.q_proj", "layers.1.down_proj"
     ]  # fmt: skip
     torch.testing.assert_close(after, before, atol=5e-3, rtol=0)
-    trained = {id(parameter) for linear in adapted.values() for parameter in linear.factors()}
+    trained = {
+        id(parameter) for linear in adapted.values() for parameter in linear.factors().values()
+    }
     assert trained == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_the_seed_decides_the_initial_values(method: MethodName, base: Path) -> None:
+def test_the_seed_decides_the_initial_values(
+    method: MethodName, base: Path, tmp_path: Path
+) -> None:
     def initial(seed: int) -> list[Tensor]:
         model = AutoModelForCausalLM.from_pretrained(base)
         config = config_for(method, base, seed=seed)
-        weights = to_weights(attach(model, config, factors_of(model)), config, None)
-        return [part for parts in weights.tensors.values() for part in parts]
+        adapted = attach_all(model, config, source_of(model, tmp_path))
+        return [part for linear in adapted.values() for part in linear.values(0).values()]
 
     first, again, other = initial(1), initial(1), initial(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -114,10 +111,10 @@ def test_the_seed_decides_the_initial_values(method: MethodName, base: Path) -> 
     assert differs == (method != "miss")  # MiSS starts at zero
 
 
-def test_a_rank_that_does_not_fit_is_refused(base: Path) -> None:
+def test_a_rank_that_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(OptionRejected, match="rank is 17: must not exceed 16"):
-        attach(model, config_for("lora", base, rank=17), {})
+        attach_all(model, config_for("lora", base, rank=17), source_of(model, tmp_path))
 
 
 def test_a_model_without_the_expected_linears_is_refused() -> None:

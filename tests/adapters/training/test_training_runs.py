@@ -28,7 +28,9 @@ from shoal.adapters.training.errors import (
     RunDirectoryError,
     TrainingError,
 )
-from shoal.adapters.training.methods import attach, shape_of, weight_reader
+from shoal.adapters.training.methods.attaching import shape_of, weight_reader
+from shoal.adapters.training.methods.source import Source
+from shoal.adapters.training.methods.table import attach_all
 from shoal.adapters.training.metrics import StepMetrics, read_evals, read_steps
 from shoal.adapters.training.trainer import OnStep, TrainResult, learning_rate, summed_loss
 from shoal.adapters.weights import AdapterWeights
@@ -155,13 +157,13 @@ def test_the_adapter_read_back_gives_the_logits_of_the_trained_model(
     # The trained model itself, restored from the checkpoint into fresh wrappers.
     config = lab.config("run", method=method, steps=6, **options)
     model = AutoModelForCausalLM.from_pretrained(lab.base)
-    _, _, basis = read_back(lab, "run")
-    adapted = attach(model, config, basis.factors)
+    shape = shape_of(model, lab.base.stem, base_digest(lab.base))
+    adapted = attach_all(model, config, Source(weight_reader(model), shape, lab.root / "bases"))
     saved = load_file(lab.root / "run" / "checkpoint" / "state.safetensors")
     with torch.no_grad():
         for target, linear in adapted.items():
-            for index, factor in enumerate(linear.factors()):
-                factor.copy_(saved[f"value.{target}.{index}"])
+            for name, factor in linear.factors().items():
+                factor.copy_(saved[f"value.{target}.{name}"])
         ids = torch.arange(20).reshape(2, 10)
         trained = model.double()(input_ids=ids).logits
 

@@ -1,0 +1,83 @@
+"""LoRA: ``ΔW = s·B A``, both trained.
+
+Source: LoRA (arXiv 2106.09685).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from shoal.adapters.formats.writing import write_lora
+from shoal.adapters.spec import Target
+from shoal.adapters.training.config import MethodName, TrainConfig
+from shoal.adapters.training.methods.attaching import check_rank
+from shoal.adapters.training.methods.contract import (
+    WHOLE_BASE,
+    Adapted,
+    AdaptedLinear,
+    Method,
+    Start,
+)
+from shoal.adapters.training.methods.source import Source
+
+
+class LoraLinear(AdaptedLinear):
+    """``A (lanes, r, d_in)`` and ``B (lanes, d_out, r)``, ``y = y0 + s·(x Aᵀ) Bᵀ``."""
+
+    def __init__(self, linear: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
+        """Takes the initial values; they are copied to the linear's device."""
+        super().__init__(linear, len(a))
+        device = linear.weight.device
+        self.scale = scale
+        self.a = nn.Parameter(a.to(device))
+        self.b = nn.Parameter(b.to(device))
+
+    def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
+        """``y0 + s·(x Aᵀ) Bᵀ`` in the base's dtype."""
+        h = torch.bmm(x, self.a.to(x.dtype).mT)
+        return torch.baddbmm(y0, h, self.b.to(x.dtype).mT, alpha=self.scale)
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """``A``, ``B``."""
+        return {"A": self.a, "B": self.b}
+
+
+@dataclass(frozen=True, slots=True)
+class Lora(Method):
+    """Plain LoRA.
+
+    Attributes:
+        rank: of ``A`` and ``B``.
+        scale: ``s``.
+    """
+
+    name: ClassVar[MethodName] = "lora"
+    rank: int
+    scale: float
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Self:
+        """Rank and scale."""
+        return cls(config.rank, config.scale)
+
+    def attach(self, linear: nn.Linear, target: Target, start: Start) -> AdaptedLinear:
+        """``A`` Kaiming uniform, ``B`` zero."""
+        check_rank(self.rank, linear, target)
+        a = start.kaiming(self.rank, linear.in_features)
+        b = torch.zeros((start.lanes, linear.out_features, self.rank))
+        return LoraLinear(linear, a, b, self.scale)
+
+    def write(self, directory: Path, adapted: Adapted, lane: int, source: Source) -> None:
+        """PEFT's layout."""
+        values = {target: linear.values(lane) for target, linear in adapted.items()}
+        write_lora(
+            directory,
+            {target: (own["A"], own["B"]) for target, own in values.items()},
+            alpha=self.scale * self.rank,
+            rank=self.rank,
+            shape=source.shape,
+            extra_config=WHOLE_BASE,
+        )
