@@ -131,6 +131,7 @@ SCALE = {"ALIGN": 16, "BLOCK_N": 1024, "num_warps": 4, "aligned": True, "unspill
 LANE_MATMUL = {"TILE": 64, "BLOCK_K": 16, "BLOCK_N": 16, "ADD": False, "PRECISION": "tf32"}
 LANE_MATMUL |= {"num_warps": 4, "aligned": True, "unspilled": True}
 LANE_OUTER = {"TILE": 64, "BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": 1, "UPCAST": False}
+MIXED = {"BLOCK_N": 128, "UPCAST": True, "PRECISION": "tf32"}
 LANE_OUTER |= {"PRECISION": "ieee", "num_warps": 4, "aligned": True, "unspilled": True}
 # With scale and softcap; FIRM has neither.
 SAMPLE: dict[str, object] = {"vocab": 128256, "CHUNK": 2048, "CHUNKS": 64, "BLOCK": 4096}
@@ -208,7 +209,11 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
     (lane_matmul_kernel, "*fp32", {**LANE_MATMUL, "PRECISION": "ieee"}),
     (lane_outer_kernel, "*bf16", LANE_OUTER),
     (lane_outer_kernel, "*bf16", {**LANE_OUTER, "BLOCK_M": 64, "BLOCK_N": 64, "SPLITS": 4}),
-    (lane_outer_kernel, "*bf16", {**LANE_OUTER, "BLOCK_N": 128, "UPCAST": True, "PRECISION": "tf32"}),
+    (
+        lane_outer_kernel,
+        "*bf16",
+        {**LANE_OUTER, **MIXED},
+    ),
     (lane_outer_kernel, "*fp32", {**LANE_OUTER, "UPCAST": True}),
     (lane_sum_kernel, "*fp32", {"SPLITS": 4, "BLOCK": 256, "num_warps": 4}),
     *(

@@ -47,7 +47,7 @@ CASES = (
     Case("core", owners=(0, 0, 2, 1), length=33, k=16, n=16, transposed=True, scale=0.5),
     Case("core back", owners=(2, 0), length=64, k=16, n=16, padded=True, scale=2.0),
     Case("unused rows", owners=(1, -1, 0, -1), length=20, k=9, n=13, padded=True),
-    Case("divides nothing", owners=(2, 1, 1), length=70, k=70, n=37, transposed=True, padded=True),
+    Case("divides nothing", owners=(2, 1), length=35, k=70, n=37, transposed=True, padded=True),
     Case("expand", owners=(0, 1, -1, 2), length=17, k=8, n=150, padded=True, add=True),
     Case("shrink", owners=(2, 2, 0), length=19, k=150, n=8, transposed=True),
     Case("large core", owners=(1, 0), length=18, k=96, n=96, scale=0.25),

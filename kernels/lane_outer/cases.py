@@ -47,7 +47,7 @@ CASES = (
     Case("ragged", owners=(1, 1, 1, -1, 0, 2, 2), length=70, m=5, n=13, padded=True, scale=2.0),
     Case("many rows", owners=(0,) * 9 + (2,) * 4, length=16, m=8, n=8),
     Case("fold", owners=(2, 0, -1), length=19, m=8, n=150, padded=True),
-    Case("large core", owners=(1, 0, 0), length=18, m=96, n=70),
+    Case("large core", owners=(1, 0, 0), length=18, m=66, n=70),
     Case(
         "fleet", owners=tuple(range(256)), length=256, m=16, n=4096, lanes=256, gpu_only=True
     ),
