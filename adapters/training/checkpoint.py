@@ -1,62 +1,60 @@
-"""Checkpoints: trained values, optimiser state and the step, in one safetensors file.
+"""Checkpoints: everything a run's next step depends on, in one safetensors file.
 
-One file, so that a checkpoint is replaced atomically. What identifies the run (``fingerprint``)
-travels in the header, so that a checkpoint cannot be resumed into another run. No pickle.
+One file, so that a checkpoint is replaced atomically. What identifies the run (``fingerprint``) and
+what is not a tensor (``progress``) travel in the header. No pickle.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal.adapters.formats.container import write_atomically
 from shoal.adapters.training.errors import ResumeMismatch, RunDirectoryError
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run after some step.
+
+    Attributes:
+        step: updates made.
+        progress: whatever else the trainer knows, as JSON.
+        tensors: by name, on the CPU.
+    """
+
+    step: int
+    progress: Any
+    tensors: Mapping[str, Tensor]
 
 
-def save_checkpoint(
-    path: Path,
-    *,
-    step: int,
-    fingerprint: Mapping[str, object],
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-) -> None:
-    """Write the state after ``step`` updates; durable when it returns."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        tensors[f"value.{name}"] = parameter.detach().cpu().contiguous()
-        state = optimizer.state.get(parameter, {})
-        for moment in _MOMENTS:
-            if moment in state:
-                tensors[f"{moment}.{name}"] = state[moment].detach().cpu().contiguous()
-    header = {"step": str(step), "fingerprint": json.dumps(fingerprint, sort_keys=True)}
+def save_checkpoint(path: Path, checkpoint: Checkpoint, fingerprint: Mapping[str, object]) -> None:
+    """Write the state; durable when it returns."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()
+    }
+    header = {
+        "step": str(checkpoint.step),
+        "progress": json.dumps(checkpoint.progress),
+        "fingerprint": json.dumps(fingerprint, sort_keys=True),
+    }
     write_atomically(path, [save(tensors, metadata=header)])
 
 
-def load_checkpoint(
-    path: Path,
-    *,
-    fingerprint: Mapping[str, object],
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-) -> int:
-    """Restore the state into ``parameters`` and ``optimizer``.
-
-    Returns:
-        How many updates the state contains.
+def load_checkpoint(path: Path, fingerprint: Mapping[str, object]) -> Checkpoint:
+    """Read the state.
 
     Raises:
         RunDirectoryError: the file is not a checkpoint.
         ResumeMismatch: it belongs to a run with other options, data or base; names the first
             difference.
     """
-    step, saved, tensors = _read(path)
+    checkpoint, saved = _read(path)
     current = json.loads(json.dumps(fingerprint))
     for name in sorted(current.keys() | saved.keys()):
         if current.get(name) != saved.get(name):
@@ -64,23 +62,16 @@ def load_checkpoint(
                 f"{name} is {current.get(name)}, in {path} it was {saved.get(name)}: "
                 "a resumed run must keep it"
             )
-    for name, parameter in parameters.items():
-        with torch.no_grad():
-            parameter.copy_(tensors[f"value.{name}"])
-        moments = {key: tensors[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in tensors}
-        if moments:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device)
-                for key, value in moments.items()
-            }
-    return step
+    return checkpoint
 
 
-def _read(path: Path) -> tuple[int, dict[str, object], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[Checkpoint, dict[str, object]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return int(header["step"]), json.loads(header["fingerprint"]), tensors
+        progress = json.loads(header["progress"])
+        checkpoint = Checkpoint(int(header["step"]), progress, tensors)
+        return checkpoint, json.loads(header["fingerprint"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise RunDirectoryError(f"{path} is not a checkpoint of this trainer: {error}") from error

@@ -17,6 +17,8 @@ METHOD_NAMES: tuple[MethodName, ...] = ("lora-xs", "miss", "lora")
 FORMATS = ("compact", "official")
 DTYPES = ("auto", "float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "constant")
+TOO_LONG = ("cut", "refuse")
+GRAPHS = ("auto", "off")
 
 # AdamW step sizes that learn without diverging when the option is left out. LoRA-XS: the paper's
 # 1e-3 .. 5e-3. MiSS sums d_in / r inputs without scaling, so it wants the smallest.
@@ -51,10 +53,19 @@ class TrainConfig:
     rank: int = option(16, "rank r of the adapter on every target")
     alpha: float | None = option(None, "the delta is scaled by alpha / rank (default: rank)")
     lr: float | None = option(None, _LR_HELP)
-    batch_size: int = option(4, "records per forward pass")
+    batch_size: int = option(4, "records per forward pass (with --pack: rows)")
     accumulate: int = option(1, "forward passes per optimiser step")
-    max_length: int = option(512, "tokens per record; the rest is cut off at the right")
+    max_length: int = option(512, "tokens per record")
+    too_long: str = option(
+        "cut",
+        "what happens to longer records: they lose their end, or are refused",
+        choices=TOO_LONG,
+    )
+    pack: bool = option(False, "lay several short records in one row of max-length tokens")
     seed: int = option(0, "decides the initial values and the order of the data")
+    seeds: tuple[int, ...] = option(
+        (), "train one adapter a seed side by side, into OUT/seed-N; separated by commas"
+    )
     targets: tuple[str, ...] = option(MODULES, "linears to adapt, separated by commas")
     format: str | None = option(
         None, "lora-xs only: compact (default), or official (the authors' layout)", choices=FORMATS
@@ -63,13 +74,25 @@ class TrainConfig:
     schedule: str = option("cosine", "how the learning rate falls afterwards", choices=SCHEDULES)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
     clip: float = option(1.0, "largest norm of the gradient; larger ones are scaled down")
-    eval_data: Path | None = option(None, "JSONL to measure the loss on at each save")  # noqa: RUF009
+    eval_data: Path | None = option(None, "records to measure the loss on")  # noqa: RUF009
+    eval_every: int | None = option(
+        None, "steps between measurements on eval-data (default: save-every)"
+    )
+    patience: int | None = option(
+        None, "stop after so many measurements without a better one, and keep the best values"
+    )
     save_every: int = option(50, "steps between checkpoints")
     basis_rank: int | None = option(
         None, "lora-xs only: rank of the base's shared basis (default: as served)"
     )
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of the base; auto: float32 on cpu, else bfloat16", choices=DTYPES)
+    checkpoint_activations: bool = option(
+        False, "compute activations again in the backward pass; less memory, a third more time"
+    )
+    graphs: str = option(
+        "auto", "auto: replay steps from CUDA graphs where there is CUDA", choices=GRAPHS
+    )
     resume: bool = option(False, "go on from the run directory's checkpoint")
     overwrite: bool = option(False, "replace an earlier run in the run directory")
 
@@ -78,7 +101,16 @@ class TrainConfig:
         for name in ("steps", "rank", "batch_size", "accumulate", "save_every"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("max_length", self.max_length >= 2, "must be at least 2")
+        for name in ("eval_every", "patience"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "must be at least 1")
+        self._require(
+            "patience", self.patience is None or self.eval_data is not None, "needs eval-data"
+        )
         self._require("seed", self.seed >= 0, "must not be negative")
+        self._require("seeds", all(seed >= 0 for seed in self.seeds), "must not be negative")
+        distinct = len(set(self.seeds)) == len(self.seeds)
+        self._require("seeds", distinct, "names a seed twice")
         for name in ("alpha", "lr", "clip"):
             value = getattr(self, name)
             positive = value is None or (math.isfinite(value) and value > 0)
@@ -107,6 +139,11 @@ class TrainConfig:
     def scale(self) -> float:
         """What multiplies the delta: ``alpha / rank``, and 1 when no alpha was asked for."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between measurements on the evaluation data."""
+        return self.save_every if self.eval_every is None else self.eval_every
 
     @property
     def warmup_steps(self) -> int:

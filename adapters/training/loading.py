@@ -3,16 +3,20 @@
 It knows nothing of adapters or data.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.adapters.base import base_digest
+from shoal.adapters.spec import Target
 from shoal.adapters.training.errors import BaseRejected
+from shoal.adapters.training.methods.attaching import weight_reader
+from shoal.adapters.weights import WeightOf
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,37 +32,57 @@ class Base:
 
     path: Path
     digest: str
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: Any
 
     @property
     def device(self) -> torch.device:
         """Where the model's parameters are."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
 
-def load_base(path: Path, device: str, dtype: str) -> Base:
+def device_of(asked: str, local_rank: int = 0) -> torch.device:
+    """Where to train.
+
+    Args:
+        asked: ``auto``, ``cpu`` or ``cuda``.
+        local_rank: which of the machine's GPUs.
+
+    Raises:
+        BaseRejected: there is no such device.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cpu" or (asked == "auto" and found == 0):
+        cpu: torch.device = torch.device("cpu")
+        return cpu
+    if found == 0:
+        raise BaseRejected("device is cuda: this machine has no CUDA device")
+    if local_rank >= found:
+        raise BaseRejected(f"process {local_rank} needs a GPU of its own: there are {found}")
+    device: torch.device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def load_base(path: Path, device: torch.device, dtype: str) -> Base:
     """Read a Hugging Face directory or a ``.gguf`` file (dequantised).
 
     Args:
         path: the directory or file.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: where the model goes.
         dtype: ``float32``, ``bfloat16``, or ``auto``: float32 on a CPU, bfloat16 on CUDA.
 
     Raises:
         BaseRejected: transformers cannot read it as a decoder with a tokenizer.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BaseRejected("device is cuda: this machine has no CUDA device")
     if not path.exists():
         raise BaseRejected(f"base {path} does not exist")
     source: dict[str, Any] = {"pretrained_model_name_or_path": path}
     if path.is_file():
         source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
     try:
         digest = base_digest(path)
         tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
@@ -68,3 +92,22 @@ def load_base(path: Path, device: str, dtype: str) -> Base:
     except (OSError, ValueError, KeyError) as error:
         raise BaseRejected(f"base {path} cannot be loaded: {error}") from error
     return Base(path, digest, model.to(device).eval(), tokenizer)
+
+
+def exact_weights(base: Base) -> WeightOf:
+    """The base's weights before they were rounded to what it trains in, read when asked for.
+
+    A basis is shared by everyone with this base, so it must not depend on one run's dtype. Call it
+    before an adapter is put on.
+    """
+    if next(base.model.parameters()).dtype == torch.float32:
+        return weight_reader(base.model)
+
+    @functools.cache
+    def exact() -> WeightOf:
+        return weight_reader(load_base(base.path, torch.device("cpu"), "float32").model)
+
+    def weight_of(target: Target) -> Tensor:
+        return exact()(target).to(base.device)
+
+    return weight_of

@@ -4,6 +4,7 @@ It owns the two files' form and nothing of the training.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,14 +18,19 @@ from shoal.adapters.formats.container import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One optimiser step.
+    """One optimiser step of one lane.
 
     Attributes:
         step: from 1.
-        loss: mean negative log-likelihood (nats) per supervised token, before the update.
+        loss: mean negative log-likelihood (nats) per supervised token, before the update; in the
+            file null where it is not a finite number.
         lr: learning rate of the update.
-        grad_norm: norm of the gradient before clipping.
-        tokens_s: tokens read (padding excluded) per second of the step.
+        grad_norm: norm of the gradient before clipping; null as the loss.
+        tokens_s: tokens of this lane read (padding excluded) per second of the step.
+        seconds: from the end of the step before to the end of this one, all lanes together;
+            evaluations and checkpoints excluded.
+        peak_bytes: most memory so far: allocated on the GPU, or resident of the process.
+        error: why the lane ends here; None where it does not.
     """
 
     step: int
@@ -32,6 +38,9 @@ class StepMetrics:
     lr: float
     grad_norm: float
     tokens_s: float
+    seconds: float
+    peak_bytes: int
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,12 @@ class JsonLines:
 
     def append(self, record: StepMetrics | EvalMetrics) -> None:
         """Write one line."""
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(record).items()
+            if name != "error" or value is not None
+        }
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -71,12 +85,12 @@ class JsonLines:
 
 def read_steps(path: Path) -> list[StepMetrics]:
     """The steps of a ``metrics.jsonl``; a last line cut short by a crash is left out."""
-    return [StepMetrics(**line) for line in _read_lines(path)]
+    return [StepMetrics(**_numbers(line)) for line in _read_lines(path)]
 
 
 def read_evals(path: Path) -> list[EvalMetrics]:
     """The evaluations of an ``eval.jsonl``; absent means none."""
-    return [EvalMetrics(**line) for line in _read_lines(path)] if path.exists() else []
+    return [EvalMetrics(**_numbers(line)) for line in _read_lines(path)] if path.exists() else []
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -119,6 +133,10 @@ def _smoothed(losses: Sequence[float]) -> list[float]:
     for loss in losses:
         smooth.append(loss if not smooth else 0.9 * smooth[-1] + 0.1 * loss)
     return smooth
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in line.items()}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class LaneAdamW:
 
     Attributes:
         values: ``(lanes, n)`` float32, every trained value of a lane in a row.
-        grads: ``(lanes · n,)`` float32, parameter after parameter; ``step`` leaves zeros.
+        grads: ``(lanes · n,)`` float32, parameter after parameter, as ``backward`` left them.
         exp_avg: ``(lanes, n)`` float32, first moment.
         exp_avg_sq: ``(lanes, n)`` float32, second moment.
         lr: ``(lanes,)`` float64, to be written before a step.
@@ -67,8 +67,7 @@ class LaneAdamW:
         flat = [p.detach().reshape(lanes, -1) for p in parameters.values()]
         self.values = torch.cat(flat, dim=1)
         self.grads = torch.zeros(self.values.numel(), device=device)
-        # Where `step` computes. One lane's gradients already lie as its values do.
-        self._work = self.grads[None] if lanes == 1 else torch.empty_like(self.values)
+        self._work = torch.empty_like(self.values)  # where `step` computes
         self.exp_avg = torch.zeros_like(self.values)
         self.exp_avg_sq = torch.zeros_like(self.values)
         self.lr = torch.zeros(lanes, dtype=torch.float64, device=device)
@@ -76,11 +75,8 @@ class LaneAdamW:
         self.active = torch.ones(lanes, dtype=torch.bool, device=device)
         self.norm = torch.zeros(lanes, device=device)
         self._rates = self._rate_vector(rates or {})
-        sizes = [shape.numel() for shape in self._shapes.values()]
         views = self.named(self.values)
-        for (name, parameter), grad in zip(
-            parameters.items(), self.grads.split(sizes), strict=True
-        ):
+        for (name, parameter), grad in zip(parameters.items(), self._gradient_parts(), strict=True):
             parameter.data = views[name]
             parameter.grad = grad.view(parameter.shape)
 
@@ -100,15 +96,16 @@ class LaneAdamW:
 
     @torch.no_grad()
     def step(self, healthy: Tensor | None = None) -> None:
-        """Clip each lane's gradient, update the lanes that are active, and zero the gradients.
+        """Clip each lane's gradient and update the lanes that are active; gradients stay.
 
         Args:
             healthy: ``(lanes,)`` bool. A lane for which it is False, or whose gradient is not
                 finite, becomes inactive before anything of it has changed.
         """
         beta1, beta2 = self.betas
-        grads = self._lane_gradients()
-        torch.linalg.vector_norm(grads, dim=1, out=self.norm)
+        work = self._work
+        torch.cat([part.view(self.lanes, -1) for part in self._gradient_parts()], 1, out=work)
+        torch.linalg.vector_norm(work, dim=1, out=self.norm)
         self.active &= torch.isfinite(self.norm)
         if healthy is not None:
             self.active &= healthy
@@ -118,31 +115,29 @@ class LaneAdamW:
         age = self.steps.clamp(min=1).to(torch.float64)
         lr = self.lr * live
         if self.clip is not None:
-            grads.mul_(_column(torch.clamp(self.clip / (self.norm + 1e-6), max=1.0)))
+            work.mul_(_column(torch.clamp(self.clip / (self.norm + 1e-6), max=1.0)))
         # Not a product with `live`: what is not finite must go too.
-        grads.masked_fill_(~self.active[:, None], 0.0)
-        self.exp_avg.mul_(_column(1 - (1 - beta1) * live)).add_(grads, alpha=1 - beta1)
+        work.masked_fill_(~self.active[:, None], 0.0)
+        self.exp_avg.mul_(_column(1 - (1 - beta1) * live)).add_(work, alpha=1 - beta1)
         self.exp_avg_sq.mul_(_column(1 - (1 - beta2) * live))
-        self.exp_avg_sq.addcmul_(grads, grads, value=1 - beta2)
-        # The gradients have been used; their place holds the update from here on.
-        update = grads
-        torch.sqrt(self.exp_avg_sq, out=update)
-        update.div_(_column((1 - beta2**age).sqrt())).add_(self.eps)
-        torch.div(self.exp_avg, update, out=update)
+        self.exp_avg_sq.addcmul_(work, work, value=1 - beta2)
+        torch.sqrt(self.exp_avg_sq, out=work)
+        work.div_(_column((1 - beta2**age).sqrt())).add_(self.eps)
+        torch.div(self.exp_avg, work, out=work)
         if self._rates is not None:
-            update.mul_(self._rates)
+            work.mul_(self._rates)
         if self.weight_decay:
             self.values.mul_(self._kept(lr))
-        self.values.addcmul_(update, _column(-lr / (1 - beta1**age)))
+        self.values.addcmul_(work, _column(-lr / (1 - beta1**age)))
+
+    def zero_grad(self) -> None:
+        """Begin a new step."""
         self.grads.zero_()
 
-    def _lane_gradients(self) -> Tensor:
-        """The gradients as ``(lanes, n)``, which may be overwritten."""
-        if self.lanes > 1:
-            sizes = [shape.numel() for shape in self._shapes.values()]
-            parts = [part.view(self.lanes, -1) for part in self.grads.split(sizes)]
-            torch.cat(parts, dim=1, out=self._work)
-        return self._work
+    def _gradient_parts(self) -> list[Tensor]:
+        """``grads`` parameter by parameter, each one-dimensional."""
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        return list(torch.split(self.grads, sizes))
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: values, moments by parameter; step and flag by lane."""

@@ -3,9 +3,11 @@
 ::
 
     OUT/adapter_config.json adapter_model.safetensors    the adapter
-        training.json                                    the options, the data's and base's digests
+        training.json        options, environment, digests of data and base; at the end the result
         metrics.jsonl eval.jsonl loss.png                what happened
         checkpoint/state.safetensors                     what --resume needs
+
+Lanes that have names have such a directory each, ``OUT/NAME``; the checkpoint is one for all.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ class RunDirectory:
 
     @property
     def options(self) -> Path:
-        """The options and digests, for people."""
+        """Options, environment, digests and result, for people."""
         return self.path / "training.json"
 
     @property
@@ -73,4 +75,9 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         mine = (self.checkpoint, self.options, self.metrics, self.evals, self.plot, *self.adapter)
         for path in mine:
+            path.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half written beside the checkpoint."""
+        for path in self.checkpoint.parent.glob(f".{self.checkpoint.name}.*"):
             path.unlink(missing_ok=True)

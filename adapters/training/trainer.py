@@ -1,352 +1,238 @@
-"""The training run: loop, optimiser, schedule, checkpoints, and the adapter at the end.
-
-A run is decided by its options, data and base alone: no clock, no global random state. The order
-of the data is a function of the seed and the number of examples, and the forward pass draws
-nothing, so a resumed run continues bit for bit (on the same device and thread count).
-"""
+"""``train``: a run from its options to the adapters it leaves."""
 
 import functools
-import hashlib
-import json
-import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
 
-from shoal.adapters.formats.container import write_atomically
-from shoal.adapters.spec import Target
-from shoal.adapters.training.checkpoint import load_checkpoint, save_checkpoint
+from shoal.adapters.training.activations import checkpoint_activations
+from shoal.adapters.training.batching import Batching
 from shoal.adapters.training.config import TrainConfig
-from shoal.adapters.training.data import (
-    Batch,
-    Example,
-    collate,
-    load_examples,
-    order_of,
-    read_records,
-)
-from shoal.adapters.training.errors import Diverged
-from shoal.adapters.training.interrupt import StopRequest
-from shoal.adapters.training.loading import Base, load_base
-from shoal.adapters.training.methods.attaching import shape_of, weight_reader
-from shoal.adapters.training.methods.contract import AdaptedLinear
+from shoal.adapters.training.data import TOO_LONG, Example, load_examples, read_records
+from shoal.adapters.training.environment import peak_bytes
+from shoal.adapters.training.errors import OptionRejected
+from shoal.adapters.training.lanes import Lane, LaneRun, check_lanes
+from shoal.adapters.training.loading import device_of, exact_weights, load_base
+from shoal.adapters.training.loop import OnStep, TrainingLoop
+from shoal.adapters.training.methods.attaching import shape_of
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import attach_all, method_of
-from shoal.adapters.training.metrics import (
-    EvalMetrics,
-    JsonLines,
-    StepMetrics,
-    keep_until,
-    plot_loss,
-    read_evals,
-    read_steps,
-)
+from shoal.adapters.training.metrics import plot_loss, read_evals, read_steps
+from shoal.adapters.training.record import RunRecord, TrainResult, fingerprint_of, result_of
 from shoal.adapters.training.rundir import RunDirectory
-from shoal.adapters.weights import WeightOf
+from shoal.adapters.training.runner import StepRunner, runner_for
+from shoal.adapters.training.step import TrainStep
+from shoal.adapters.training.world import World
 
-log = logging.getLogger(__name__)
-
-# Options that do not change what is learnt; all others must be the same in a resumed run.
-_FREE_OPTIONS = (
-    "base",
-    "data",
-    "out",
-    "format",
-    "eval_data",
-    "save_every",
-    "device",
-    "resume",
-    "overwrite",
-)
-
-OnStep = Callable[[StepMetrics], None]
+__all__ = ["Lane", "OnStep", "TrainResult", "train"]
 
 
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """How a run ended.
+@overload
+def train(
+    config: TrainConfig,
+    *,
+    cache_dir: Path,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+    world: World | None = None,
+) -> TrainResult: ...
 
-    Attributes:
-        steps: updates made, earlier runs included.
-        finished: False when it was interrupted; ``--resume`` goes on.
-        loss: loss of the last step.
-        parameters: number of trained values.
-    """
 
-    steps: int
-    finished: bool
-    loss: float
-    parameters: int
+@overload
+def train(
+    config: TrainConfig,
+    *,
+    lanes: Sequence[Lane],
+    cache_dir: Path,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+    world: World | None = None,
+) -> list[TrainResult]: ...
 
 
 def train(
-    config: TrainConfig, *, cache_dir: Path, progress: bool = True, on_step: OnStep | None = None
-) -> TrainResult:
-    """Train an adapter as ``config`` says and write it to the run directory.
+    config: TrainConfig,
+    *,
+    lanes: Sequence[Lane] = (),
+    cache_dir: Path,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+    world: World | None = None,
+) -> TrainResult | list[TrainResult]:
+    """Train adapters as ``config`` says and write them to the run directory.
 
     Args:
         config: what to do.
-        cache_dir: where the base's shared basis is kept.
+        lanes: train one adapter for each of them, side by side, into ``OUT/NAME``. Empty: a single
+            one into ``OUT``, with the config's seed, learning rate and data.
+        cache_dir: where what was computed of bases is kept.
         progress: draw progress bars on standard error.
-        on_step: called after every optimiser step.
+        on_step: called after every optimiser step, once for each lane that made it.
+        world: the processes that train together; None: as torchrun says.
 
     Returns:
-        How it ended. SIGINT or SIGTERM ends it after the current step, with a checkpoint.
+        How it ended; with lanes, how each did. SIGINT or SIGTERM ends a run after the current
+        step, with a checkpoint.
 
     Raises:
-        TrainingError: an option, the data, the base or the run directory breaks a rule. What is
-            refused leaves the run directory as it was.
+        TrainingError: an option, the data, the base or the run directory breaks a rule; what is
+            refused leaves the run directory as it was. Or every lane diverged.
     """
-    run = RunDirectory(config.out)
-    run.check(resume=config.resume, overwrite=config.overwrite)
-    # Loading the base takes a while: what is wrong with the records is said before it.
-    for path in filter(None, (config.data, config.eval_data)):
-        read_records(path)
-    base = load_base(config.base, config.device, config.dtype)
-    examples = load_examples(config.data, base.tokenizer, config.max_length)
-    evaluation = (
-        []
-        if config.eval_data is None
-        else load_examples(config.eval_data, base.tokenizer, config.max_length)
-    )
-    shape = shape_of(base.model, config.base.stem, base.digest)
-    source = Source(
-        _exact_weights(base), shape, cache_dir, basis_rank=config.basis_rank, progress=progress
-    )
-    method = method_of(config)
-    adapted = attach_all(base.model, config, source)
-    trainer = _Trainer(config, base, adapted, examples, evaluation, run)
-    if config.resume:
-        trainer.restore()
-    else:
-        run.clear()
-    trainer.write_options()
-    finished = trainer.run_steps(progress, on_step)
-    method.write(config.out, adapted, 0, source)
-    steps = read_steps(run.metrics)
-    plot_loss(steps, read_evals(run.evals), run.plot)
-    loss = steps[-1].loss if steps else math.nan
-    return TrainResult(trainer.step, finished, loss, trainer.num_parameters)
+    check_lanes(lanes)
+    if config.seeds and not lanes:
+        raise OptionRejected("seeds", config.seeds, "needs a lane for each, see lanes_of")
+    world = World.of_environment() if world is None else world
+    RunDirectory(config.out).check(resume=config.resume, overwrite=config.overwrite)
+    rows = world.rows(config.batch_size)
+    device = device_of(config.device, world.local_rank)
+    with world.joined(device):
+        training = _Training(config, lanes, cache_dir, progress, world, rows, device)
+        results = training.run(on_step)
+    return results if lanes else results[0]
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of update ``step`` (from 0): a linear rise, then the schedule's fall.
-
-    The last update still gets a share of the peak; zero would waste it.
-    """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.steps - warmup)
-    if config.schedule == "linear":
-        return peak * (1 - done)
-    if config.schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * done)) / 2
-    return peak
-
-
-def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Negative log-likelihood of the supervised tokens, summed, float32.
-
-    Padding needs no mask: it stands at the right, where a causal model cannot look, and is not
-    supervised. Logits are computed only at positions that predict a supervised token of some row.
-    """
-    wanted = batch.supervised[:, 1:]
-    positions = wanted.any(dim=0).nonzero().squeeze(1)
-    output = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=positions)
-    chosen = wanted[:, positions]
-    return F.cross_entropy(
-        output.logits[chosen].float(), batch.input_ids[:, 1:][:, positions][chosen], reduction="sum"
-    )
-
-
-class _Trainer:
-    """One run's state: parameters, optimiser, position in the data."""
+class _Training:
+    """Everything a run consists of, put together."""
 
     def __init__(
         self,
         config: TrainConfig,
-        base: Base,
-        adapted: Mapping[Target, AdaptedLinear],
-        examples: Sequence[Example],
-        evaluation: Sequence[Example],
-        run: RunDirectory,
+        lanes: Sequence[Lane],
+        cache_dir: Path,
+        progress: bool,
+        world: World,
+        rows: slice,
+        device: torch.device,
     ) -> None:
-        self.config = config
-        self.base = base
-        self.run = run
-        self.examples = examples
-        self.evaluation = evaluation
-        self.step = 0
-        self.parameters = {
-            f"{target}.{name}": factor
-            for target, linear in adapted.items()
-            for name, factor in linear.factors().items()
-        }
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        pad_id = base.tokenizer.pad_token_id
-        # What the padding is does not matter (see summed_loss), only that it is in the vocabulary.
-        self.pad_id = 0 if pad_id is None else int(pad_id)
-        self.fingerprint = self._fingerprint()
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of trained values."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
-
-    def restore(self) -> None:
-        """Take the run directory's checkpoint, and drop the log lines of steps after it."""
-        self.step = load_checkpoint(
-            self.run.checkpoint,
-            fingerprint=self.fingerprint,
-            parameters=self.parameters,
-            optimizer=self.optimizer,
-        )
-        keep_until(self.run.metrics, self.step)
-        keep_until(self.run.evals, self.step)
-
-    def write_options(self) -> None:
-        """Record what was asked for."""
-        asked = {name: _plain(value) for name, value in asdict(self.config).items()}
-        record = {"asked": asked, "run": self.fingerprint, "parameters": self.num_parameters}
-        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
-        write_atomically(self.run.options, [text.encode()])
-
-    def run_steps(self, progress: bool, on_step: OnStep | None) -> bool:
-        """Make the remaining updates; False when a signal stopped them early."""
-        batches = self._batches()
-        started = self.step
-        with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
-            metrics = stack.enter_context(JsonLines(self.run.metrics))
-            evals = stack.enter_context(JsonLines(self.run.evals)) if self.evaluation else None
-            bar = stack.enter_context(
-                tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not progress)
+        self.config, self.world, self.device = config, world, device
+        self.progress = progress and world.writes
+        asked = list(lanes) or [Lane("", config.seed)]
+        sources = [config.data if lane.data is None else lane.data for lane in asked]
+        # Loading the base takes a while: what is wrong with the records is said before it.
+        for path in dict.fromkeys(filter(None, (*sources, config.eval_data))):
+            read_records(path)
+        self.base = load_base(config.base, device, config.dtype)
+        examples = functools.cache(self._examples)
+        evaluation = [] if config.eval_data is None else examples(config.eval_data)
+        self.lanes = [
+            LaneRun(
+                lane,
+                RunDirectory(config.out / lane.name),
+                examples(path),
+                config.learning_rate if lane.lr is None else lane.lr,
             )
-            self._report_evaluation(evals)
-            while self.step < self.config.steps and not stop.requested:
-                done = self._update(next(batches))
-                metrics.append(done)
-                bar.set_postfix(loss=f"{done.loss:.3f}", tokens_s=f"{done.tokens_s:.0f}")
-                bar.update()
-                if on_step is not None:
-                    on_step(done)
-                if self.step % self.config.save_every == 0 and self.step < self.config.steps:
-                    self._save(metrics, evals)
-            if self.step > started or not self.run.checkpoint.exists():
-                self._save(metrics, evals)
-        return self.step == self.config.steps
+            for lane, path in zip(asked, sources, strict=True)
+        ]
+        shape = shape_of(self.base.model, config.base.stem, self.base.digest)
+        self.source = Source(
+            exact_weights(self.base),
+            shape,
+            cache_dir,
+            basis_rank=config.basis_rank,
+            progress=self.progress,
+        )
+        self.method = method_of(config)
+        with world.first_writer():  # it computes what the others then find in the cache
+            seeds = [lane.seed for lane in asked]
+            self.adapted = attach_all(self.base.model, config, self.source, seeds)
+        fingerprint = fingerprint_of(config, self.base.digest, self.lanes, evaluation)
+        runner = self._runner()
+        self.loop = TrainingLoop(
+            config,
+            self.lanes,
+            runner,
+            self._batching(runner, rows),
+            evaluation,
+            fingerprint,
+            world,
+        )
+        self.parameters = runner.step.optimizer.values.shape[1]
+        self.record = RunRecord(config, fingerprint, self.parameters, device, world.size)
 
-    def _update(self, batches: Sequence[Batch]) -> StepMetrics:
-        """One optimiser step over ``accumulate`` batches, averaged over supervised tokens."""
-        started = time.perf_counter()
-        rate = learning_rate(self.config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        count = sum(batch.num_supervised for batch in batches)
-        loss = 0.0
-        for batch in batches:
-            part = summed_loss(self.base.model, batch) / count
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.item()
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(self.step + 1, loss)
-        self.optimizer.step()
-        self.step += 1
-        seconds = time.perf_counter() - started
-        tokens = sum(batch.num_tokens for batch in batches)
-        return StepMetrics(self.step, loss, rate, norm, round(tokens / seconds, 1))
+    def run(self, on_step: OnStep | None) -> list[TrainResult]:
+        """Make the steps and write what they lead to."""
+        if self.config.resume:
+            self.loop.restore()
+        if self.world.writes:
+            self._prepare()
+        self.world.wait()
+        finished = False
+        try:
+            finished = self.loop.run_steps(self.progress, on_step)
+        finally:
+            results = [self._result(lane, finished) for lane in self.lanes]
+            if self.world.writes:
+                self.record.write(self.lanes, results)
+        self.loop.take_best()
+        if self.world.writes:
+            self._write_adapters()
+        self.world.wait()
+        return results
 
-    def _batches(self) -> Iterator[list[Batch]]:
-        """The batches of each step from the current one on."""
-        size = self.config.batch_size
-        order = order_of(len(self.examples), self.config.seed)
-        skipped = self.step * self.config.accumulate * size
-        indices = islice(order, skipped, None)
-        while True:
-            yield [
-                self._collate([self.examples[index] for index in islice(indices, size)])
-                for _ in range(self.config.accumulate)
-            ]
+    def _prepare(self) -> None:
+        """Make the run directories ready."""
+        root = RunDirectory(self.config.out)
+        if self.config.resume:
+            root.sweep()
+        else:
+            root.clear()
+        for lane in self.lanes:
+            if self.config.resume:
+                lane.cut_logs(self.loop.step)
+            else:
+                lane.run.clear()
+        self.record.write(self.lanes)
 
-    def _collate(self, examples: Sequence[Example]) -> Batch:
-        return collate(examples, self.pad_id, self.base.device)
+    def _write_adapters(self) -> None:
+        for index, lane in enumerate(self.lanes):
+            if lane.fate != "diverged":
+                self.method.write(lane.run.path, self.adapted, index, self.source)
+            plot_loss(read_steps(lane.run.metrics), read_evals(lane.run.evals), lane.run.plot)
 
-    def _report_evaluation(self, evals: JsonLines | None) -> None:
-        """Measure and log the loss on the evaluation data, once for each step."""
-        if evals is not None and self.step not in {old.step for old in read_evals(self.run.evals)}:
-            evals.append(EvalMetrics(self.step, self._evaluate()))
-            evals.sync()
-
-    @torch.no_grad()
-    def _evaluate(self) -> float:
-        size = self.config.batch_size
-        total, count = 0.0, 0
-        for start in range(0, len(self.evaluation), size):
-            batch = self._collate(self.evaluation[start : start + size])
-            total += summed_loss(self.base.model, batch).item()
-            count += batch.num_supervised
-        return total / count
-
-    def _save(self, metrics: JsonLines, evals: JsonLines | None) -> None:
-        """Evaluate if asked to, then write a checkpoint; the logs are on disk before it is."""
-        self._report_evaluation(evals)
-        metrics.sync()
-        save_checkpoint(
-            self.run.checkpoint,
-            step=self.step,
-            fingerprint=self.fingerprint,
+    def _result(self, lane: LaneRun, finished: bool) -> TrainResult:
+        return result_of(
+            lane,
+            finished=finished,
             parameters=self.parameters,
-            optimizer=self.optimizer,
+            seconds=self.loop.seconds,
+            peak_bytes=peak_bytes(self.device),
         )
 
-    def _fingerprint(self) -> dict[str, object]:
-        """What a resumed run must share with this one."""
-        options = asdict(self.config)
-        for name in _FREE_OPTIONS:
-            del options[name]
-        data = hashlib.sha256()
-        for example in self.examples:
-            data.update(repr(example).encode())
-        return {
-            **{name: _plain(value) for name, value in options.items()},
-            "lr": self.config.learning_rate,
-            "base_digest": self.base.digest,
-            "data_digest": data.hexdigest(),
-        }
+    def _examples(self, path: Path) -> list[Example]:
+        config = self.config
+        too_long = next(choice for choice in TOO_LONG if choice == config.too_long)
+        return load_examples(path, self.base.tokenizer, config.max_length, too_long=too_long)
 
+    def _runner(self) -> StepRunner:
+        config, world = self.config, self.world
+        if config.checkpoint_activations:
+            checkpoint_activations(self.base.model)
+        step = TrainStep(
+            self.base.model,
+            self.adapted,
+            self.method,
+            weight_decay=config.weight_decay,
+            clip=config.clip,
+            parts=config.accumulate * world.size,
+        )
 
-def _exact_weights(base: Base) -> WeightOf:
-    """The base's weights before they were rounded to what it trains in, read when asked for.
+        def reduce() -> None:
+            for tensor in (step.optimizer.grads, step.loss, step.votes):
+                world.sum(tensor)
 
-    A basis is shared by everyone with this base, so it must not depend on one run's dtype.
-    """
-    if next(base.model.parameters()).dtype == torch.float32:
-        return weight_reader(base.model)
+        return runner_for(
+            step, captured=config.graphs == "auto", reduce=reduce if world.size > 1 else None
+        )
 
-    @functools.cache
-    def exact() -> WeightOf:
-        return weight_reader(load_base(base.path, "cpu", "float32").model)
-
-    return lambda target: exact()(target).to(base.device)
-
-
-def _plain(value: Any) -> object:
-    """The value as JSON can say it."""
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    def _batching(self, runner: StepRunner, rows: slice) -> Batching:
+        pad_id = self.base.tokenizer.pad_token_id
+        return Batching(
+            self.config,
+            # What the padding is does not matter (see LaneLoss), only that it is a token.
+            0 if pad_id is None else int(pad_id),
+            fixed_shapes=runner.fixed_shapes,
+            pinned=self.device.type == "cuda",
+            rows=rows if self.world.size > 1 else None,
+        )

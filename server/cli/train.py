@@ -4,9 +4,12 @@ import argparse
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.adapters.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from shoal.adapters.training.trainer import TrainResult
 
 # Exit status of a run that SIGINT or SIGTERM ended early, as shells report an interrupted command.
 INTERRUPTED = 130
@@ -21,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, action="store_true", help=text)
             continue
         if spec.default is not MISSING and spec.default is not None:
-            shown = ",".join(spec.default) if spec.name == "targets" else spec.default
-            text += f" (default: {shown})"
+            shown = ",".join(spec.default) if isinstance(spec.default, tuple) else spec.default
+            text += f" (default: {shown})" if shown != "" else ""
         parser.add_argument(
             flag,
             type=_converter(spec.name, spec.type),
@@ -53,31 +56,57 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from platformdirs import user_cache_path
 
+    from shoal.adapters.training.lanes import lanes_of
     from shoal.adapters.training.trainer import train
+    from shoal.adapters.training.world import World
     from shoal.server.model.pull import resolve_model
 
     values = {spec.name: getattr(args, spec.name) for spec in fields(TrainConfig)}
     asked = TrainConfig(**values)  # refuses bad options before anything is downloaded
     values["base"] = resolve_model(str(asked.base))
-    result = train(TrainConfig(**values), cache_dir=user_cache_path("shoal") / "bases")
-    if not result.finished:
+    config, cache_dir = TrainConfig(**values), user_cache_path("shoal") / "bases"
+    world = World.of_environment()
+    results = (
+        train(config, lanes=lanes_of(config), cache_dir=cache_dir, world=world)
+        if config.seeds
+        else [train(config, cache_dir=cache_dir, world=world)]
+    )
+    if not all(result.finished for result in results):
+        steps = max(result.steps for result in results)
         print(
-            f"shoal train: interrupted after step {result.steps} of {asked.steps}; the checkpoint "
+            f"shoal train: interrupted after step {steps} of {asked.steps}; the checkpoint "
             f"is in {asked.out}, --resume goes on from it",
             file=sys.stderr,
         )
         return INTERRUPTED
+    if world.writes:
+        for result in results:
+            _report(asked.out / result.name, asked.method, result)
+    # A lane that diverged leaves no adapter; the others' are there.
+    return 2 if any(result.error for result in results) else 0
+
+
+def _report(out: Path, method: str, result: "TrainResult") -> None:
+    if result.error:
+        print(f"shoal train: {out}: {result.error}", file=sys.stderr)
+        return
+    best = f", best {result.best_loss:.3f} after {result.best_step}" if result.best_loss else ""
     print(
-        f"{asked.out}: {asked.method} adapter of {result.parameters} values, "
-        f"loss {result.loss:.3f} after {result.steps} steps"
+        f"{out}: {method} adapter of {result.parameters} values, "
+        f"loss {result.loss:.3f} after {result.steps} steps{best}"
     )
-    return 0
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def _converter(name: str, kind: Any) -> Any:
     """What turns an option's text into the field's type."""
     if name == "targets":
         return lambda text: tuple(part.strip() for part in text.split(","))
+    if kind == tuple[int, ...]:
+        return _integers
     for candidate in (Path, int, float):
         if kind in (candidate, candidate | None):
             return candidate

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shoal.adapters.training.config import TrainConfig
-from shoal.adapters.training.trainer import OnStep, TrainResult, train
+from shoal.adapters.training.loop import OnStep
+from shoal.adapters.training.trainer import TrainResult, train
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import pytest
 
-from shoal.adapters.training import trainer
+from shoal.adapters.training import lanes
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.metrics import JsonLines, StepMetrics
 from shoal.server.cli.train import add_arguments, run
@@ -69,7 +69,7 @@ def test_an_interrupted_run_says_how_to_go_on(
             super().append(record)
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(trainer, "JsonLines", Interrupting)
+    monkeypatch.setattr(lanes, "JsonLines", Interrupting)
     assert run(parse(lab, "--steps", "5", "--rank", "4")) == 130
     message = capsys.readouterr().err
     assert "interrupted after step 1 of 5" in message

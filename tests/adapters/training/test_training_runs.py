@@ -18,7 +18,6 @@ from shoal.adapters.base import base_digest
 from shoal.adapters.basis import DEFAULT_RANK, Basis, BasisStore, canonical_basis
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.spec import Target
-from shoal.adapters.training import trainer
 from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
 from shoal.adapters.training.data import Example, collate
 from shoal.adapters.training.errors import (
@@ -28,11 +27,15 @@ from shoal.adapters.training.errors import (
     RunDirectoryError,
     TrainingError,
 )
+from shoal.adapters.training.inputs import step_inputs
+from shoal.adapters.training.loop import OnStep, TrainingLoop
+from shoal.adapters.training.loss import LaneLoss
 from shoal.adapters.training.methods.attaching import shape_of, weight_reader
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import attach_all
 from shoal.adapters.training.metrics import StepMetrics, read_evals, read_steps
-from shoal.adapters.training.trainer import OnStep, TrainResult, learning_rate, summed_loss
+from shoal.adapters.training.schedule import learning_rate
+from shoal.adapters.training.trainer import TrainResult
 from shoal.adapters.weights import AdapterWeights
 
 # Options under which the tiny base memorises its data, by method.
@@ -258,9 +261,15 @@ def test_padding_does_not_change_the_loss(lab: Lab) -> None:
         Example((3, 4, 5), (False, False, True)),
     ]
     cpu = torch.device("cpu")
+    loss = LaneLoss(model)
+
+    def summed(examples: list[Example]) -> Tensor:
+        [total] = loss(step_inputs(collate(examples, 0, cpu), [1]))
+        return total
+
     with torch.no_grad():
-        together = summed_loss(model, collate(rows, 0, cpu))
-        apart = [summed_loss(model, collate([row], 0, cpu)) for row in rows]
+        together = summed(rows)
+        apart = [summed([row]) for row in rows]
         # By hand: the last row's only supervised token, given the two before it.
         logits = model(input_ids=torch.tensor([[3, 4, 5]])).logits
     assert float(together) == pytest.approx(float(sum(apart)), rel=1e-5)
@@ -345,14 +354,14 @@ def test_an_interrupt_before_the_first_step_can_be_resumed(
 ) -> None:
     options = {"eval_data": lab.config("run").data, "steps": 3}
     lab.train("whole", **options)
-    evaluate = trainer._Trainer._evaluate
+    evaluate = TrainingLoop._evaluate
 
-    def interrupted(self: Any) -> float:
+    def interrupted(self: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        return evaluate(self)
+        evaluate(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Trainer, "_evaluate", interrupted)
+        patch.setattr(TrainingLoop, "_evaluate", interrupted)
         stopped = lab.train("run", **options)
     assert (stopped.steps, stopped.finished) == (0, False)
     lab.train("run", resume=True, **options)

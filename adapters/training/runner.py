@@ -1,0 +1,153 @@
+"""How a step is run: call by call, or replayed from CUDA graphs.
+
+A small base spends more time launching kernels than computing. A CUDA graph launches a whole
+forward and backward pass at once, but only for the shapes and addresses it was recorded with:
+inputs are copied into tensors that stay, and there is one graph for each shape that occurs.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shoal.adapters.training.inputs import StepInputs
+from shoal.adapters.training.step import TrainStep
+
+log = logging.getLogger(__name__)
+
+# Rows are padded to a multiple of this where shapes are recorded.
+LENGTH_MULTIPLE = 64
+# Shapes recorded at most; others run call by call. Each costs about a step's time and some memory.
+MAX_GRAPHS = 24
+# Runs before a recording, in which libraries allocate and choose what they will use.
+WARM_UPS = 2
+
+Reduce = Callable[[], None]
+Replay = Callable[[], None]
+# Turns a function of no arguments into one that does the same again, for the same addresses.
+Recorder = Callable[[Callable[[], None]], Replay]
+
+
+class StepRunner(ABC):
+    """Runs whole steps."""
+
+    fixed_shapes: bool
+
+    def __init__(self, step: TrainStep, reduce: Reduce | None = None) -> None:
+        """Run nothing yet.
+
+        Args:
+            step: what is computed.
+            reduce: called between the gradients and the update; sums them over processes.
+        """
+        self.step = step
+        self._reduce = reduce
+
+    @abstractmethod
+    def run(self, batches: Sequence[StepInputs]) -> None:
+        """One step over the batches, on the host. Its outcome is in ``step.record``."""
+
+
+class EagerRunner(StepRunner):
+    """Call by call."""
+
+    fixed_shapes = False
+
+    def run(self, batches: Sequence[StepInputs]) -> None:
+        """As the class says."""
+        self.step.begin()
+        for inputs in batches:
+            self.step.accumulate(inputs.to(self.step.device))
+        if self._reduce is not None:
+            self._reduce()
+        self.step.update()
+
+
+class CapturedRunner(StepRunner):
+    """Replays recordings: one for each shape of a batch, and one of the update.
+
+    A recording is preceded by runs that do the work for nothing. They come before the step begins,
+    when there are no gradients to spoil, and the update is recorded while no lane is active.
+    """
+
+    fixed_shapes = True
+
+    def __init__(self, step: TrainStep, recorder: Recorder, reduce: Reduce | None = None) -> None:
+        """Record the update.
+
+        Args:
+            step, reduce: see ``StepRunner``.
+            recorder: makes recordings; see ``CudaRecorder``.
+        """
+        super().__init__(step, reduce)
+        self._recorder = recorder
+        self._passes: dict[tuple[int, ...], tuple[StepInputs, Replay]] = {}
+        active = step.optimizer.active.clone()
+        step.optimizer.active.zero_()
+        step.begin()
+        self._update = recorder(step.update)
+        step.optimizer.active.copy_(active)
+
+    def run(self, batches: Sequence[StepInputs]) -> None:
+        """As the class says."""
+        for inputs in batches:
+            if inputs.key not in self._passes and len(self._passes) < MAX_GRAPHS:
+                self._passes[inputs.key] = self._record(inputs)
+        self.step.begin()
+        for inputs in batches:
+            self._pass(inputs)
+        if self._reduce is not None:
+            self._reduce()
+        self._update()
+
+    def _pass(self, inputs: StepInputs) -> None:
+        recorded = self._passes.get(inputs.key)
+        if recorded is None:
+            self.step.accumulate(inputs.to(self.step.device))
+            return
+        fixed, replay = recorded
+        for place, value in zip(fixed.tensors(), inputs.tensors(), strict=True):
+            place.copy_(value, non_blocking=True)
+        replay()
+
+    def _record(self, inputs: StepInputs) -> tuple[StepInputs, Replay]:
+        log.debug("recording shape=%s", inputs.key)
+        fixed = inputs.to(self.step.device)
+        return fixed, self._recorder(lambda: self.step.accumulate(fixed))
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share one pool of memory.
+
+    They never run at the same time, and what outlives a replay (gradients, losses, values) lies
+    outside of the pool, so one graph may use the memory of another.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Needs a CUDA device."""
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Replay:
+        """Run ``work`` a few times beside the current stream, then record it (without running)."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                work()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads, such as one that pins memory, may go on meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            work()
+        return graph.replay
+
+
+def runner_for(step: TrainStep, *, captured: bool, reduce: Reduce | None = None) -> StepRunner:
+    """The runner for a step: recordings if asked for and on CUDA, else call by call."""
+    if captured and step.device.type == "cuda":
+        return CapturedRunner(step, CudaRecorder(step.device), reduce)
+    return EagerRunner(step, reduce)
