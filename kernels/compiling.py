@@ -128,10 +128,22 @@ PROJECT_64 = {"RANK": 64, "WIDTH": 128, "TILE": 16, "num_stages": 3}
 MIX = {key: value for key, value in PROJECT.items() if key not in ("WIDTH", "ROWS")}
 MIX |= {"TILE": 4, "h_column": 6144, "num_warps": 1}
 SCALE = {"ALIGN": 16, "BLOCK_N": 1024, "num_warps": 4, "aligned": True, "unspilled": True}
-LANE_MATMUL = {"TILE": 64, "BLOCK_K": 16, "BLOCK_N": 16, "ADD": False, "PRECISION": "tf32"}
+LANE_MATMUL: dict[str, object] = {
+    "TILE": 64,
+    "BLOCK_K": 16,
+    "BLOCK_N": 16,
+    "ADD": False,
+    "PRECISION": "tf32",
+}
 LANE_MATMUL |= {"num_warps": 4, "aligned": True, "unspilled": True}
-LANE_OUTER = {"TILE": 64, "BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": 1, "UPCAST": False}
-MIXED = {"BLOCK_N": 128, "UPCAST": True, "PRECISION": "tf32"}
+LANE_OUTER: dict[str, object] = {
+    "TILE": 64,
+    "BLOCK_M": 16,
+    "BLOCK_N": 16,
+    "SPLITS": 1,
+    "UPCAST": False,
+}
+MIXED: dict[str, object] = {"BLOCK_N": 128, "UPCAST": True, "PRECISION": "tf32"}
 LANE_OUTER |= {"PRECISION": "ieee", "num_warps": 4, "aligned": True, "unspilled": True}
 # With scale and softcap; FIRM has neither.
 SAMPLE: dict[str, object] = {"vocab": 128256, "CHUNK": 2048, "CHUNKS": 64, "BLOCK": 4096}

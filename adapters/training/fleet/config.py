@@ -11,10 +11,17 @@ METHODS = ("lora-xs", "miss")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetConfig:
-    """Who is trained and how many at a time. Raises ``OptionRejected``."""
+    """Who is trained and how many at a time. Raises ``OptionRejected``.
 
-    # ruff cannot see that option() and required() are dataclasses.field() (RUF009).
+    Attributes:
+        common: what all tenants have in common, as of a plain run. Its data is not read; its
+            directory is the fleet's.
+        patience: as of a plain run; for the tenants that have data to measure on.
+    """
+
     common: TrainConfig
+    patience: int | None = None
+    # ruff cannot see that option() and required() are dataclasses.field() (RUF009).
     fleet: Path = required("train many tenants' adapters at once: JSONL, one tenant a line")  # noqa: RUF009
     rows: int = option(64, "with --fleet: records per forward pass, all tenants' together")
     resident: int | None = option(
@@ -24,14 +31,19 @@ class FleetConfig:
     )
 
     def __post_init__(self) -> None:
-        self._require("method", self.common.method in METHODS, f"a fleet trains {METHODS}")
-        self._require("accumulate", self.common.accumulate == 1, "a fleet has large steps already")
-        size = self.common.batch_size
-        self._require("rows", self.rows >= size, f"must be at least the batch-size, {size}")
-        held = self.resident
-        self._require("resident", held is None or held >= 1, "must be at least 1")
+        common = self.common
+        names = ", ".join(METHODS)
+        _require("method", common.method, common.method in METHODS, f"a fleet trains {names}")
+        for name, value in (("accumulate", common.accumulate > 1), ("pack", common.pack)):
+            _require(name, getattr(common, name), not value, "is not for fleets")
+        _require("seeds", common.seeds, not common.seeds, "is not for fleets: a tenant has a seed")
+        size = common.batch_size
+        _require("rows", self.rows, self.rows >= size, f"must be at least batch-size, {size}")
+        for name in ("resident", "patience"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 1, "must be at least 1")
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            value = getattr(self if hasattr(self, name) else self.common, name)
-            raise OptionRejected(name, value, rule)
+
+def _require(name: str, value: object, holds: bool, rule: str) -> None:
+    if not holds:
+        raise OptionRejected(name, value, rule)

@@ -9,12 +9,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from shoal.adapters.errors import AdapterError
+from shoal.adapters.formats.container import write_atomically
 from shoal.adapters.registry.errors import RegistryError
 from shoal.adapters.training.fleet.tenants import Tenant
 
@@ -39,8 +40,8 @@ class Finished:
 
     Attributes:
         reference: ``owner/name`` or ``name``.
-        how: ``done``; ``stopped`` early, since evaluations got no better; or ``diverged``: it has
-            no adapter.
+        fate: ``finished``; ``patience``, stopped early since evaluations got no better; or
+            ``diverged``: it has no adapter.
         steps: updates made.
         loss: of the last step; None when it is not a number.
         eval_loss: the loss of the evaluation whose values were written, or the last; None without.
@@ -49,7 +50,7 @@ class Finished:
     """
 
     reference: str
-    how: str
+    fate: str
     steps: int
     loss: float | None
     eval_loss: float | None
@@ -91,6 +92,16 @@ class Finishing:
         self.check()
         self._jobs.put((tenant, result, write))
 
+    def adopt(self, results: Sequence[Finished], tenants: Mapping[str, Tenant]) -> None:
+        """Begin with who was finished before, as a checkpoint says; once, before the first ``add``.
+
+        The file of results says the same afterwards. What was not published is tried again.
+        """
+        write_atomically(self._results, [])
+        for result in results:
+            self._jobs.put((tenants[result.reference], result, lambda: None))
+        self.settle()
+
     def settle(self) -> list[Finished]:
         """Wait until everything added is done; all results so far."""
         self._jobs.join()
@@ -123,8 +134,9 @@ class Finishing:
 
     def _finish(self, tenant: Tenant, result: Finished, write: Callable[[], None]) -> None:
         write()
-        if result.how != "diverged" and self._publisher is not None:
-            result = self._publish(self._publisher, tenant, result)
+        publisher = None if result.published else self._publisher
+        if result.fate != "diverged" and publisher is not None:
+            result = self._publish(publisher, tenant, result)
         self.finished.append(result)
         with self._results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(result)) + "\n")

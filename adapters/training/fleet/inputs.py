@@ -1,7 +1,7 @@
 """A step's rows as tensors: made on the host, of shapes that do not depend on what is in them.
 
-With fixed shapes the rows are padded to the step's budget, lengths and places to learn to few sizes,
-so that a recorded step can be replayed with other tenants and other data.
+With fixed shapes the rows are padded to the step's budget, lengths and places to learn to few
+sizes, so that a recorded step can be replayed with other tenants and other data.
 """
 
 from collections.abc import Sequence

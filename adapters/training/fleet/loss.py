@@ -53,7 +53,7 @@ class Head:
 
         Without gradient.
         """
-        parts = zip(hidden.split(self.piece), labels.split(self.piece), strict=True)
+        parts = zip(torch.split(hidden, self.piece), torch.split(labels, self.piece), strict=True)
         return torch.cat([_nll(self.logits(h), label)[0] for h, label in parts])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ def weighted_nll(
     Returns:
         A scalar that can be differentiated by ``hidden``, and ``(places,)`` float32 that cannot.
     """
-    total, nll = _WeightedNll.apply(hidden, positions, labels, weights, head)
+    arguments = (hidden, positions, labels, weights, head)
+    total, nll = _WeightedNll.apply(*arguments)  # type: ignore[no-untyped-call]
     return total, nll
 
 
@@ -108,7 +109,7 @@ class _WeightedNll(torch.autograd.Function):
         return (nll * weights).sum(), nll
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         positions, gradient = ctx.saved_tensors
         # Places of weight 0 add zeros to others; nothing else is added twice, so the order in
         # which a device adds does not matter.

@@ -62,7 +62,8 @@ def core_linear(
     Returns:
         ``(rows, length, d_out)`` in x's dtype.
     """
-    out: Tensor = _CoreLinear.apply(x, cores, grads, weight, basis, down, rows, scale)
+    arguments = (x, cores, grads, weight, basis, down, rows, scale)
+    out: Tensor = _CoreLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -79,7 +80,8 @@ def fold_linear(x: Tensor, blocks: Tensor, grads: Tensor, weight: Tensor, rows: 
     Returns:
         ``(rows, length, d_out)`` in x's dtype.
     """
-    out: Tensor = _FoldLinear.apply(x, blocks, grads, weight, rows)
+    arguments = (x, blocks, grads, weight, rows)
+    out: Tensor = _FoldLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -106,7 +108,7 @@ class _CoreLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, cores, weight, basis, down = ctx.saved_tensors
         dz = dy @ basis
         lane_outer(dz, h, ctx.rows, ctx.grads, scale=ctx.scale)
@@ -133,7 +135,7 @@ class _FoldLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         folded, blocks, weight = ctx.saved_tensors
         dy = dy.contiguous()
         lane_outer(folded, dy, ctx.rows, ctx.grads)

@@ -100,6 +100,8 @@ def _tenant(config: FleetConfig, number: int, line: bytes) -> Tenant:
     evaluation = _path(config, value, "eval_data")
     if evaluation is not None:
         changes["eval_data"] = evaluation
+    if evaluation is not None or config.common.eval_data is not None:
+        changes["patience"] = config.patience
     for key, kind in _NUMBERS.items():
         if value.get(key) is not None:
             changes[key] = _number(key, value[key], kind)
