@@ -1,16 +1,18 @@
 """The fleet's loop: whose turn it is, a step, what came of it; until everybody is finished.
 
-While the device computes a step the host prepares the next one, for who would be in it if nobody
-came or went; when somebody did, it is prepared again.
+A device is given the next step before the host looks at what came of the last one, unless somebody
+may come or go by then.
 """
 
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from shoal.adapters.training.environment import peak_bytes
@@ -50,6 +52,30 @@ class FleetStepMetrics:
     tokens: int
     seconds: float
     peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step under way.
+
+    Attributes:
+        plan: who is in it, and how many updates each had before.
+        slots: theirs.
+        tokens: theirs, padding excluded.
+        inputs: what it reads.
+        outcome: what it will say.
+    """
+
+    plan: list[tuple[str, int]]
+    slots: dict[str, int]
+    tokens: dict[str, int]
+    inputs: FleetInputs
+    outcome: Outcome
+
+
+def lag_of(device: torch.device) -> int:
+    """Steps that may be under way while the host looks at the one before them."""
+    return int(device.type == "cuda")
 
 
 OnFleetStep = Callable[[FleetStepMetrics], None]
@@ -94,7 +120,9 @@ class FleetLoop:
         self._rows = rows
         self._save_every = save_every
         self._fingerprint = fingerprint
-        self._ahead: tuple[list[tuple[str, int]], FleetInputs] | None = None
+        self._lag = lag_of(core.device)
+        self._under_way: deque[_Launched] = deque()
+        self._clock = 0.0
 
     def run(
         self,
@@ -105,14 +133,20 @@ class FleetLoop:
         """Go on until everybody is finished; False when ``stop`` said so before."""
         with JsonLines(self._directory.steps) as log_file:
             self._admit(finishing)
-            while not self._turns.over and not stop():
-                done = self._one_step(finishing)
+            self._clock = time.perf_counter()
+            while self._under_way or not (self._turns.over or stop()):
+                if not self._under_way or not (stop() or self._must_settle()):
+                    self._launch()
+                    continue
+                done = self._settle_one(finishing)
                 log_file.append(cast(Any, done))
                 if on_step is not None:
                     on_step(done)
                 finishing.check()
-                if self.step % self._save_every == 0 and not self._turns.over:
+                due = self.step % self._save_every == 0 and not self._under_way
+                if due and not self._turns.over:
                     self.save(finishing)
+                    self._clock = time.perf_counter()
             log_file.sync()
             self.save(finishing)
         return self._turns.over
@@ -153,32 +187,55 @@ class FleetLoop:
             self._bank.begin(self._turns.slots[name], member.tenant.config.seed)
         self._evaluate([name for name in came if self._members[name].due()], finishing)
 
-    def _one_step(self, finishing: Finishing) -> FleetStepMetrics:
-        started = time.perf_counter()
+    def _launch(self) -> None:
+        """Start the step of those whose turn it is."""
         wave = self._turns.wave()
-        plan = [(name, self._members[name].step) for name in wave]
-        inputs = self._prepared(plan)
+        plan = [(name, self._members[name].issued) for name in wave]
+        slots = {name: self._turns.slots[name] for name in wave}
+        batches = {name: self._members[name].batch(at) for name, at in plan}
+        inputs = self._inputs(
+            [(slots[name], rows) for name, rows in batches.items()],
+            [self._members[name].rate(at) for name, at in plan],
+        )
+        tokens = {name: sum(len(row.ids) for row in rows) for name, rows in batches.items()}
         outcome = self._core.run(inputs)
-        if self._core.device.type == "cuda":
-            self._prepare_ahead(plan)
-        outcome = outcome.read()
-        seconds = time.perf_counter() - started
-        self.step += 1
+        self._under_way.append(_Launched(plan, slots, tokens, inputs, outcome))
         self._turns.pass_on(wave)
-        losses = self._note(plan, inputs, outcome, seconds, finishing)
-        tokens = sum(len(row.ids) for name, at in plan for row in self._members[name].batch(at))
-        due = [name for name in wave if name in self._turns.slots and self._members[name].due()]
-        self._evaluate(due, finishing)
         for name in wave:
-            member = self._members[name]
-            if name in self._turns.slots and member.step == member.tenant.config.steps:
-                self._leave(name, "finished", finishing)
-        resident = len(self._turns.slots)
-        self._admit(finishing)
+            self._members[name].issued += 1
+
+    def _must_settle(self) -> bool:
+        """Whether what is under way has to end before another step is launched."""
+        if len(self._under_way) > self._lag or not self._turns.order:
+            return True
+        if (self.step + len(self._under_way)) % self._save_every == 0:
+            return True
+        last = self._under_way[-1].plan
+        return any(self._members[name].matters(at + 1) for name, at in last)
+
+    def _settle_one(self, finishing: Finishing) -> FleetStepMetrics:
+        """Wait for the oldest step under way, and see what came of it."""
+        launched = self._under_way.popleft()
+        plan = launched.plan
+        launched.outcome.wait()
+        self.step += 1
+        losses = self._note(launched, time.perf_counter() - self._clock, finishing)
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        tokens = sum(launched.tokens.values())
+        members = [self._members[name] for name, _ in plan if name in self._turns.slots]
+        if not self._under_way:
+            self._evaluate([m.tenant.reference for m in members if m.due()], finishing)
+            for member in members:
+                name = member.tenant.reference
+                if name in self._turns.slots and member.step == member.tenant.config.steps:
+                    self._leave(name, "finished", finishing)
+            self._admit(finishing)
+            self._clock = time.perf_counter()
         return FleetStepMetrics(
             step=self.step,
-            tenants=len(wave),
-            resident=resident,
+            tenants=len(plan),
+            resident=len(self._turns.slots),
             finished=len(self._members) - len(self._turns.slots) - len(self._turns.waiting),
             loss=sum(losses) / len(losses),
             tokens=tokens,
@@ -186,30 +243,25 @@ class FleetLoop:
             peak_bytes=peak_bytes(self._core.device),
         )
 
-    def _note(
-        self,
-        plan: Sequence[tuple[str, int]],
-        inputs: FleetInputs,
-        outcome: Outcome,
-        seconds: float,
-        finishing: Finishing,
-    ) -> list[float]:
+    def _note(self, launched: _Launched, seconds: float, finishing: Finishing) -> list[float]:
         """Log the step of each tenant; those that are not finite any more leave."""
-        losses = loss_by_lane(inputs, outcome.nll)
+        outcome = launched.outcome
+        losses = loss_by_lane(launched.inputs, outcome.nll)
         norms, updated = outcome.norm.tolist(), outcome.updated.tolist()
         peak = peak_bytes(self._core.device)
-        for name, at in plan:
-            member, slot = self._members[name], self._turns.slots[name]
+        for name, at in launched.plan:
+            member, slot = self._members[name], launched.slots[name]
+            if member.fate != "running":
+                continue  # it diverged in a step that this one had to follow at once
             loss = losses[slot]
             error = None if updated[slot] else str(Diverged(at + 1, loss))
-            tokens = sum(len(row.ids) for row in member.batch(at))
             member.lines.append(
                 StepMetrics(
                     step=at + 1,
                     loss=loss,
                     lr=member.rate(at),
                     grad_norm=norms[slot],
-                    tokens_s=round(tokens / seconds, 1),
+                    tokens_s=round(launched.tokens[name] / seconds, 1),
                     seconds=round(seconds, 6),
                     peak_bytes=peak,
                     error=error,
@@ -239,28 +291,6 @@ class FleetLoop:
             self._bank.write(tenant.config.out, values, tenant.config)
 
         finishing.add(tenant, member.result(), write)
-
-    def _prepared(self, plan: list[tuple[str, int]]) -> FleetInputs:
-        if self._ahead is not None and self._ahead[0] == plan:
-            inputs = self._ahead[1]
-        else:
-            inputs = self._prepare(plan)
-        self._ahead = None
-        return inputs
-
-    def _prepare_ahead(self, plan: Sequence[tuple[str, int]]) -> None:
-        """Prepare the step after ``plan``, unless somebody is finished by then."""
-        steps = {name: at + 1 for name, at in plan}
-        if any(self._members[name].tenant.config.steps == at for name, at in steps.items()):
-            return
-        following = self._turns.after(steps)
-        expected = [(name, steps.get(name, self._members[name].step)) for name in following]
-        self._ahead = expected, self._prepare(expected)
-
-    def _prepare(self, plan: Sequence[tuple[str, int]]) -> FleetInputs:
-        parts = [(self._turns.slots[name], self._members[name].batch(at)) for name, at in plan]
-        rates = [self._members[name].rate(at) for name, at in plan]
-        return self._inputs(parts, rates)
 
     def _inputs(
         self, parts: Sequence[tuple[int, Sequence[Row]]], rates: Sequence[float] | None

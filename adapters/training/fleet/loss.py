@@ -97,11 +97,13 @@ class _WeightedNll(torch.autograd.Function):
             part = slice(start, start + head.piece)
             logits = head.logits(picked[part])
             nll[part], log_sum = _nll(logits, labels[part])
-            slope = torch.exp(logits - log_sum[:, None])
-            slope.scatter_add_(1, labels[part, None], slope.new_full((len(slope), 1), -1.0))
-            slope.mul_(weights[part, None])
+            scale = weights[part, None]
             if head.softcap is not None:
-                slope.mul_(1 - (logits / head.softcap).square_())
+                scale = scale * (1 - (logits / head.softcap).square_())
+            # In place, since a pass over all logits is what takes time here.
+            slope = logits.sub_(log_sum[:, None]).exp_()
+            slope.scatter_add_(1, labels[part, None], slope.new_full((len(slope), 1), -1.0))
+            slope.mul_(scale)
             torch.mm(slope.to(picked.dtype), head.weight, out=gradient[part])
         ctx.save_for_backward(positions, gradient)
         ctx.shape = hidden.shape

@@ -24,7 +24,8 @@ class Member:
         rows: its data.
         evaluation: what it is measured on; empty for nothing.
         digest: of both.
-        step: updates made.
+        step: updates made, of which the host knows.
+        issued: updates made or under way.
         loss: of the last one.
         eval_loss: of the last evaluation.
         best: its evaluations.
@@ -37,6 +38,7 @@ class Member:
     evaluation: Sequence[Row]
     digest: str
     step: int = 0
+    issued: int = 0
     loss: float | None = None
     eval_loss: float | None = None
     best: BestSoFar = field(default_factory=BestSoFar)
@@ -74,9 +76,15 @@ class Member:
 
     def due(self) -> bool:
         """Whether it is to be measured now."""
+        return bool(self.evaluation) and self._on_beat(self.step)
+
+    def matters(self, step: int) -> bool:
+        """Whether something is to be done with its values after so many updates."""
+        return step == self.tenant.config.steps or (bool(self.evaluation) and self._on_beat(step))
+
+    def _on_beat(self, step: int) -> bool:
         config = self.tenant.config
-        on_beat = self.step % config.evaluation_interval == 0 or self.step == config.steps
-        return bool(self.evaluation) and on_beat
+        return step % config.evaluation_interval == 0 or step == config.steps
 
     def note_evaluation(self, loss: float) -> bool:
         """Log one; True when it is the best so far."""
@@ -118,7 +126,8 @@ class Member:
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Take what a checkpoint held, and drop the log lines of steps after it."""
-        self.step, self.loss = progress["step"], progress["loss"]
+        self.step = self.issued = progress["step"]
+        self.loss = progress["loss"]
         self.eval_loss, self.best = progress["eval_loss"], BestSoFar(**progress["best"])
         keep_until(self.directory.metrics, self.step)
         keep_until(self.directory.evals, self.step)

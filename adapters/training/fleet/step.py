@@ -39,10 +39,26 @@ class Outcome:
     nll: Tensor
     norm: Tensor
     updated: Tensor
+    _arrived: torch.cuda.Event | None = None
 
-    def read(self) -> "Outcome":
-        """Wait for the device, and copy to the CPU."""
-        return Outcome(self.nll.cpu(), self.norm.cpu(), self.updated.cpu())
+    def sent(self) -> "Outcome":
+        """A copy on the CPU, there once ``wait`` returns. Later steps are not waited for."""
+        if self.nll.device.type != "cuda":
+            return Outcome(self.nll.clone(), self.norm.clone(), self.updated.clone())
+        copy = Outcome(_sent(self.nll), _sent(self.norm), _sent(self.updated))
+        copy._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copy._arrived.record()
+        return copy
+
+    def wait(self) -> None:
+        """Return when the values are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+
+def _sent(tensor: Tensor) -> Tensor:
+    place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return place.copy_(tensor, non_blocking=True)
 
 
 @dataclass(slots=True)
@@ -124,11 +140,11 @@ class FleetStep:
             for place, value in zip(there.tensors(), inputs.tensors(), strict=True):
                 place.copy_(value, non_blocking=True)
             recording.replay()
-            nll = recording.nll[-1].clone()
+            nll = recording.nll[-1]
         optimizer.active.copy_(there.active)
         optimizer.lr.copy_(there.lr)
         optimizer.step(self._healthy)
-        return Outcome(nll, optimizer.norm.clone(), optimizer.active.clone())
+        return Outcome(nll, optimizer.norm, optimizer.active).sent()
 
     def gradients(self, inputs: FleetInputs) -> Tensor:
         """Forward and backward: fills the gradients of the lanes in the step.

@@ -59,14 +59,6 @@ class Turns:
             wave.append(name)
         return wave
 
-    def after(self, wave: Iterable[str]) -> "list[str]":
-        """The wave after ``wave``, provided nobody comes or goes."""
-        turned = Turns(1, self._rows, {})
-        turned._sizes = self._sizes
-        turned.order = self.order.copy()
-        turned.pass_on(wave)
-        return turned.wave()
-
     def pass_on(self, wave: Iterable[str]) -> None:
         """Those of the wave have had their turn."""
         for name in wave:

@@ -18,6 +18,7 @@ from shoal.adapters.training.errors import (
     RunDirectoryError,
     TrainingError,
 )
+from shoal.adapters.training.fleet import loop
 from shoal.adapters.training.fleet.loop import FleetStepMetrics
 from shoal.adapters.training.fleet.trainer import FleetResult
 from shoal.adapters.training.metrics import read_evals, read_steps
@@ -159,6 +160,31 @@ def test_a_crashed_fleet_goes_on_from_its_last_checkpoint(fleet_lab: FleetLab) -
         assert adapter_bytes(parts) == adapter_bytes(whole)
         steps = [step.step for step in read_steps(parts / "metrics.jsonl")]
         assert steps == list(range(1, 4 + i))
+
+
+def test_looking_at_a_step_late_changes_nothing(
+    fleet_lab: FleetLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that works by itself: one step is launched while another is looked at."""
+    tenants = [{"name": f"t{i}", "seed": i, "steps": 5 + i} for i in range(4)]
+    tenants[2] |= {"eval_data": "t0.jsonl"}
+    tasks = fleet_lab.tasks(*tenants, {"name": "wild", "lr": 1e30})
+    options: dict[str, Any] = {"rows": 6, "resident": 4, "lr": 0.02, "method": "miss"}
+    options |= {"warmup": 0.0, "eval_every": 3, "save_every": 4}
+    fleet_lab.fleet(tasks, "whole", **options)
+    monkeypatch.setattr(loop, "lag_of", lambda device: 1)
+    late = fleet_lab.fleet(tasks, "late", **options)
+    assert {e.reference: e.fate for e in late.tenants}.pop("wild") == "diverged"
+    stopped = fleet_lab.fleet(tasks, "parts", **options, on_step=interrupt_after(5))
+    assert not stopped.finished
+    fleet_lab.fleet(tasks, "parts", **options, resume=True)
+    for i in range(4):
+        whole, *others = (fleet_lab.root / out / f"t{i}" for out in ("whole", "late", "parts"))
+        for other in others:
+            assert adapter_bytes(other) == adapter_bytes(whole)
+            assert losses(other) == losses(whole)
+    whole, other = (read_evals(fleet_lab.root / o / "t2/eval.jsonl") for o in ("whole", "late"))
+    assert whole == other
 
 
 def test_tenants_may_be_added_to_an_interrupted_fleet_but_not_changed(fleet_lab: FleetLab) -> None:
