@@ -25,6 +25,7 @@ from shoal.adapters.training.fleet.inputs import Row
 from shoal.adapters.training.fleet.linears import attach_banks, values_per_lane
 from shoal.adapters.training.fleet.loop import FleetLoop, FleetStepMetrics, OnFleetStep, settled
 from shoal.adapters.training.fleet.members import Member
+from shoal.adapters.training.fleet.norms import fuse_norms
 from shoal.adapters.training.fleet.products import Step
 from shoal.adapters.training.fleet.step import FleetStep, Recorder
 from shoal.adapters.training.fleet.tenants import Tenant, read_tenants
@@ -171,6 +172,7 @@ def fleet_step(config: FleetConfig, base: Base, source: Source, capacity: int) -
     common, step = config.common, Step()
     banks = attach_banks(base.model, common, source, capacity, step)
     use_causal_attention(base.model)
+    fuse_norms(base.model)
     if common.checkpoint_activations:
         checkpoint_activations(base.model)
     recorder: Recorder | None = None
