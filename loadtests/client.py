@@ -90,10 +90,16 @@ async def drive(
     options: ClientOptions,
     planned: Sequence[PlannedRequest],
     on_done: Callable[[Sample], None] = lambda sample: None,
+    *,
+    start: float | None = None,
 ) -> list[Sample]:
-    """Send every planned request at its time; one sample each, in planned order."""
+    """Send every planned request at its time; one sample each, in planned order.
+
+    Args:
+        start: what their times count from (``time.perf_counter``); None is now.
+    """
     gate = asyncio.Semaphore(options.max_concurrency or len(planned))
-    start = time.perf_counter()
+    start = time.perf_counter() if start is None else start
 
     async def one(request: PlannedRequest) -> Sample:
         await asyncio.sleep(max(0.0, start + request.at_s - time.perf_counter()))

@@ -22,6 +22,8 @@ from shoal.loadtests.client import (
     list_models,
     prompt_vocabulary,
 )
+from shoal.loadtests.many_clients import drive_apart
+from shoal.loadtests.measuring import positive
 from shoal.loadtests.report import last_line, record, save, table
 from shoal.loadtests.stats import Sample
 from shoal.loadtests.uploads import UploadFigures, adapter_folders, upload_all
@@ -49,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-prompts", type=int, default=64, help="requests in all")
     add("--request-rate", type=float, help="mean arrivals per second; default: all at once")
     add("--burstiness", type=float, default=1.0, help="1 is Poisson, below 1 burstier")
+    add("--client-processes", type=positive, default=1,
+        help="that send and read; one reads some 10,000 tokens a second")  # fmt: skip
     add("--max-concurrency", type=int, help="requests in flight at most; default: open loop")
     add("--input-len", type=_lengths, default="32", metavar="N|A:B",
         help="prompt tokens, fixed or uniform in A..B")  # fmt: skip
@@ -113,7 +117,12 @@ async def _run(
         if args.warmup:
             await drive(client, options, planned[: args.warmup])
         with tqdm(total=len(planned), unit="req", file=sys.stderr, disable=None) as bar:
-            samples = await drive(client, options, planned, lambda _: bar.update())
+            if args.client_processes == 1:
+                samples = await drive(client, options, planned, lambda _: bar.update())
+            else:
+                samples = await asyncio.to_thread(
+                    drive_apart, args.client_processes, options, planned, bar.update
+                )
     used = len({request.adapter for request in planned} - {None})
     load = asdict(workload)
     conditions = {
@@ -127,6 +136,7 @@ async def _run(
         "adapters_registered": len(args.adapter_range or names),
         "uploads": asdict(uploads) if uploads else None,
         "max_concurrency": args.max_concurrency,
+        "client_processes": args.client_processes,
         "seed": args.seed,
         "machine": f"{platform.machine()} {platform.system()}",
     }

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 from shoal.server.engine.loop import Deliver, EngineLoop
-from shoal.server.engine.request import Request, TokenEvent
+from shoal.server.engine.request import FinishReason, Request, TokenEvent
 from shoal.server.engine.stats import EngineStats
 
 
@@ -35,8 +35,14 @@ class EngineClient:
         self._event_loop = asyncio.get_running_loop()
         self._engine.start()
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(
+        self, request: Request, *, merge: bool = False
+    ) -> AsyncGenerator[TokenEvent, None]:
         """Submit at the first iteration, yield events as steps produce them, end after the last.
+
+        Args:
+            merge: what has come since the consumer asked last is one event, so that a busy event
+                loop falls behind by a few steps and no further.
 
         Closing the iterator, cancelling its consumer or dropping it aborts the request within a
         step. A caller that may stop early should close it (``contextlib.aclosing``).
@@ -51,8 +57,19 @@ class EngineClient:
         self._queues[request.id] = queue
         try:
             self._engine.submit(request)
+            held: TokenEvent | None = None
             while True:
-                event = await queue.get()
+                event, held = held or await queue.get(), None
+                if merge and not queue.empty():
+                    later: list[TokenEvent] = []
+                    while held is None and not queue.empty():
+                        after = queue.get_nowait()
+                        # What went wrong is no reason to keep back what went well.
+                        if after.error is None and after.finish_reason is not FinishReason.ABORT:
+                            later.append(after)
+                        else:
+                            held = after
+                    event = event.then(later)
                 if event.error is not None:
                     raise event.error
                 yield event

@@ -3,6 +3,7 @@
 Pure. Text, chat templates and stop *strings* belong to the HTTP side, which owns the tokenizer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -107,3 +108,17 @@ class TokenEvent(NamedTuple):
     error: ShoalError | None = None
     cached_tokens: int = 0
     queue_s: float = 0.0
+
+    def then(self, later: Sequence["TokenEvent"]) -> "TokenEvent":
+        """All as one; ``later`` are the next of the same request, none of them an error."""
+        if not later:
+            return self
+        token_ids, logprobs = list(self.token_ids), list(self.logprobs)
+        for event in later:
+            token_ids += event.token_ids
+            logprobs += event.logprobs
+        return self._replace(
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs),
+            finish_reason=later[-1].finish_reason,
+        )

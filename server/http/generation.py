@@ -123,7 +123,10 @@ class Generation:
         text = _ChoiceText(index, job, stream)
         times = _Times(self.services, job, len(request.prompt_ids))
         try:
-            async with aclosing(self.services.engine.generate(request)) as events:
+            # What comes behind a stop string is neither counted nor shown, so it must not be in
+            # the event that completes it.
+            merge = not job.stops
+            async with aclosing(self.services.engine.generate(request, merge=merge)) as events:
                 async for event in events:
                     self._check(event)
                     times.tokens(event)
@@ -222,6 +225,8 @@ class _Times:
             self._metrics.time_to_first_token.observe(now - self._job.arrival_s)
         else:
             self._metrics.inter_token_latency.observe(now - self._last_s)
+        for _ in range(count - 1):  # that came together
+            self._metrics.inter_token_latency.observe(0.0)
         self._last_s = now
         self._count += count
 

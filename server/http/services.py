@@ -64,7 +64,9 @@ class Engine(Protocol):
         """End the engine; what is left is aborted."""
         ...
 
-    def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    def generate(
+        self, request: Request, *, merge: bool = False
+    ) -> AsyncGenerator[TokenEvent, None]:
         """Events of one request; closing the generator aborts it."""
         ...
 

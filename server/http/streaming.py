@@ -5,7 +5,6 @@ rule for errors: before the first byte they are a status and a body, after it a 
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 import anyio
 from fastapi.responses import Response
+from pydantic_core import to_json
 from starlette.types import Message, Receive, Scope, Send
 
 from shoal.server.errors import STATUS, ShoalError
@@ -127,4 +127,4 @@ def _raw(headers: Mapping[str, str] | None) -> list[tuple[bytes, bytes]]:
 
 
 def _dumps(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return to_json(content, inf_nan_mode="null")

@@ -33,7 +33,7 @@ _FIELD_BYTES_MAX = 4096
 _HEADER_BYTES_MAX = 4096
 _FILE_NAME_MAX = 255
 # Of a body that are in memory before they are written.
-_GATHER_BYTES = 1 << 20
+GATHER_BYTES = 1 << 20
 # Part headers and borders around the files.
 _ENVELOPE_BYTES = (FILES_MAX + 2) * 8192
 
@@ -135,7 +135,7 @@ async def _receive(request: Request, boundary: bytes, form: "_Form", max_bytes: 
                 raise _too_large(max_bytes)
             gathered.append(chunk)
             size += len(chunk)
-            if size >= _GATHER_BYTES:
+            if size >= GATHER_BYTES:
                 await parse()
                 size = 0
         await parse()

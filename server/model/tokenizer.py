@@ -54,6 +54,8 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._added: dict[int, str] = {i: token.content for i, token in added.items()}
         self._byte_level = isinstance(self._backend.decoder, ByteLevel)
+        # Of the tokens met before; made again by whoever comes first from several threads.
+        self._bytes_of: dict[int, bytes] = {}
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -121,6 +123,14 @@ class Tokenizer:
 
     def id_to_bytes(self, token_id: int) -> bytes:
         """The exact bytes one token adds to a text; empty for an id outside the vocabulary."""
+        known = self._bytes_of.get(token_id)
+        if known is None:
+            known = self._read_bytes(token_id)
+            if known:  # so that there are at most as many as tokens
+                self._bytes_of[token_id] = known
+        return known
+
+    def _read_bytes(self, token_id: int) -> bytes:
         piece: str | None = self._backend.id_to_token(token_id)
         if piece is None:
             return b""

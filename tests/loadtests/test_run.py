@@ -71,6 +71,17 @@ def test_a_run_prints_a_table_and_ends_in_one_json_line(
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_several_client_processes_send_every_request_once(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--adapters", "*", "--popularity", "each", "--num-prompts", "7"]
+    assert bench("--base-url", url, *words, "--client-processes", "3", "--request-rate", "50") == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["completed"], figures["output_tokens"]) == (7, 21)
+    assert figures["client_processes"] == 3
+    assert bench("--base-url", url, "--client-processes", "2", "--max-concurrency", "4") == 2
+
+
 def test_a_range_of_adapters_is_not_listed_first(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

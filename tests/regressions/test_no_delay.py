@@ -4,7 +4,7 @@ import asyncio
 import socket
 
 from shoal.server.config import ServeConfig
-from shoal.server.http.serving import _listen
+from shoal.server.http.serving import _listen, _new_loop
 
 
 def test_accepted_connections_send_at_once() -> None:
@@ -24,4 +24,5 @@ def test_accepted_connections_send_at_once() -> None:
             await writer.wait_closed()
         return value
 
-    assert asyncio.run(accepted()) != 0
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        assert runner.run(accepted()) != 0

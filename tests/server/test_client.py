@@ -74,6 +74,48 @@ def test_the_iterator_yields_all_tokens_in_order_and_ends() -> None:
     run(test())
 
 
+def test_a_consumer_that_fell_behind_gets_what_came_as_one_event() -> None:
+    async def test() -> None:
+        async with engine() as (client, runner):
+            async with aclosing(client.generate(request("a", 20), merge=True)) as events:
+                first = await anext(events)
+                await until_idle(client)  # all of it has been made meanwhile
+                await asyncio.sleep(0.01)
+                rest = [event async for event in events]
+            assert len(rest) == 1
+            tokens = [*first.token_ids, *rest[0].token_ids]
+            assert tokens == runner.expected((1, 2, 3), None, 20)
+            assert rest[0].finish_reason is FinishReason.LENGTH
+            assert first.queue_s >= 0
+
+    run(test())
+
+
+def test_tokens_made_before_a_failure_are_not_lost_with_it() -> None:
+    steps = threading.Event()
+
+    def fail_later(plan: StepPlan) -> None:
+        time.sleep(1e-4)
+        if steps.is_set():
+            raise RuntimeError("the device went away")
+
+    async def test() -> None:
+        async with (
+            engine(fail_later) as (client, _),
+            aclosing(client.generate(request("a", 1000), merge=True)) as events,
+        ):
+            await anext(events)
+            time.sleep(0.05)  # the event loop stands still, the engine does not
+            steps.set()
+            time.sleep(0.05)
+            assert (await anext(events)).token_ids
+            with pytest.raises(EngineFailure):
+                async for _ in events:
+                    pass
+
+    run(test())
+
+
 def test_many_requests_at_once_get_their_own_tokens() -> None:
     async def test() -> None:
         async with engine() as (client, runner):

@@ -10,6 +10,8 @@ import anyio
 import httpx
 import pytest
 
+from shoal.server.http import uploads
+
 pytestmark = pytest.mark.anyio
 
 Serve = Callable[..., Any]
@@ -157,6 +159,7 @@ async def test_a_client_that_leaves_during_an_upload_leaves_no_file(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     begun = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nbytes'
+    begun += bytes(uploads.GATHER_BYTES)  # enough to be written
     messages = [{"type": "http.request", "body": begun, "more_body": True}]
 
     async def receive() -> Any:
