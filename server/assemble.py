@@ -1,16 +1,19 @@
 """Builds a running engine from a ``ServeConfig``: the one place where the parts meet.
 
-Model -> basis -> device bank and adapter library -> scheduler, runner and loop -> ``Services``.
+Model -> basis -> device bank and adapter library -> runner -> ``Parts`` -> scheduler and loop ->
+``Services``.
 It owns the order of start-up and of shutdown; each part's behaviour is in its own module.
 """
 
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import platformdirs
 import torch
@@ -37,26 +40,27 @@ from shoal.server.config import (
 )
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.loop import Deliver, EngineLoop
-from shoal.server.engine.plan import Runner
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
-from shoal.server.http.services import Services
 from shoal.server.model import gemms
 from shoal.server.model.attention import AttentionName, resolve_attention
 from shoal.server.model.attention_xformers import XformersAttention, check_model
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
-from shoal.server.model.device_runner import RunnerLimits
+from shoal.server.model.device_runner import DeviceRunner, RunnerLimits
 from shoal.server.model.dummy import dummy_basis
 from shoal.server.model.fused import defers_norms
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.pull import resolve_model
 from shoal.server.model.runner import ModelRunner
 from shoal.server.model.sampler import Sampler
-from shoal.server.model.starting import start_device_runner
+from shoal.server.model.starting import make_device_runner, start_device_runner
 from shoal.server.model.tokenizer import Tokenizer
 from shoal.server.model.weights import exact_weight_of, load_model, read_config
 from shoal.server.progress import Bars
 from shoal.server.reserve import StepSizes, reserve_parts
+
+if TYPE_CHECKING:
+    from shoal.server.http.services import Services
 
 SHIPPED = Path(__file__).resolve().parent.parent / "adapters" / "shipped"
 
@@ -73,11 +77,80 @@ CAPTURED = (
 COMPILED = (ActiveFamilies(fold_rank=16), ActiveFamilies(lora_rank=16, scale=True))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """A model, its adapters and what runs both, built for ``config`` and not started.
+
+    The runner, the KV cache and the bank belong to one user at a time: a loop of ``make_loop``
+    while its thread runs, or else whoever drives the runner itself.
+    """
+
+    config: ServeConfig
+    plan: EnginePlan
+    decoder: Decoder
+    tokenizer: Tokenizer
+    bank: AdapterBank
+    host: HostTier
+    library: AdapterLibrary
+    runner: DeviceRunner | ModelRunner
+
+    def make_loop(self, deliver: Deliver) -> EngineLoop:
+        """An engine that has served nothing yet; its thread is not started."""
+        return EngineLoop(
+            Scheduler(
+                SchedulerLimits(
+                    block_tokens=self.plan.block_tokens,
+                    num_blocks=self.plan.num_blocks,
+                    max_num_seqs=self.config.max_num_seqs,
+                    max_num_batched_tokens=self.config.max_num_batched_tokens,
+                    max_model_len=self.plan.max_model_len,
+                    max_waiting=self.config.max_waiting,
+                    max_waiting_per_tenant=self.config.max_waiting_per_tenant,
+                    max_wait_s=self.config.max_wait,
+                    vocab_size=self.decoder.config.vocab_size,
+                ),
+                SlotTable(self.bank.num_units, UNIT_ELEMENTS),
+                self.decoder.config.eos_token_ids,
+            ),
+            self.runner,
+            deliver,
+            staged=self.host,
+        )
+
+
 @contextmanager
-def assemble(config: ServeConfig) -> Iterator[Services]:
-    """Load the model, build everything, close the registry at the end.
+def assemble(config: ServeConfig) -> Iterator["Services"]:
+    """As ``build``, with what HTTP needs around it.
 
     The engine is started and stopped by whoever has the event loop (the app's lifespan).
+
+    Raises:
+        As ``build``.
+    """
+    # Imported here: what runs an engine in its own process needs no web framework.
+    from shoal.server.http.services import Services
+
+    with build(config) as parts:
+        yield Services(
+            config=config,
+            engine=EngineClient(parts.make_loop),
+            library=parts.library,
+            keys=parts.library.keys,
+            tokenizer=parts.tokenizer,
+            model_name=config.base_name,
+            model_root=config.model,
+            max_model_len=parts.plan.max_model_len,
+            vocab_size=parts.decoder.config.vocab_size,
+        )
+
+
+@contextmanager
+def build(config: ServeConfig, *, prepared: bool = True) -> Iterator[Parts]:
+    """Load the model, build everything, close the registry at the end.
+
+    Args:
+        prepared: compile, measure and capture what steps will need now, so that none of them has
+            to wait for it. Without, the first steps do.
 
     Raises:
         ModelError: the model cannot be fetched or loaded.
@@ -138,19 +211,18 @@ def assemble(config: ServeConfig) -> Iterator[Services]:
         library.prepare_apart(config.upload_processes())
     try:
         clock.lap("adapters")
-        runner = _runner(config, plan, decoder, bank, host, basis, attention)
+        runner = _runner(config, plan, decoder, bank, host, basis, attention, prepared)
         clock.lap("runner")
         log.info("ready to listen %s", clock.report())
-        yield Services(
+        yield Parts(
             config=config,
-            engine=EngineClient(_engine_loop(config, plan, decoder, bank, host, runner)),
-            library=library,
-            keys=library.keys,
+            plan=plan,
+            decoder=decoder,
             tokenizer=tokenizer,
-            model_name=config.base_name,
-            model_root=config.model,
-            max_model_len=plan.max_model_len,
-            vocab_size=decoder.config.vocab_size,
+            bank=bank,
+            host=host,
+            library=library,
+            runner=runner,
         )
     finally:
         gc.unfreeze()  # as `_runner` may have left it
@@ -310,8 +382,9 @@ def _runner(
     host: HostTier,
     basis: Basis,
     attention: AttentionName,
-) -> Runner:
-    """What executes steps, ready to do so at full speed."""
+    prepared: bool,
+) -> DeviceRunner | ModelRunner:
+    """What executes steps, ready to do so at full speed when it is to be ``prepared``."""
     kv = KVCache(
         decoder.config,
         num_blocks=plan.num_blocks,
@@ -321,6 +394,14 @@ def _runner(
     )
     if not runs_fused(decoder.device, attention):
         return ModelRunner(decoder, kv, bank, host, Sampler())
+    limits = RunnerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+    )
+    lengths = XformersAttention if attention == "xformers" else None
+    if not prepared:
+        return make_device_runner(decoder, kv, bank, host, limits, gemms.NO_PLAN, lengths)
     # What is here now lives as long as the process: collections, of which each graph that is
     # captured may start one, need not walk it.
     gc.collect()
@@ -334,42 +415,12 @@ def _runner(
             kv,
             bank,
             host,
-            RunnerLimits(
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_model_len=plan.max_model_len,
-            ),
+            limits,
             families=CAPTURED if joint else (wide,),
             compiled=(*COMPILED, wide) if joint else COMPILED,
-            attention=XformersAttention if attention == "xformers" else None,
+            attention=lengths,
             progress=bars,
         )
-
-
-def _engine_loop(
-    config: ServeConfig,
-    plan: EnginePlan,
-    decoder: Decoder,
-    bank: AdapterBank,
-    host: HostTier,
-    runner: Runner,
-) -> Callable[[Deliver], EngineLoop]:
-    scheduler = Scheduler(
-        SchedulerLimits(
-            block_tokens=plan.block_tokens,
-            num_blocks=plan.num_blocks,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=plan.max_model_len,
-            max_waiting=config.max_waiting,
-            max_waiting_per_tenant=config.max_waiting_per_tenant,
-            max_wait_s=config.max_wait,
-            vocab_size=decoder.config.vocab_size,
-        ),
-        SlotTable(bank.num_units, UNIT_ELEMENTS),
-        decoder.config.eos_token_ids,
-    )
-    return partial(EngineLoop, scheduler, runner, staged=host)
 
 
 def _model_facts(config: ModelConfig, shape: BaseShape) -> ModelFacts:

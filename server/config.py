@@ -7,7 +7,7 @@ of ``ServeConfig``. Pure: the device's facts are passed in, nothing here looks a
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -267,10 +267,22 @@ def _shown(value: Any, parse: Callable[[str], Any]) -> str:
     return str(value)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` one argument for each field of ``ServeConfig``."""
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    only: Collection[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Give ``parser`` one argument for each field of ``ServeConfig``.
+
+    Args:
+        only: these fields; by default all.
+        defaults: others than the fields' own.
+    """
     for spec in fields(ServeConfig):
-        meta, default = spec.metadata, spec.default
+        if only is not None and spec.name not in only:
+            continue
+        meta, default = spec.metadata, (defaults or {}).get(spec.name, spec.default)
         no_default = default is None or default == ()
         note = "" if no_default else f" (default: {_shown(default, meta['parse'])})"
         text = (meta["help"] + note).replace("%", "%%")

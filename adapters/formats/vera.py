@@ -68,12 +68,16 @@ def _projections(
             check_shape(b, b.tensor.shape[0], rank),
         )
     check_complete(raw, context, "drawing vera_A and vera_B again")
-    generator = torch.Generator("cpu").manual_seed(get_seed(raw.config, "projection_prng_key", 0))
+    drawn = draw_projections(rank, widest, get_seed(raw.config, "projection_prng_key", 0))
     stored_as = context.weight_of(next(iter(raw.targets))).dtype
-    return (
-        _uniform((rank, widest.d_in), generator).to(stored_as).float(),
-        _uniform((widest.d_out, rank), generator).to(stored_as).float(),
-    )
+    return drawn[0].to(stored_as).float(), drawn[1].to(stored_as).float()
+
+
+def draw_projections(rank: int, widest: Dims, seed: int) -> tuple[Tensor, Tensor]:
+    """``A (rank, d_in)`` and ``B (d_out, rank)`` of the widest modules, float32 on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    a = _uniform((rank, widest.d_in), generator)
+    return a, _uniform((widest.d_out, rank), generator)
 
 
 def _check_covers(named: NamedTensor, axis: int, least: int) -> None:

@@ -49,7 +49,7 @@ def write_compact_lora_xs(
     probed = probes(basis)  # kept: of many files on one basis, only the first waits for them
     for target, latent in r.items():
         own = min(rank, *shape.dims[target.module])
-        _expect(target, latent, own, own)
+        expect(target, latent, own, own)
         tensors[f"{tensor_name(target, COMPACT_LATENT)}.weight"] = latent
         tensors[tensor_name(target, PROBE)] = probed[target][:own]
     config = {
@@ -58,7 +58,7 @@ def write_compact_lora_xs(
         "lora_alpha": alpha,
         "basis": {"id": basis.id, "base_digest": basis.base_digest, "rank": basis.rank},
     }
-    _write(directory, tensors, config, r, shape, extra_config)
+    write_files(directory, tensors, config, r, shape, extra_config)
 
 
 def write_official_lora_xs(
@@ -82,7 +82,7 @@ def write_official_lora_xs(
     alphas: dict[str, float] = {}
     for target, latent in r.items():
         own = min(rank, *shape.dims[target.module])
-        _expect(target, latent, own, own)
+        expect(target, latent, own, own)
         weight = weight_of(target).detach()
         b = basis.factors[target][:, :own]
         tensors[f"{tensor_name(target, 'lora_A')}.weight"] = b.T.to(weight.device) @ weight.float()
@@ -99,7 +99,35 @@ def write_official_lora_xs(
         "alpha_pattern": alphas,
         "init_lora_weights": True,
     }
-    _write(directory, tensors, config, r, shape, extra_config)
+    write_files(directory, tensors, config, r, shape, extra_config)
+
+
+def write_explicit_lora_xs(
+    directory: Path,
+    factors: Mapping[Target, tuple[Tensor, Tensor, Tensor]],
+    *,
+    alpha: float,
+    rank: int,
+    shape: BaseShape,
+    extra_config: ExtraConfig = None,
+) -> None:
+    """Write LoRA-XS in the authors' layout, with frozen factors that need not be the weight's.
+
+    Args:
+        factors: per target ``A (rank, d_in)``, ``B (d_out, rank)`` and ``R (rank, rank)``.
+        directory, alpha, rank, shape, extra_config: as for `write_compact_lora_xs`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for target, (a, b, latent) in factors.items():
+        dims = shape.dims[target.module]
+        expect(target, a, rank, dims.d_in)
+        expect(target, b, dims.d_out, rank)
+        expect(target, latent, rank, rank)
+        tensors[f"{tensor_name(target, 'lora_A')}.weight"] = a
+        tensors[f"{tensor_name(target, 'lora_B')}.weight"] = b
+        tensors[f"{tensor_name(target, OFFICIAL_LATENT)}.weight"] = latent
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "init_lora_weights": True}
+    write_files(directory, tensors, config, factors, shape, extra_config)
 
 
 def write_miss(
@@ -108,15 +136,28 @@ def write_miss(
     *,
     rank: int,
     shape: BaseShape,
+    by_output: bool = False,
+    mini_r: int | None = None,
     extra_config: ExtraConfig = None,
 ) -> None:
-    """Write MiSS in its default mode; ``d`` is per target ``D (rank, d_out)``, scale 1."""
+    """Write MiSS, scale 1.
+
+    Args:
+        d: per target ``D (rank, d_out)``; with ``mini_r`` ``(rank, mini_r)``; with ``by_output``,
+            which PEFT does not have, ``(rank, d_in)``.
+        directory, rank, shape, extra_config: as for `write_compact_lora_xs`.
+    """
     tensors = {}
     for target, block in d.items():
-        _expect(target, block, rank, shape.dims[target.module].d_out)
+        dims = shape.dims[target.module]
+        expect(target, block, rank, dims.d_in if by_output else mini_r or dims.d_out)
         tensors[tensor_name(target, "miss_block")] = block
-    config = {"peft_type": "MISS", "r": rank, "init_weights": True}
-    _write(directory, tensors, config, d, shape, extra_config)
+    config: dict[str, object] = {"peft_type": "MISS", "r": rank, "init_weights": True}
+    if by_output:
+        config["shard"] = "output"
+    if mini_r is not None:
+        config |= {"init_weights": "mini", "mini_r": mini_r}
+    write_files(directory, tensors, config, d, shape, extra_config)
 
 
 def write_lora(
@@ -126,26 +167,46 @@ def write_lora(
     alpha: float,
     rank: int,
     shape: BaseShape,
+    magnitudes: Mapping[Target, Tensor] | None = None,
+    init_lora_weights: bool | str = True,
     extra_config: ExtraConfig = None,
 ) -> None:
-    """Write PEFT LoRA; per target ``A (rank, d_in)`` and ``B (d_out, rank)``, scale alpha/rank."""
+    """Write PEFT LoRA, scale alpha / rank unless ``extra_config`` says otherwise.
+
+    Args:
+        ab: per target ``A (rank, d_in)`` and ``B (d_out, rank)``.
+        magnitudes: DoRA's, per target ``(d_out)``; None: no DoRA.
+        init_lora_weights: what PEFT is to do to the base.
+        directory, alpha, rank, shape, extra_config: as for `write_compact_lora_xs`.
+    """
     tensors = {}
     for target, (a, b) in ab.items():
         dims = shape.dims[target.module]
-        _expect(target, a, rank, dims.d_in)
-        _expect(target, b, dims.d_out, rank)
+        expect(target, a, rank, dims.d_in)
+        expect(target, b, dims.d_out, rank)
         tensors[f"{tensor_name(target, 'lora_A')}.weight"] = a
         tensors[f"{tensor_name(target, 'lora_B')}.weight"] = b
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "init_lora_weights": True}
-    _write(directory, tensors, config, ab, shape, extra_config)
+    config: dict[str, object] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "init_lora_weights": init_lora_weights,
+    }
+    if magnitudes is not None:
+        config["use_dora"] = True
+        for target, magnitude in magnitudes.items():
+            expect(target, magnitude, shape.dims[target.module].d_out)
+            tensors[tensor_name(target, "lora_magnitude_vector")] = magnitude
+    write_files(directory, tensors, config, ab, shape, extra_config)
 
 
-def _expect(target: Target, tensor: Tensor, *expected: int) -> None:
+def expect(target: Target, tensor: Tensor, *expected: int) -> None:
+    """ValueError unless the tensor has exactly this shape."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{target}: shape {list(tensor.shape)} must be {list(expected)}")
 
 
-def _write(
+def write_files(
     directory: Path,
     tensors: Mapping[str, Tensor],
     own_config: Mapping[str, object],
@@ -153,6 +214,14 @@ def _write(
     shape: BaseShape,
     extra_config: ExtraConfig,
 ) -> None:
+    """Write both files of an adapter.
+
+    Args:
+        tensors: by their full names.
+        own_config: what the layout adds to the fields that all have.
+        targets: what is adapted.
+        directory, shape, extra_config: as for `write_compact_lora_xs`.
+    """
     targets = list(targets)
     if not targets:
         raise ValueError("an adapter needs at least one target")
@@ -199,11 +268,11 @@ def write_svf(
     """
     tensors = {}
     for target, vector in vectors.items():
-        _expect(target, vector, min(basis.shape.dims[target.module]))
+        expect(target, vector, min(basis.shape.dims[target.module]))
         tensors[tensor_name(target, svf.VECTOR)] = vector
         tensors[tensor_name(target, SVD_PROBE)] = sigma_probe(basis.sigma(target), target)
     config = {"peft_type": "SVF", "basis": {"id": basis.id}, **(settings or {})}
-    _write(directory, tensors, config, vectors, basis.shape, extra_config)
+    write_files(directory, tensors, config, vectors, basis.shape, extra_config)
 
 
 def write_svft(
@@ -226,7 +295,7 @@ def write_svft(
     tensors = {}
     for target, (rows, columns, values) in entries.items():
         for part in (rows, columns):
-            _expect(target, part, len(values))
+            expect(target, part, len(values))
         tensors[tensor_name(target, svft.ROWS)] = rows
         tensors[tensor_name(target, svft.COLUMNS)] = columns
         tensors[tensor_name(target, svft.VALUES)] = values
@@ -236,4 +305,4 @@ def write_svft(
         if s_pre is not None and target in s_pre:
             tensors[tensor_name(target, svft.S_PRE)] = s_pre[target]
     config = {"peft_type": "SVFT", "basis": {"id": basis.id}}
-    _write(directory, tensors, config, entries, basis.shape, extra_config)
+    write_files(directory, tensors, config, entries, basis.shape, extra_config)

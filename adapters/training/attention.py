@@ -16,19 +16,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 NAME = "shoal_causal"
 
 
-def packed_mask(segments: Tensor) -> Tensor:
-    """May query i see key j? ``(rows, 1, length, length)`` bool.
-
-    A token sees itself and what precedes it in its record. Padding sees padding, so that no row of
-    the mask is empty (an empty one would make the attention NaN).
-
-    Args:
-        segments: ``(rows, length)`` int64, which record of its row a token belongs to.
-    """
-    same = segments[:, :, None] == segments[:, None, :]
-    return (same & _causal(segments.shape[1], segments.device))[:, None]
-
-
 def causal_attention(
     module: nn.Module,
     query: Tensor,

@@ -7,22 +7,32 @@ reads no files and knows no tensors.
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from shoal.adapters.spec import MODULES
 from shoal.adapters.training.errors import OptionRejected
+from shoal.adapters.training.method_options import (
+    DEFAULT_LR,
+    EVERY_FORMAT,
+    FORMATS,
+    INITS,
+    METHOD_NAMES,
+    PATTERNS,
+    RANK_DEFAULT,
+    RANKLESS,
+    SHARDS,
+    SVDS,
+    SVF_VECTORS,
+    UNSCALED,
+    VECTORS,
+    MethodName,
+)
 
-MethodName = Literal["lora-xs", "miss", "lora"]
-METHOD_NAMES: tuple[MethodName, ...] = ("lora-xs", "miss", "lora")
-FORMATS = ("compact", "official")
 DTYPES = ("auto", "float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "constant")
 TOO_LONG = ("cut", "refuse")
 GRAPHS = ("auto", "off")
 
-# AdamW step sizes that learn without diverging when the option is left out. LoRA-XS: the paper's
-# 1e-3 .. 5e-3. MiSS sums d_in / r inputs without scaling, so it wants the smallest.
-DEFAULT_LR: dict[MethodName, float] = {"lora-xs": 2e-3, "miss": 2e-4, "lora": 5e-4}
 _LR_HELP = (
     "peak learning rate (default: "
     + ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_LR.items())
@@ -40,6 +50,12 @@ def required(help: str, **extra: Any) -> Any:
     return field(metadata={"help": help, **extra})
 
 
+def option_of(*methods: MethodName, default: Any = None, help: str, **extra: Any) -> Any:
+    """An option that belongs to some methods; others refuse it by name."""
+    text = f"{', '.join(methods)} only: {help}"
+    return option(default, text, methods=methods, **extra)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """What to train, on what, and how. Raises ``OptionRejected`` on a value that breaks a rule."""
@@ -47,10 +63,12 @@ class TrainConfig:
     # ruff cannot see that option() and required() are dataclasses.field() (RUF009).
     method: MethodName = required("how the adapter acts", choices=METHOD_NAMES)  # noqa: RUF009
     base: Path = required("a Hugging Face directory, a .gguf file, or the alias smollm2")  # noqa: RUF009
-    data: Path = required("JSONL: one chat or prompt/completion record a line")  # noqa: RUF009
+    data: Path = required(  # noqa: RUF009
+        "records: a JSONL or Parquet file, or reasoning-gym:TASK:key=value,…"
+    )
     out: Path = required("run directory; afterwards also an adapter directory")  # noqa: RUF009
     steps: int = option(200, "optimiser steps in all")
-    rank: int = option(16, "rank r of the adapter on every target")
+    rank: int = option(RANK_DEFAULT, "rank r of the adapter on every target; svf, svft have none")
     alpha: float | None = option(None, "the delta is scaled by alpha / rank (default: rank)")
     lr: float | None = option(None, _LR_HELP)
     batch_size: int = option(4, "records per forward pass (with --pack: rows)")
@@ -67,8 +85,12 @@ class TrainConfig:
         (), "train one adapter a seed side by side, into OUT/seed-N; separated by commas"
     )
     targets: tuple[str, ...] = option(MODULES, "linears to adapt, separated by commas")
-    format: str | None = option(
-        None, "lora-xs only: compact (default), or official (the authors' layout)", choices=FORMATS
+    format: str | None = option_of(
+        *FORMATS,
+        help="layout of the adapter. lora-xs: compact, or official (the authors'); pissa, milora: "
+        "residual (rank r, and what is missing in the base by name), or converted (plain LoRA of "
+        "rank 2r); the first is the default",
+        choices=EVERY_FORMAT,
     )
     warmup: float = option(0.06, "share of the steps over which the learning rate rises")
     schedule: str = option("cosine", "how the learning rate falls afterwards", choices=SCHEDULES)
@@ -82,8 +104,71 @@ class TrainConfig:
         None, "stop after so many measurements without a better one, and keep the best values"
     )
     save_every: int = option(50, "steps between checkpoints")
-    basis_rank: int | None = option(
-        None, "lora-xs only: rank of the base's shared basis (default: as served)"
+    basis_rank: int | None = option_of(
+        "lora-xs", help="rank of the base's shared basis (default: as served)"
+    )
+    init: str | None = option_of(
+        "lora-xs",
+        help="frozen factors: svd of the weight (default), random Kaiming, svd-of-random, or "
+        "orthonormal: random too, but between it and its transpose lies the weight, as with svd",
+        choices=INITS,
+    )
+    vectors: str | None = option_of(
+        "lora-xs", help="which singular vectors (default: top)", choices=VECTORS
+    )
+    no_sigma: bool = option_of(
+        "lora-xs",
+        default=False,
+        help="leave the singular values out of the frozen factors",
+    )
+    svd: str | None = option_of(
+        "lora-xs",
+        "pissa",
+        help="exact (default of lora-xs) or randomised (default of pissa); both are kept for the "
+        "next run on the same base. Randomised lora-xs is written in the official layout, pissa "
+        "in the converted one",
+        choices=SVDS,
+    )
+    lr_ratio: float | None = option_of(
+        "lora-plus", help="learning rate of B over that of A (default: 16)"
+    )
+    shard: str | None = option_of(
+        "miss",
+        help="what is shared: input (default; the efficient form, MiSS-e and PEFT's), or output",
+        choices=SHARDS,
+    )
+    mini_r: int | None = option_of(
+        "miss", help="train only so many columns, repeated over the outputs; divides all of them"
+    )
+    init_rank: int | None = option_of(
+        "adalora", help="rank before allocation; rank is the average after (default: 1.5 rank)"
+    )
+    tinit: int | None = option_of("adalora", help="steps before allocation (default: steps / 10)")
+    tfinal: int | None = option_of(
+        "adalora", help="steps after the last allocation (default: 3 steps / 10)"
+    )
+    delta_t: int | None = option_of(
+        "adalora", help="steps from one allocation to the next (default: 5)"
+    )
+    orthogonality: float | None = option_of(
+        "adalora", help="weight of ‖PᵀP - I‖ + ‖QQᵀ - I‖ in the loss (default: 0.5)"
+    )
+    beta1: float | None = option_of("adalora", help="smoothing of the sensitivity (default: 0.85)")
+    beta2: float | None = option_of("adalora", help="smoothing of its uncertainty (default: 0.85)")
+    projection_seed: int | None = option_of(
+        "vera", help="decides the frozen projections (default: 0)"
+    )
+    d_initial: float | None = option_of("vera", help="where the inner vector starts (default: 0.1)")
+    svf_vector: str | None = option_of(
+        "svf",
+        help="train logits (default; the sum of the singular values is kept), or factors z",
+        choices=SVF_VECTORS,
+    )
+    pattern: str | None = option_of(
+        "svft", help="which entries are trained (default: banded)", choices=PATTERNS
+    )
+    off_diagonals: int | None = option_of(
+        "svft", help="diagonals on either side; other patterns have as many entries (default: 0)"
     )
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "of the base; auto: float32 on cpu, else bfloat16", choices=DTYPES)
@@ -120,15 +205,7 @@ class TrainConfig:
         self._require("weight_decay", math.isfinite(decay) and decay >= 0, "must not be negative")
         self._require("targets", len(self.targets) > 0, "must name at least one linear")
         self._require("overwrite", not (self.resume and self.overwrite), "excludes resume")
-        if self.method == "miss":
-            self._require("alpha", self.alpha is None, "MiSS has no scale; leave it out")
-        if self.method != "lora-xs":
-            self._require("format", self.format is None, f"{self.method} has only one format")
-            self._require("basis_rank", self.basis_rank is None, "belongs to lora-xs")
-        elif self.basis_rank is not None:
-            self._require(
-                "basis_rank", self.basis_rank >= self.rank, f"rank {self.rank} needs more"
-            )
+        self._check_method()
 
     @property
     def learning_rate(self) -> float:
@@ -137,8 +214,12 @@ class TrainConfig:
 
     @property
     def scale(self) -> float:
-        """What multiplies the delta: ``alpha / rank``, and 1 when no alpha was asked for."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        """What multiplies the delta: ``alpha / rank`` (rsLoRA: ``alpha / √rank``).
+
+        Alpha is the rank when none was asked for.
+        """
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / math.sqrt(self.rank) if self.method == "rslora" else alpha / self.rank
 
     @property
     def evaluation_interval(self) -> int:
@@ -160,6 +241,84 @@ class TrainConfig:
         self._require("targets", not unknown, f"{unknown} not among {', '.join(MODULES)}")
         repeated = len(set(self.targets)) < len(self.targets)
         self._require("targets", not repeated, "names a linear twice")
+
+    def _check_method(self) -> None:
+        """The options of methods: each belongs to the one asked for, and keeps its own rule."""
+        method = self.method
+        for spec in fields(self):
+            owners = spec.metadata.get("methods")
+            unasked = getattr(self, spec.name) is spec.default
+            mine = owners is None or method in owners or unasked
+            self._require(spec.name, mine, f"belongs to {', '.join(owners or ())}, not to {method}")
+        self._require("alpha", self.alpha is None or method not in UNSCALED, f"{method} has none")
+        rankless = method in RANKLESS
+        self._require("rank", self.rank == RANK_DEFAULT or not rankless, f"{method} has none")
+        formats = FORMATS.get(method, ())
+        self._require(
+            "format",
+            self.format is None or self.format in formats,
+            f"{method} has {' and '.join(formats)}",
+        )
+        for name in ("basis_rank", "init_rank"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= self.rank, f"rank {self.rank} needs more")
+        for name, least in {
+            "mini_r": 1,
+            "tinit": 0,
+            "tfinal": 0,
+            "delta_t": 1,
+            "off_diagonals": 0,
+            "projection_seed": 0,
+        }.items():
+            value = getattr(self, name)
+            self._require(name, value is None or value >= least, f"must be at least {least}")
+        for name in ("lr_ratio", "d_initial"):
+            value = getattr(self, name)
+            self._require(
+                name, value is None or (math.isfinite(value) and value > 0), "must be positive"
+            )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            self._require(name, value is None or 0 < value < 1, "must be between 0 and 1")
+        weight = self.orthogonality
+        self._require(
+            "orthogonality",
+            weight is None or (math.isfinite(weight) and weight >= 0),
+            "must not be negative",
+        )
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """What excludes what among the options of one method."""
+        drawn = self.init not in (None, "svd")
+        own = drawn or self.vectors == "bottom" or self.svd == "randomised"
+        if self.method == "lora-xs":
+            self._require("vectors", not (drawn and self.vectors), f"init {self.init} has no order")
+            self._require("svd", not (drawn and self.svd), f"init {self.init} takes none of W")
+            self._require(
+                "no_sigma",
+                not (self.no_sigma and self.init in ("random", "orthonormal")),
+                f"init {self.init} has no singular values",
+            )
+            self._require(
+                "svd",
+                not (self.svd == "randomised" and self.vectors == "bottom"),
+                "finds top vectors alone",
+            )
+            self._require(
+                "format",
+                not (own and self.format == "compact"),
+                "holds only what lies on the base's shared basis",
+            )
+        if self.method == "pissa":
+            randomised = self.svd != "exact"
+            self._require(
+                "format",
+                not (randomised and self.format == "residual"),
+                "needs svd exact: what a randomised one took from the base cannot be found again",
+            )
+        both = self.mini_r is not None and self.shard == "output"
+        self._require("mini_r", not both, "has no output shards")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

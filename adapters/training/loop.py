@@ -191,7 +191,9 @@ class TrainingLoop:
         self._core.votes.fill_(float(votes_to_stop))
         self._runner.run(batch.inputs)
         self.step += 1
-        self._core.method.after_step(self._core.adapted, self.step, self.config.steps)
+        self._core.method.after_step(
+            self._core.adapted, self.step, self.config.steps, self._optimizer.active
+        )
         self._reader.push(self.step, batch.tokens, self._core.record)
 
     def _note(self, reporter: "_Reporter", *, all_of_them: bool) -> bool:
@@ -200,15 +202,16 @@ class TrainingLoop:
         for outcome in self._reader.ended(all_of_them=all_of_them):
             self.seconds += outcome.seconds
             asked = asked or (self._world.size > 1 and float(outcome.record[3, 0]) > 0)
+            peak = peak_bytes(self._core.device)
             done = [
-                self._note_lane(lane, index, outcome)
+                self._note_lane(lane, index, outcome, peak)
                 for index, lane in enumerate(self.lanes)
                 if lane.fate == "running"
             ]
             reporter.report(done)
         return asked
 
-    def _note_lane(self, lane: LaneRun, index: int, outcome: StepOutcome) -> StepMetrics:
+    def _note_lane(self, lane: LaneRun, index: int, outcome: StepOutcome, peak: int) -> StepMetrics:
         loss, norm, updated, _ = outcome.record[:, index].tolist()
         done = StepMetrics(
             step=outcome.step,
@@ -217,7 +220,7 @@ class TrainingLoop:
             grad_norm=norm,
             tokens_s=round(outcome.tokens[index] / outcome.seconds, 1),
             seconds=round(outcome.seconds, 6),
-            peak_bytes=peak_bytes(self._core.device),
+            peak_bytes=peak,
             error=None if updated else str(Diverged(outcome.step, loss)),
         )
         lane.note_step(done)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from shoal.adapters.training.attention import packed_mask, use_causal_attention
+from shoal.adapters.training.attention import use_causal_attention
+from shoal.adapters.training.data.batches import packed_mask
 from shoal.adapters.training.errors import BaseRejected
 from shoal.adapters.training.inputs import StepInputs
 

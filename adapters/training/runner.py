@@ -5,9 +5,11 @@ forward and backward pass at once, but only for the shapes and addresses it was 
 inputs are copied into tensors that stay, and there is one graph for each shape that occurs.
 """
 
+import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -83,17 +85,20 @@ class CapturedRunner(StepRunner):
         super().__init__(step, reduce)
         self._recorder = recorder
         self._passes: dict[tuple[int, ...], tuple[StepInputs, Replay]] = {}
-        active = step.optimizer.active.clone()
+        self._most = MAX_GRAPHS
+        own = [step.optimizer.active, *step.method.state(step.adapted).values()]
+        before = [tensor.clone() for tensor in own]
         step.optimizer.active.zero_()
         step.begin()
         self._update = recorder(step.update)
-        step.optimizer.active.copy_(active)
+        for tensor, value in zip(own, before, strict=True):
+            tensor.copy_(value)
 
     def run(self, batches: Sequence[StepInputs]) -> None:
         """As the class says."""
         for inputs in batches:
-            if inputs.key not in self._passes and len(self._passes) < MAX_GRAPHS:
-                self._passes[inputs.key] = self._record(inputs)
+            if inputs.key not in self._passes and len(self._passes) < self._most:
+                self._record(inputs)
         self.step.begin()
         for inputs in batches:
             self._pass(inputs)
@@ -111,23 +116,32 @@ class CapturedRunner(StepRunner):
             place.copy_(value, non_blocking=True)
         replay()
 
-    def _record(self, inputs: StepInputs) -> tuple[StepInputs, Replay]:
-        log.debug("recording shape=%s", inputs.key)
+    def _record(self, inputs: StepInputs) -> None:
         fixed = inputs.to(self.step.device)
-        return fixed, self._recorder(lambda: self.step.accumulate(fixed))
+        try:
+            replay = self._recorder(lambda: self.step.accumulate(fixed))
+        except RuntimeError as error:
+            # A decoder that looks at its own values (a RoPE that depends on the length) cannot be.
+            log.warning("steps run call by call, recording one failed: %s", error)
+            self._most = 0
+            return
+        log.debug("recorded shape=%s", inputs.key)
+        self._passes[inputs.key] = fixed, replay
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory.
+    """Records CUDA graphs that share one stream and one pool of memory, whatever run they are of.
 
     They never run at the same time, and what outlives a replay (gradients, losses, values) lies
-    outside of the pool, so one graph may use the memory of another.
+    outside of the pool, so one graph may use the memory of another. Graphs are kept when their run
+    is over: going on with cuBLAS after one was destroyed has failed.
     """
+
+    _kept: ClassVar[list[torch.cuda.CUDAGraph]] = []
 
     def __init__(self, device: torch.device) -> None:
         """Needs a CUDA device."""
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream, self._pool = _stream_and_pool(device)
 
     def __call__(self, work: Callable[[], None]) -> Replay:
         """Run ``work`` a few times beside the current stream, then record it (without running)."""
@@ -143,7 +157,13 @@ class CudaRecorder:
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
             work()
+        self._kept.append(graph)
         return graph.replay
+
+
+@functools.cache
+def _stream_and_pool(device: torch.device) -> tuple[Any, Any]:
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
 
 
 def runner_for(step: TrainStep, *, captured: bool, reduce: Reduce | None = None) -> StepRunner:

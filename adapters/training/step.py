@@ -93,6 +93,7 @@ class TrainStep:
     @torch.no_grad()
     def update(self) -> None:
         """Clip, update the lanes that are active and finite, and fill ``record``."""
+        self.method.before_step(self.adapted)
         self.optimizer.step(torch.isfinite(self.loss))
         self.record[0] = self.loss
         self.record[1] = self.optimizer.norm

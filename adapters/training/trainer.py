@@ -87,6 +87,8 @@ def train(
     RunDirectory(config.out).check(resume=config.resume, overwrite=config.overwrite)
     rows = world.rows(config.batch_size)
     device = device_of(config.device, world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with world.joined(device):
         training = _Training(config, lanes, cache_dir, progress, world, rows, device)
         results = training.run(on_step)

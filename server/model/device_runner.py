@@ -32,7 +32,7 @@ from shoal.server.model.decoder import Decoder
 from shoal.server.model.fused import Attend, FusedForward, StepInputs, row_factors
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.sampler import Sampler, needs_host
-from shoal.server.model.step_tensors import Layout, StepTensors, layout_of
+from shoal.server.model.step_tensors import Layout, Loaded, StepTensors, layout_of
 
 log = logging.getLogger(__name__)
 
@@ -198,10 +198,7 @@ class DeviceRunner:
     def submit(self, plan: StepPlan) -> Pending:
         """Begin a step. See ``Runner``."""
         with _noticing_loss(), self._on_stream():
-            for load in (*plan.adapter_loads, *plan.prefetches):
-                assert self._bank is not None
-                assert self._host is not None
-                self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))
+            self._load(plan)
             layout = self._layout(plan.rows)
             if layout is None:
                 return self._submit_exact(plan.rows)
@@ -252,7 +249,44 @@ class DeviceRunner:
         captured.graph.replay()
         return captured
 
+    @torch.inference_mode()
+    def hidden(self, plan: StepPlan) -> Tensor:
+        """Run a step without sampling, while no other is under way.
+
+        Returns:
+            Hidden states of all its tokens behind the final norm, ``(tokens, hidden)``, in the
+            order of the rows.
+        """
+        with _noticing_loss():
+            with self._on_stream():
+                self._load(plan)
+                hidden, scale, _ = self._forward_exact(plan.rows)
+                hidden = self.forward.normalised(hidden, scale)
+            if self._stream is not None:
+                current = torch.cuda.current_stream(hidden.device)
+                current.wait_stream(self._stream)
+                hidden.record_stream(current)
+        return hidden
+
+    def _load(self, plan: StepPlan) -> None:
+        for load in (*plan.adapter_loads, *plan.prefetches):
+            assert self._bank is not None
+            assert self._host is not None
+            self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))
+
     def _submit_exact(self, rows: Sequence[Row]) -> Pending:
+        tensors = self._exact.tensors
+        hidden, scale, loaded = self._forward_exact(rows)
+        sampling = [row for row in rows if row.sample]
+        if not sampling:
+            return self._pending({}, None)
+        hidden, scale = self._sampled(tensors, hidden, scale, loaded.sampled)
+        logits = F.linear(hidden, self._decoder.head)
+        tokens = self._sample(tensors, logits, scale, loaded.greedy)
+        return self._finish(sampling, logits, scale, tokens, tensors)
+
+    def _forward_exact(self, rows: Sequence[Row]) -> tuple[Tensor, RowScale | None, Loaded]:
+        """The forward pass of rows of any layout, without a graph."""
         layout, widest = layout_of(rows), max(len(row.block_ids) for row in rows)
         tensors = self._exact.tensors
         loaded = tensors.load(rows, layout, entropy=self._entropy, table_blocks=widest)
@@ -268,13 +302,7 @@ class DeviceRunner:
                 num_decode_rows=layout.decode_rows,
             )
         hidden, scale = self.forward(self._inputs(self._exact, layout, attend, active))
-        sampling = [row for row in rows if row.sample]
-        if not sampling:
-            return self._pending({}, None)
-        hidden, scale = self._sampled(tensors, hidden, scale, loaded.sampled)
-        logits = F.linear(hidden, self._decoder.head)
-        tokens = self._sample(tensors, logits, scale, loaded.greedy)
-        return self._finish(sampling, logits, scale, tokens, tensors)
+        return hidden, scale, loaded
 
     def _active(self, arrays: _Arrays, rows: Sequence[Row], layout: Layout) -> ActiveFamilies:
         """Say on the device which token has which adapter."""

@@ -5,6 +5,7 @@ blocks they write and where each adapter sits is in the plan.
 """
 
 import torch
+from torch import Tensor
 
 from shoal.adapters.bank import AdapterBank
 from shoal.adapters.host_tier import HostTier
@@ -47,7 +48,13 @@ class ModelRunner:
         return Done(self._run(plan))
 
     @torch.inference_mode()
-    def _run(self, plan: StepPlan) -> StepResult:
+    def hidden(self, plan: StepPlan) -> Tensor:
+        """Run a step without sampling.
+
+        Returns:
+            Hidden states of all its tokens behind the final norm, ``(tokens, hidden)``, in the
+            order of the rows.
+        """
         for load in (*plan.adapter_loads, *plan.prefetches):
             self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))
         batch = Batch.from_rows(
@@ -56,7 +63,11 @@ class ModelRunner:
             device=self._decoder.device,
             adapters=self._bank.step([(row.adapter, len(row.token_ids)) for row in plan.rows]),
         )
-        hidden = self._decoder(batch, self._kv)
+        return self._decoder(batch, self._kv)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> StepResult:
+        hidden = self.hidden(plan)
         rows = [row for row in plan.rows if row.sample]
         if not rows:
             return StepResult(token_ids={})

@@ -31,32 +31,40 @@ class Batch:
     segments: Tensor | None = None
 
     def attention_mask(self) -> Tensor | None:
-        """``(rows, 1, length, length)`` bool: may query i see key j? None when not packed.
+        """As ``packed_mask`` gives it; None when not packed."""
+        return None if self.segments is None else packed_mask(self.segments)
 
-        A token sees itself and what precedes it in its record. Padding sees padding, so that no
-        row of the mask is empty (an empty one would make the attention NaN).
-        """
-        if self.segments is None:
-            return None
-        length = self.segments.shape[1]
-        causal = torch.ones((length, length), dtype=torch.bool, device=self.segments.device).tril()
-        same = self.segments[:, :, None] == self.segments[:, None, :]
-        return (same & causal)[:, None]
-
-    def inputs(self) -> dict[str, Tensor]:
-        """What a transformers decoder must be called with.
+    def inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """What a transformers decoder of this dtype must be called with.
 
         Rows of one record need no mask: padding stands at the right, where a causal model cannot
-        look.
+        look. The mask of packed rows is one to be added, which every kind of attention takes.
         """
         mask = self.attention_mask()
         if mask is None or self.position_ids is None:
             return {"input_ids": self.input_ids}
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        added.masked_fill_(~mask, torch.finfo(dtype).min)
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
-            "attention_mask": mask,
+            "attention_mask": added,
         }
+
+
+def packed_mask(segments: Tensor) -> Tensor:
+    """May query i see key j? ``(rows, 1, length, length)`` bool.
+
+    A token sees itself and what precedes it in its record. Padding sees padding, so that no row of
+    the mask is empty (an empty one would make the attention NaN).
+
+    Args:
+        segments: ``(rows, length)`` int64, which record of its row a token belongs to.
+    """
+    length = segments.shape[1]
+    causal = torch.ones((length, length), dtype=torch.bool, device=segments.device).tril()
+    same = segments[:, :, None] == segments[:, None, :]
+    return (same & causal)[:, None]
 
 
 def collate(

@@ -7,6 +7,7 @@ Each prompt is tokenised apart from the text that answers it, just as a server s
 first supervised token is exactly the first one the model will have to produce.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from shoal.adapters.training.data.example import Example
 from shoal.adapters.training.data.records import Record, RecordRejected
 from shoal.adapters.training.errors import DataRejected
 
+# A text, whether it is to be learnt, and whether it begins a row as the tokenizer has rows begin.
+Part = tuple[str, bool, bool]
+
 
 def encode(path: Path, record: Record, tokenizer: Any) -> Example:
     """Tokenise one record whole.
@@ -24,22 +28,33 @@ def encode(path: Path, record: Record, tokenizer: Any) -> Example:
         DataRejected: the chat template refuses it, or does not render turn after turn.
     """
     try:
-        return tokenised(record, tokenizer)
+        [example] = tokenised([parts_of(record, tokenizer)], tokenizer)
     except RecordRejected as rejected:
         raise DataRejected(path, record.line, str(rejected)) from rejected
+    return example
 
 
-def tokenised(record: Record, tokenizer: Any) -> Example:
-    """As ``encode``; raises ``RecordRejected``, for callers that collect what is wrong."""
+def parts_of(record: Record, tokenizer: Any) -> list[Part]:
+    """A record's texts, each to be tokenised apart from the others; raises ``RecordRejected``."""
     if record.messages:
-        parts = _chat_parts(record, tokenizer)
-        pieces = [(_ids(tokenizer, text), learnt) for text, learnt in parts]
-    else:
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        prompt = list(tokenizer(record.prompt)["input_ids"])
-        pieces = [(prompt, False), (_ids(tokenizer, record.completion) + end, True)]
-    ids = tuple(token for piece, _ in pieces for token in piece)
-    return Example(ids, tuple(learnt for piece, learnt in pieces for _ in piece))
+        return [(text, learnt, False) for text, learnt in _chat_parts(record, tokenizer)]
+    return [(record.prompt, False, True), (record.completion, True, False)]
+
+
+def tokenised(records: Sequence[Sequence[Part]], tokenizer: Any) -> list[Example]:
+    """Tokenise the parts of many records in two calls, which is much faster than part by part."""
+    flat = [part for parts in records for part in parts]
+    begins = iter(_ids(tokenizer, [text for text, _, begin in flat if begin], True))
+    others = iter(_ids(tokenizer, [text for text, _, begin in flat if not begin], False))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    examples = []
+    for parts in records:
+        pieces = [(next(begins if begin else others), learnt) for _, learnt, begin in parts]
+        if parts[0][2]:  # a completion; chats have their template's end
+            pieces.append((end, True))
+        ids = tuple(token for piece, _ in pieces for token in piece)
+        examples.append(Example(ids, tuple(learnt for piece, learnt in pieces for _ in piece)))
+    return examples
 
 
 def _chat_parts(record: Record, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -82,5 +97,5 @@ def _render(record: Record, tokenizer: Any, count: int, *, add_generation_prompt
     return rendered
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=special)["input_ids"] if texts else []

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from shoal.adapters.training.data.encoding import tokenised
+from shoal.adapters.training.data.encoding import parts_of, tokenised
 from shoal.adapters.training.data.example import Example
 from shoal.adapters.training.data.records import Problems, RecordRejected
 from shoal.adapters.training.data.sources import place_of, read_records
@@ -35,9 +35,15 @@ def load_examples(
     num_cut = 0
     records = read_records(path)
     problems = Problems(path, place_of(path))
+    parts = []
     for record in records:
         try:
-            whole = tokenised(record, tokenizer)
+            parts.append(parts_of(record, tokenizer))
+        except RecordRejected as rejected:
+            problems.add(record.line, str(rejected))
+    problems.raise_if_any()
+    for record, whole in zip(records, tokenised(parts, tokenizer), strict=True):
+        try:
             examples.append(_fitted(whole, max_length, too_long))
             num_cut += len(whole.input_ids) > max_length
         except RecordRejected as rejected:

@@ -112,5 +112,8 @@ def _messages(value: object) -> tuple[tuple[str, str], ...]:
 
 def _require_unicode(where: str, text: str) -> None:
     """JSON can spell half of a surrogate pair, which is no character and which UTF-8 lacks."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RecordRejected(f"{where} has an unpaired surrogate, which is not a character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        rule = f"{where} has an unpaired surrogate, which is not a character"
+        raise RecordRejected(rule) from error

@@ -63,7 +63,13 @@ def weight_reader(model: nn.Module) -> WeightOf:
     return weight_of
 
 
-def check_rank(rank: int, linear: nn.Linear, target: Target, limit: int | None = None) -> None:
+def check_rank(
+    rank: int,
+    linear: nn.Linear,
+    target: Target,
+    limit: int | None = None,
+    option: str = "rank",
+) -> None:
     """OptionRejected when a rank exceeds what a linear allows.
 
     Args:
@@ -71,7 +77,8 @@ def check_rank(rank: int, linear: nn.Linear, target: Target, limit: int | None =
         linear: whose it is to be.
         target: for the message.
         limit: the largest rank; None: the linear's smaller side.
+        option: which option asked for it.
     """
     most = min(linear.in_features, linear.out_features) if limit is None else limit
     if rank > most:
-        raise OptionRejected("rank", rank, f"must not exceed {most}, as {target} allows")
+        raise OptionRejected(option, rank, f"must not exceed {most}, as {target} allows")

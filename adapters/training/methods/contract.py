@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shoal.adapters.spec import Target
-from shoal.adapters.training.config import DEFAULT_LR, MethodName, TrainConfig
+from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.method_options import DEFAULT_LR, MethodName
 from shoal.adapters.training.methods.source import Source
 
 # What `write` says of adapters that were trained on the base as it is. Other tools train on what
@@ -144,13 +145,22 @@ class Method(ABC):
         """``(lanes,)`` float32 to add to each lane's loss, or None."""
         return None
 
-    def after_step(self, adapted: Adapted, step: int, steps: int) -> None:  # noqa: B027
-        """Called after each update, while the gradients are still there.
+    def before_step(self, adapted: Adapted) -> None:  # noqa: B027
+        """Called when a step's gradients are complete, before they are clipped or used.
+
+        Runs on the device alone and reads nothing back, so that it can be recorded in a CUDA graph.
+        """
+
+    def after_step(  # noqa: B027
+        self, adapted: Adapted, step: int, steps: int, active: Tensor | None = None
+    ) -> None:
+        """Called after each update; the gradients are no more.
 
         Args:
             adapted: everything that is trained.
             step: updates made so far, this one included.
             steps: updates that the whole run makes.
+            active: ``(lanes,)`` bool, which lanes were updated; None: all. Others must stay.
         """
 
     def state(self, adapted: Adapted) -> dict[str, Tensor]:

@@ -1,8 +1,11 @@
-"""LoRA: ``ΔW = s·B A``, both trained.
+"""LoRA, rsLoRA and LoRA+: ``ΔW = s·B A``, both trained.
 
-Source: LoRA (arXiv 2106.09685).
+They differ in ``s`` (rsLoRA: ``alpha / √r``), and in how fast ``B`` learns (LoRA+).
+
+Sources: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), LoRA+ (arXiv 2402.12354).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 
 from shoal.adapters.formats.writing import write_lora
 from shoal.adapters.spec import Target
-from shoal.adapters.training.config import MethodName, TrainConfig
+from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.method_options import MethodName
 from shoal.adapters.training.methods.attaching import check_rank
 from shoal.adapters.training.methods.contract import (
     WHOLE_BASE,
@@ -23,6 +27,8 @@ from shoal.adapters.training.methods.contract import (
 )
 from shoal.adapters.training.methods.source import Source
 
+LR_RATIO = 16.0
+
 
 class LoraLinear(AdaptedLinear):
     """``A (lanes, r, d_in)`` and ``B (lanes, d_out, r)``, ``y = y0 + s·(x Aᵀ) Bᵀ``."""
@@ -32,8 +38,8 @@ class LoraLinear(AdaptedLinear):
         super().__init__(linear, len(a))
         device = linear.weight.device
         self.scale = scale
-        self.a = nn.Parameter(a.to(device))
-        self.b = nn.Parameter(b.to(device))
+        self.a = nn.Parameter(a.to(device, copy=True))
+        self.b = nn.Parameter(b.to(device, copy=True))
 
     def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
         """``y0 + s·(x Aᵀ) Bᵀ`` in the base's dtype."""
@@ -72,12 +78,56 @@ class Lora(Method):
 
     def write(self, directory: Path, adapted: Adapted, lane: int, source: Source) -> None:
         """PEFT's layout."""
-        values = {target: linear.values(lane) for target, linear in adapted.items()}
         write_lora(
             directory,
-            {target: (own["A"], own["B"]) for target, own in values.items()},
+            pairs(adapted, lane),
             alpha=self.scale * self.rank,
             rank=self.rank,
             shape=source.shape,
             extra_config=WHOLE_BASE,
         )
+
+
+def pairs(adapted: Adapted, lane: int) -> dict[Target, tuple[Tensor, Tensor]]:
+    """``A`` and ``B`` of one lane, per target."""
+    values = {target: linear.values(lane) for target, linear in adapted.items()}
+    return {target: (own["A"], own["B"]) for target, own in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class RsLora(Lora):
+    """LoRA with ``s = alpha / √r``."""
+
+    name: ClassVar[MethodName] = "rslora"
+
+    def write(self, directory: Path, adapted: Adapted, lane: int, source: Source) -> None:
+        """PEFT's layout, with ``use_rslora``."""
+        write_lora(
+            directory,
+            pairs(adapted, lane),
+            alpha=self.scale * self.rank**0.5,
+            rank=self.rank,
+            shape=source.shape,
+            extra_config={**WHOLE_BASE, "use_rslora": True},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlus(Lora):
+    """LoRA whose ``B`` has a learning rate of its own.
+
+    Attributes:
+        ratio: that rate over A's.
+    """
+
+    name: ClassVar[MethodName] = "lora-plus"
+    ratio: float = LR_RATIO
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Self:
+        """Rank, scale and ratio."""
+        return cls(config.rank, config.scale, config.lr_ratio or LR_RATIO)
+
+    def rates(self) -> Mapping[str, float]:
+        """``B``'s."""
+        return {"B": self.ratio}

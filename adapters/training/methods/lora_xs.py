@@ -1,18 +1,32 @@
-"""LoRA-XS: ``ΔW = s·B R Bᵀ W`` with a frozen orthonormal ``B``; only ``R (r, r)`` is trained.
+"""LoRA-XS: ``ΔW = s·B R A`` with frozen ``A`` and ``B``; only ``R (r, r)`` is trained.
 
-Source: LoRA-XS (arXiv 2405.17604).
+``B = U_r`` and ``A = Σ_r V_rᵀ`` of the weight's SVD, so ``A = BᵀW``, and ``x Aᵀ = y0 B``: A is
+never needed. That holds too for the trailing singular vectors, and for ``A = V_rᵀ``, where
+``x Aᵀ = y0 B Σ_r⁻¹``; for factors that have nothing to do with the weight it does not.
+
+``R`` starts normal with standard deviation 1e-5, as the authors start it.
+
+Source: LoRA-XS (arXiv 2405.17604), section 3 and appendices G (what the factors come from), H
+(which vectors) and I (without singular values).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from shoal.adapters.formats.writing import write_compact_lora_xs, write_official_lora_xs
+from shoal.adapters.basis import Basis
+from shoal.adapters.formats.writing import (
+    write_compact_lora_xs,
+    write_explicit_lora_xs,
+    write_official_lora_xs,
+)
 from shoal.adapters.spec import Target
-from shoal.adapters.training.config import MethodName, TrainConfig
+from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.method_options import MethodName
 from shoal.adapters.training.methods.attaching import check_rank
 from shoal.adapters.training.methods.contract import (
     WHOLE_BASE,
@@ -21,27 +35,133 @@ from shoal.adapters.training.methods.contract import (
     Method,
     Start,
 )
-from shoal.adapters.training.methods.source import Source
+from shoal.adapters.training.methods.source import Source, leading_columns
 
-CORE_STD = 1e-5  # the authors' initial R
+CORE_STD = 1e-5
+
+
+class _Core(torch.autograd.Function):
+    """``y = x Wᵀ + s·((x Wᵀ Bᵢ) Rᵀ) Bₒᵀ + bias``, by hand, so that little is kept and moved.
+
+    Kept for the backward pass is ``h = y0 Bᵢ (n, r)``, neither x nor y0. The delta is added where
+    y0 lies, and its gradient joins that of y before the one product with W.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        into: Tensor,
+        out: Tensor,
+        core: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """``x (n, d_in)``, lane after lane; ``into, out (d_out, r)``; ``core (lanes, r, r)``."""
+        y = F.linear(x, weight)
+        h = y @ into
+        lanes, rank, _ = core.shape
+        z = torch.bmm(h.view(lanes, -1, rank).to(core.dtype), core.mT).view(h.shape)
+        y.addmm_(z.to(y.dtype), out.T, alpha=scale)
+        if bias is not None:
+            y.add_(bias)
+        ctx.save_for_backward(weight, into, out, core, h)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the core."""
+        (dy,) = grads
+        weight, into, out, core, h = ctx.saved_tensors
+        lanes, rank, _ = core.shape
+        dz = (dy @ out).view(lanes, -1, rank).to(core.dtype) * ctx.scale
+        dcore = torch.bmm(dz.mT, h.view(lanes, -1, rank).to(core.dtype))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dh = torch.bmm(dz, core).view(h.shape).to(dy.dtype)
+            dx = torch.addmm(dy, dh, into.T) @ weight
+        return dx, None, None, None, None, dcore, None
 
 
 class CoreLinear(AdaptedLinear):
-    """``R (lanes, r, r)`` between the basis ``B (d_out, r)``: ``y = y0 + s·((y0 B) Rᵀ) Bᵀ``."""
+    """``R (lanes, r, r)``, with ``B (d_out, r)`` and ``A = BᵀW``, or ``Σ⁻¹BᵀW``.
+
+    Attributes:
+        basis: ``B``.
+        into: what takes y0 to ``x Aᵀ``: B itself, or ``B Σ⁻¹``.
+        sigma: ``(r,)`` where A lacks it, else None.
+    """
 
     basis: Tensor
+    into: Tensor
 
-    def __init__(self, linear: nn.Linear, basis: Tensor, core: Tensor, scale: float) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        basis: Tensor,
+        core: Tensor,
+        scale: float,
+        *,
+        with_sigma: bool = True,
+    ) -> None:
         """Takes ``B`` and the initial ``R``."""
         super().__init__(linear, len(core))
+        weight = linear.weight.detach()
         self.scale = scale
-        self.register_buffer("basis", basis.to(linear.weight), persistent=False)
+        self.register_buffer("basis", basis.to(weight), persistent=False)
+        self.sigma: Tensor | None = None
+        into = self.basis
+        if not with_sigma:
+            wide = basis.to(weight.device, torch.float64)
+            self.sigma = (wide.T @ weight.double()).norm(dim=1)
+            into = (wide / self.sigma).to(weight)
+        self.register_buffer("into", into, persistent=False)
+        self.core = nn.Parameter(core.to(weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``s·((y0 Bᵢ) Rᵀ) Bᵀ`` on top of the base's output; the product with R is float32."""
+        linear = self.linear
+        flat = x.reshape(-1, x.shape[-1])
+        y: Tensor = _Core.apply(
+            flat, linear.weight, linear.bias, self.into, self.basis, self.core, self.scale
+        )  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], -1)
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """``R``."""
+        return {"R": self.core}
+
+    def between(self, lane: int) -> Tensor:
+        """What lies between ``B`` and ``BᵀW``: ``R``, or ``R Σ⁻¹``; float32 on the CPU."""
+        core = self.values(lane)["R"]
+        return core if self.sigma is None else (core.double() / self.sigma.cpu()).float()
+
+
+class OwnCoreLinear(AdaptedLinear):
+    """``R (lanes, r, r)`` between factors that the base's output does not give.
+
+    Attributes:
+        a: ``A (lanes, r, d_in)``, frozen.
+        b: ``B (lanes, d_out, r)``, frozen.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, linear: nn.Linear, a: Tensor, b: Tensor, core: Tensor, scale: float) -> None:
+        """Takes ``A``, ``B`` and the initial ``R``."""
+        super().__init__(linear, len(core))
+        self.scale = scale
+        self.register_buffer("a", a.to(linear.weight), persistent=False)
+        self.register_buffer("b", b.to(linear.weight), persistent=False)
         self.core = nn.Parameter(core.to(linear.weight.device))
 
-    def delta(self, x: Tensor, y0: Tensor) -> Tensor:
-        """``s·((y0 B) Rᵀ) Bᵀ``; the product with R is float32."""
-        h = torch.bmm((y0 @ self.basis).to(self.core.dtype), self.core.mT) * self.scale
-        return h.to(y0.dtype) @ self.basis.T
+    def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
+        """``y0 + s·((x Aᵀ) Rᵀ) Bᵀ``; the product with R is float32."""
+        h = torch.bmm(torch.bmm(x, self.a.mT).to(self.core.dtype), self.core.mT)
+        return torch.baddbmm(y0, h.to(y0.dtype), self.b.mT, alpha=self.scale)
 
     def factors(self) -> dict[str, nn.Parameter]:
         """``R``."""
@@ -50,47 +170,117 @@ class CoreLinear(AdaptedLinear):
 
 @dataclass(frozen=True, slots=True)
 class LoraXs(Method):
-    """LoRA-XS on the base's canonical basis.
+    """LoRA-XS.
 
     Attributes:
         rank: of ``R``.
         scale: ``s``.
-        official: write the authors' layout, not the compact one.
+        official: write the authors' layout also where the compact one could say it.
+        init: where A and B come from: ``svd`` of the weight; ``random``, Kaiming uniform;
+            ``svd-of-random``, a normal matrix of the weight's size; ``orthonormal``, a random B
+            with ``A = BᵀW``. All but the first are each lane's own.
+        bottom: the trailing singular vectors instead of the leading.
+        with_sigma: whether A has the singular values.
+        exact: of the SVD. What is then on the base's canonical basis fits the compact layout.
     """
 
     name: ClassVar[MethodName] = "lora-xs"
     rank: int
     scale: float
     official: bool = False
+    init: str = "svd"
+    bottom: bool = False
+    with_sigma: bool = True
+    exact: bool = True
 
     @classmethod
     def of(cls, config: TrainConfig) -> Self:
-        """Rank, scale and layout."""
-        return cls(config.rank, config.scale, config.format == "official")
+        """What was asked for."""
+        return cls(
+            config.rank,
+            config.scale,
+            config.format == "official",
+            config.init or "svd",
+            config.vectors == "bottom",
+            not config.no_sigma,
+            config.svd != "randomised",
+        )
+
+    @property
+    def on_canonical(self) -> bool:
+        """Whether B is that of the base's canonical basis."""
+        return self.init == "svd" and not self.bottom and self.exact
 
     def attach(self, linear: nn.Linear, target: Target, start: Start) -> AdaptedLinear:
         """``R`` normal, almost zero."""
-        basis = start.source.canonical.factors[target]
+        check_rank(self.rank, linear, target)
+        a_b = self._own_factors(linear, target, start)
+        if a_b is not None:
+            core = start.normal(self.rank, self.rank, std=CORE_STD)
+            return OwnCoreLinear(linear, *a_b, core, self.scale)
+        basis = self._basis(start.source).factors[target]
         check_rank(self.rank, linear, target, basis.shape[1])
         core = start.normal(self.rank, self.rank, std=CORE_STD)
-        return CoreLinear(linear, basis[:, : self.rank], core, self.scale)
+        own = basis[:, : self.rank]
+        return CoreLinear(linear, own, core, self.scale, with_sigma=self.with_sigma)
+
+    def _basis(self, source: Source) -> Basis:
+        """Where B comes from the weight and ``A = BᵀW`` but for Σ."""
+        if self.bottom:
+            return source.trailing(self.rank)
+        return source.canonical if self.exact else source.randomised(self.rank)
+
+    def _own_factors(
+        self, linear: nn.Linear, target: Target, start: Start
+    ) -> tuple[Tensor, Tensor] | None:
+        """``A`` and ``B`` of every lane where y0 does not give ``x Aᵀ``, else None."""
+        if self.init == "svd":
+            if not self.bottom or self.with_sigma:
+                return None
+            # The smallest singular values may be zero: nothing is divided by them.
+            svd = start.source.spectral.factors(target)
+            a, b = svd.v[:, -self.rank :].T, svd.u[:, -self.rank :]
+            return a.expand(start.lanes, *a.shape), b.expand(start.lanes, *b.shape)
+        if self.init == "random":
+            a = start.kaiming(self.rank, linear.in_features)
+            return a, start.kaiming(linear.out_features, self.rank)
+        drawn = [self._drawn(linear, target, generator) for generator in start.generators]
+        return torch.stack([a for a, _ in drawn]), torch.stack([b for _, b in drawn])
+
+    def _drawn(
+        self, linear: nn.Linear, target: Target, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """``A`` and ``B`` of one lane."""
+        weight = linear.weight.detach().float().cpu()
+        if self.init == "orthonormal":
+            b = torch.linalg.qr(torch.randn((len(weight), self.rank), generator=generator)).Q
+            return b.T @ weight, b
+        matrix = torch.randn(weight.shape, generator=generator) * weight.std()
+        b = leading_columns(matrix, target, self.rank)
+        a = b.T @ matrix
+        return (a if self.with_sigma else a / a.norm(dim=1, keepdim=True)), b
 
     def write(self, directory: Path, adapted: Adapted, lane: int, source: Source) -> None:
         """The compact layout, or the authors'."""
-        cores = {target: linear.values(lane)["R"] for target, linear in adapted.items()}
         alpha = self.scale * self.rank
-        if self.official:
-            write_official_lora_xs(
+        cores: dict[Target, Tensor] = {}
+        factors: dict[Target, tuple[Tensor, Tensor, Tensor]] = {}
+        for target, linear in adapted.items():
+            if isinstance(linear, CoreLinear):
+                cores[target] = linear.between(lane)
+            elif isinstance(linear, OwnCoreLinear):
+                own = linear.a[lane].float().cpu(), linear.b[lane].float().cpu()
+                factors[target] = (*own, linear.values(lane)["R"])
+        if factors:
+            write_explicit_lora_xs(
                 directory,
-                cores,
+                factors,
                 alpha=alpha,
                 rank=self.rank,
-                basis=source.canonical,
                 shape=source.shape,
-                weight_of=source.weight_of,
                 extra_config=WHOLE_BASE,
             )
-        else:
+        elif self.on_canonical and not self.official:
             write_compact_lora_xs(
                 directory,
                 cores,
@@ -98,5 +288,16 @@ class LoraXs(Method):
                 rank=self.rank,
                 basis=source.canonical,
                 shape=source.shape,
+                extra_config=WHOLE_BASE,
+            )
+        else:
+            write_official_lora_xs(
+                directory,
+                cores,
+                alpha=alpha,
+                rank=self.rank,
+                basis=self._basis(source),
+                shape=source.shape,
+                weight_of=source.weight_of,
                 extra_config=WHOLE_BASE,
             )

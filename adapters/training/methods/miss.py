@@ -1,6 +1,11 @@
-"""MiSS: the input folded with stride r, times the one trained matrix ``D``.
+"""MiSS: one trained matrix ``D`` from zero, repeated over the weight.
 
-Source: MiSS (arXiv 2409.15371), section 4.2.
+The efficient form (MiSS-e, section 4.2 of the paper, and PEFT's ``miss``) shares over inputs:
+``y = y0 + S_r(x) D`` with ``D (r, d_out)``; with ``mini_r`` columns, D is repeated over the outputs
+as well. The form the paper starts from (section 4.1, equation 3) shares over outputs: ``D
+(r, d_in)``, and every output of shard ``i`` adds ``x D[i]ᵀ``.
+
+Source: MiSS (arXiv 2409.15371).
 """
 
 from dataclasses import dataclass
@@ -13,7 +18,9 @@ from torch.nn import functional as F
 
 from shoal.adapters.formats.writing import write_miss
 from shoal.adapters.spec import Target
-from shoal.adapters.training.config import MethodName, TrainConfig
+from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.errors import OptionRejected
+from shoal.adapters.training.method_options import MethodName
 from shoal.adapters.training.methods.attaching import check_rank
 from shoal.adapters.training.methods.contract import (
     WHOLE_BASE,
@@ -26,18 +33,22 @@ from shoal.adapters.training.methods.source import Source
 
 
 class FoldLinear(AdaptedLinear):
-    """``D (lanes, r, d_out)``, ``y = y0 + S_r(x) D``."""
+    """``D (lanes, r, d_out)``, or ``(lanes, r, mini_r)``: ``y = y0 + S_r(x) D``."""
 
-    def __init__(self, linear: nn.Linear, rank: int, lanes: int) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, lanes: int, mini_r: int | None = None) -> None:
         """Starts at zero."""
         super().__init__(linear, lanes)
-        shape = (lanes, rank, linear.out_features)
+        shape = (lanes, rank, mini_r or linear.out_features)
         self.d = nn.Parameter(torch.zeros(shape, device=linear.weight.device))
 
     def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
         """``y0 + S_r(x) D``; sums are float32, the product is in the base's dtype."""
         folded = fold(x, self.d.shape[1])
-        return torch.baddbmm(y0, folded, self.d.to(y0.dtype))
+        d = self.d.to(y0.dtype)
+        if d.shape[2] == y0.shape[2]:
+            return torch.baddbmm(y0, folded, d)
+        tiles = y0.view(*y0.shape[:2], -1, d.shape[2])
+        return (tiles + torch.bmm(folded, d)[:, :, None]).view(y0.shape)
 
     def factors(self) -> dict[str, nn.Parameter]:
         """``D``."""
@@ -53,33 +64,77 @@ def fold(x: Tensor, rank: int) -> Tensor:
     return blocks.sum(dim=-2, dtype=wide).to(x.dtype)
 
 
+class ShardLinear(AdaptedLinear):
+    """``D (lanes, r, d_in)``: output ``o`` of shard ``i`` adds ``x D[i]ᵀ``.
+
+    Attributes:
+        shard_of: ``(d_out,)`` int64; runs as equal as can be, the longer ones first.
+    """
+
+    shard_of: Tensor
+
+    def __init__(self, linear: nn.Linear, rank: int, lanes: int) -> None:
+        """Starts at zero."""
+        super().__init__(linear, lanes)
+        device = linear.weight.device
+        shard_of = torch.tensor_split(torch.zeros(linear.out_features), rank)
+        sizes = torch.tensor([len(shard) for shard in shard_of])
+        self.register_buffer(
+            "shard_of", torch.arange(rank).repeat_interleave(sizes).to(device), persistent=False
+        )
+        self.d = nn.Parameter(torch.zeros((lanes, rank, linear.in_features), device=device))
+
+    def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
+        """As above, in the base's dtype."""
+        shards = torch.bmm(x, self.d.to(x.dtype).mT)
+        # Expanded by a product: the gradient of an index would be summed in any order on a GPU.
+        expand = F.one_hot(self.shard_of, self.d.shape[1]).to(x.dtype)
+        return y0 + shards @ expand.T
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """``D``."""
+        return {"D": self.d}
+
+
 @dataclass(frozen=True, slots=True)
 class Miss(Method):
-    """MiSS in its efficient form.
+    """MiSS.
 
     Attributes:
         rank: rows of ``D``.
+        by_output: whether what is shared are outputs.
+        mini_r: columns of ``D``, None: one for each output.
     """
 
     name: ClassVar[MethodName] = "miss"
     rank: int
+    by_output: bool = False
+    mini_r: int | None = None
 
     @classmethod
     def of(cls, config: TrainConfig) -> Self:
-        """The rank."""
-        return cls(config.rank)
+        """Rank and form."""
+        return cls(config.rank, config.shard == "output", config.mini_r)
 
     def attach(self, linear: nn.Linear, target: Target, start: Start) -> AdaptedLinear:
         """``D`` zero."""
         check_rank(self.rank, linear, target)
-        return FoldLinear(linear, self.rank, start.lanes)
+        if self.by_output:
+            return ShardLinear(linear, self.rank, start.lanes)
+        if self.mini_r is not None and linear.out_features % self.mini_r:
+            raise OptionRejected(
+                "mini-r", self.mini_r, f"must divide the {linear.out_features} outputs of {target}"
+            )
+        return FoldLinear(linear, self.rank, start.lanes, self.mini_r)
 
     def write(self, directory: Path, adapted: Adapted, lane: int, source: Source) -> None:
-        """PEFT's layout."""
+        """PEFT's layout; that of output shards is our own."""
         write_miss(
             directory,
             {target: linear.values(lane)["D"] for target, linear in adapted.items()},
             rank=self.rank,
+            by_output=self.by_output,
+            mini_r=self.mini_r,
             shape=source.shape,
             extra_config=WHOLE_BASE,
         )

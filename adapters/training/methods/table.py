@@ -6,15 +6,38 @@ import torch
 from torch import nn
 
 from shoal.adapters.spec import Target
-from shoal.adapters.training.config import MethodName, TrainConfig
+from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.method_options import MethodName
+from shoal.adapters.training.methods.adalora import Adalora
 from shoal.adapters.training.methods.attaching import find_linears
 from shoal.adapters.training.methods.contract import AdaptedLinear, Method, Start
-from shoal.adapters.training.methods.lora import Lora
+from shoal.adapters.training.methods.dora import Dora
+from shoal.adapters.training.methods.lora import Lora, LoraPlus, RsLora
 from shoal.adapters.training.methods.lora_xs import LoraXs
 from shoal.adapters.training.methods.miss import Miss
+from shoal.adapters.training.methods.residual import Milora, Pissa
 from shoal.adapters.training.methods.source import Source
+from shoal.adapters.training.methods.svf import Svf
+from shoal.adapters.training.methods.svft import Svft
+from shoal.adapters.training.methods.vera import Vera
 
-METHODS: Mapping[MethodName, type[Method]] = {each.name: each for each in (Lora, LoraXs, Miss)}
+METHODS: Mapping[MethodName, type[Method]] = {
+    each.name: each
+    for each in (
+        Lora,
+        RsLora,
+        LoraPlus,
+        Dora,
+        Pissa,
+        Milora,
+        LoraXs,
+        Miss,
+        Adalora,
+        Vera,
+        Svf,
+        Svft,
+    )
+}
 
 
 def method_of(config: TrainConfig) -> Method:

@@ -12,8 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.lanes import Lane
 from shoal.adapters.training.loop import OnStep
+from shoal.adapters.training.method_options import RANKLESS
 from shoal.adapters.training.trainer import TrainResult, train
+from shoal.adapters.training.world import World
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -67,16 +70,21 @@ def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+def write_chats(directory: Path) -> Path:
     """Five chats to memorise."""
     lines = (
         json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]})
         for chat in CHATS
     )
-    path = tmp_path / "data.jsonl"
+    path = directory / "data.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Five chats to memorise."""
+    return write_chats(tmp_path)
 
 
 @dataclass(frozen=True)
@@ -89,14 +97,35 @@ class Lab:
 
     def config(self, name: str, **options: Any) -> TrainConfig:
         """A short LoRA-XS run into the directory ``name``, unless told otherwise."""
-        asked: dict[str, Any] = {"method": "lora-xs", "steps": 6, "rank": 4, "batch_size": 2}
+        asked: dict[str, Any] = {"method": "lora-xs", "steps": 6, "batch_size": 2}
+        if options.get("method") not in RANKLESS:
+            asked["rank"] = 4
         paths = {"base": self.base, "data": self.data, "out": self.root / name}
         return TrainConfig(**{**paths, **asked, "device": "cpu", **options})
 
-    def train(self, name: str, on_step: OnStep | None = None, **options: Any) -> TrainResult:
+    def train(
+        self,
+        name: str,
+        on_step: OnStep | None = None,
+        world: World | None = None,
+        **options: Any,
+    ) -> TrainResult:
         """Run it."""
         return train(
             self.config(name, **options),
+            cache_dir=self.root / "bases",
+            progress=False,
+            on_step=on_step,
+            world=world,
+        )
+
+    def train_lanes(
+        self, name: str, lanes: list[Lane], on_step: OnStep | None = None, **options: Any
+    ) -> list[TrainResult]:
+        """Run several side by side."""
+        return train(
+            self.config(name, **options),
+            lanes=lanes,
             cache_dir=self.root / "bases",
             progress=False,
             on_step=on_step,
@@ -108,6 +137,13 @@ def lab(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Trains on the tiny base; leaves the user's cache alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg-cache"))
     return Lab(base, data, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_lab(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """One for all tests of a module."""
+    root = tmp_path_factory.mktemp("lab")
+    return Lab(base, write_chats(root), root)
 
 
 @pytest.fixture

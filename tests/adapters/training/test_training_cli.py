@@ -74,3 +74,22 @@ def test_an_interrupted_run_says_how_to_go_on(
     message = capsys.readouterr().err
     assert "interrupted after step 1 of 5" in message
     assert "--resume goes on from it" in message
+
+
+def test_seeds_are_trained_side_by_side_into_directories_of_their_own(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--steps", "2", "--rank", "4", "--targets", "q_proj")
+    assert run(parse(lab, *options, "--seeds", "3,1")) == 0
+
+    assert {path.name for path in (lab.root / "run").iterdir()} == {
+        "checkpoint", "seed-1", "seed-3"
+    }  # fmt: skip
+    assert "adapter_model.safetensors" in {p.name for p in (lab.root / "run" / "seed-3").iterdir()}
+    output = capsys.readouterr().out
+    assert [line.split(":")[0] for line in output.splitlines()] == [
+        str(lab.root / "run" / name) for name in ("seed-3", "seed-1")
+    ]
+    assert run(parse(lab, *options, "--seeds", "3,3")) == 2
+    with pytest.raises(SystemExit):
+        parse(lab, "--seeds", "1,x")

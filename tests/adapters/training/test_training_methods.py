@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
 from shoal.adapters.training.errors import BaseRejected, OptionRejected
+from shoal.adapters.training.method_options import RANKLESS
 from shoal.adapters.training.methods.attaching import shape_of, weight_reader
 from shoal.adapters.training.methods.contract import AdaptedLinear
 from shoal.adapters.training.methods.lora import LoraLinear
@@ -17,9 +18,12 @@ from shoal.adapters.training.methods.miss import FoldLinear
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import attach_all
 
+# Those that always start at the same values.
+SEEDLESS = ("miss", "pissa", "milora", "vera", "svf", "svft")
+
 
 def config_for(method: MethodName, base: Path, **options: object) -> TrainConfig:
-    asked: dict[str, object] = {"rank": 4, **options}
+    asked: dict[str, object] = ({} if method in RANKLESS else {"rank": 4}) | options
     return TrainConfig(method=method, base=base, data=base, out=base, **asked)  # type: ignore[arg-type]
 
 
@@ -108,13 +112,30 @@ def test_the_seed_decides_the_initial_values(
     first, again, other = initial(1), initial(1), initial(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     differs = any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert differs == (method != "miss")  # MiSS starts at zero
+    assert differs == (method not in SEEDLESS)
 
 
 def test_a_rank_that_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(OptionRejected, match="rank is 17: must not exceed 16"):
         attach_all(model, config_for("lora", base, rank=17), source_of(model, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("adalora", {"init_rank": 17}, "init-rank is 17: must not exceed 16"),
+        ("adalora", {"steps": 10, "tinit": 4, "tfinal": 6}, "tinit is 4: must leave steps before"),
+        ("miss", {"mini_r": 5}, "mini-r is 5: must divide the 32 outputs"),
+        ("svft", {"off_diagonals": 32}, "off-diagonals is 32: must not exceed 31"),
+    ],
+)
+def test_an_option_that_does_not_fit_the_base_is_refused(
+    method: MethodName, options: dict[str, object], message: str, base: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(OptionRejected, match=message):
+        attach_all(model, config_for(method, base, **options), source_of(model, tmp_path))
 
 
 def test_a_model_without_the_expected_linears_is_refused() -> None:
@@ -125,12 +146,35 @@ def test_a_model_without_the_expected_linears_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "dora"}, "method is dora: must be one of lora-xs, miss, lora"),
-        ({"method": "miss", "alpha": 8.0}, "alpha is 8.0: MiSS has no scale"),
-        ({"method": "lora", "format": "official"}, "format is official: lora has only one format"),
-        ({"method": "lora", "basis_rank": 8}, "basis-rank is 8: belongs to lora-xs"),
+        ({"method": "dora2"}, "method is dora2: must be one of lora, rslora, .*, svft"),
+        ({"method": "miss", "alpha": 8.0}, "alpha is 8.0: miss has none"),
+        (
+            {"method": "lora", "format": "official"},
+            "format is official: belongs to lora-xs, pissa, milora, not to lora",
+        ),
+        ({"method": "lora", "basis_rank": 8}, "basis-rank is 8: belongs to lora-xs, not to lora"),
         ({"rank": 9, "basis_rank": 8}, "basis-rank is 8: rank 9 needs more"),
-        ({"format": "zip"}, "format is zip: must be one of compact, official"),
+        ({"format": "zip"}, "format is zip: must be one of compact, official, residual, converted"),
+        ({"method": "svf"}, "rank is 4: svf has none"),
+        ({"method": "vera", "alpha": 2.0}, "alpha is 2.0: vera has none"),
+        ({"method": "lora", "lr_ratio": 4.0}, "lr-ratio is 4.0: belongs to lora-plus, not to lora"),
+        ({"method": "lora-plus", "lr_ratio": 0.0}, "lr-ratio is 0.0: must be positive"),
+        ({"method": "pissa", "format": "residual"}, "format is residual: needs svd exact"),
+        ({"method": "milora", "format": "compact"}, "milora has residual and converted"),
+        ({"method": "milora", "svd": "exact"}, "svd is exact: belongs to lora-xs, pissa"),
+        ({"init": "random", "vectors": "top"}, "vectors is top: init random has no order"),
+        ({"init": "random", "svd": "exact"}, "svd is exact: init random takes none of W"),
+        ({"init": "orthonormal", "no_sigma": True}, "init orthonormal has no singular values"),
+        ({"vectors": "bottom", "svd": "randomised"}, "randomised: finds top vectors alone"),
+        ({"vectors": "bottom", "format": "compact"}, "compact: holds only what lies on the base"),
+        ({"vectors": "middle"}, "vectors is middle: must be one of top, bottom"),
+        ({"method": "miss", "shard": "output", "mini_r": 2}, "mini-r is 2: has no output shards"),
+        ({"method": "miss", "mini_r": 0}, "mini-r is 0: must be at least 1"),
+        ({"method": "adalora", "init_rank": 3}, "init-rank is 3: rank 4 needs more"),
+        ({"method": "adalora", "beta1": 1.0}, "beta1 is 1.0: must be between 0 and 1"),
+        ({"method": "adalora", "orthogonality": -1.0}, "orthogonality is -1.0: must not be neg"),
+        ({"method": "vera", "d_initial": -0.1}, "d-initial is -0.1: must be positive"),
+        ({"method": "svft", "off_diagonals": -1, "rank": 16}, "off-diagonals is -1: must be at"),
         ({"steps": 0}, "steps is 0: must be at least 1"),
         ({"batch_size": -1}, "batch-size is -1: must be at least 1"),
         ({"lr": float("nan")}, "lr is nan: must be a positive number"),
@@ -146,6 +190,7 @@ def test_a_model_without_the_expected_linears_is_refused() -> None:
 def test_options_that_break_a_rule_are_refused_by_name(
     options: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    asked = {"method": "lora-xs", "base": tmp_path, "data": tmp_path, "out": tmp_path, **options}
+    paths = {"base": tmp_path, "data": tmp_path, "out": tmp_path}
+    asked = {"method": "lora-xs", "rank": 4, **paths, **options}
     with pytest.raises(OptionRejected, match=message):
         TrainConfig(**asked)  # type: ignore[arg-type]

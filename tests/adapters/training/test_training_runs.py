@@ -18,7 +18,7 @@ from shoal.adapters.base import base_digest
 from shoal.adapters.basis import DEFAULT_RANK, Basis, BasisStore, canonical_basis
 from shoal.adapters.reading import adapter_files, read_adapter
 from shoal.adapters.spec import Target
-from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
+from shoal.adapters.training.config import MethodName, TrainConfig
 from shoal.adapters.training.data import Example, collate
 from shoal.adapters.training.errors import (
     Diverged,
@@ -131,7 +131,7 @@ def merged_logits(lab: Lab, name: str, ids: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", LEARNING)
 def test_a_run_memorises_its_data_and_saves_what_it_learnt(method: MethodName, lab: Lab) -> None:
     before = base_digest(lab.base)
     result = lab.train("run", method=method, steps=40, alpha=None, **LEARNING[method])
@@ -150,7 +150,7 @@ def test_a_run_memorises_its_data_and_saves_what_it_learnt(method: MethodName, l
     assert changed > 0.1
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", LEARNING)
 def test_the_adapter_read_back_gives_the_logits_of_the_trained_model(
     method: MethodName, lab: Lab
 ) -> None:
@@ -251,6 +251,25 @@ def test_accumulating_batches_is_the_same_as_one_larger_batch(lab: Lab) -> None:
     lab.train("large", batch_size=4, steps=3)
     lab.train("small", batch_size=2, accumulate=2, steps=3)
     assert losses(lab.root / "small") == pytest.approx(losses(lab.root / "large"), rel=1e-5)
+
+
+def test_packed_rows_are_learnt_and_resumed(lab: Lab) -> None:
+    options = {"pack": True, "max_length": 64, "steps": 30, "batch_size": 1, **LEARNING["lora"]}
+    lab.train("whole", method="lora", **options)
+    lab.train("parts", interrupt_after(7), method="lora", **options)
+    lab.train("parts", method="lora", resume=True, **options)
+
+    learnt = losses(lab.root / "whole")
+    assert sum(learnt[-5:]) < 0.5 * sum(learnt[:5])
+    assert adapter_bytes(lab.root / "parts") == adapter_bytes(lab.root / "whole")
+
+
+def test_evaluations_come_when_they_are_asked_for(lab: Lab) -> None:
+    data = lab.config("run").data
+    lab.train("run", steps=5, eval_data=data, eval_every=3, save_every=2)
+    assert [point.step for point in read_evals(lab.root / "run" / "eval.jsonl")] == [0, 3, 5]
+    with pytest.raises(OptionRejected, match="needs eval-data"):
+        lab.train("other", patience=2)
 
 
 def test_padding_does_not_change_the_loss(lab: Lab) -> None:

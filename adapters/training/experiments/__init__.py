@@ -1,0 +1,1 @@
+"""The papers' claims, measured again in small: see README.md."""

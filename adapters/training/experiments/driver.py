@@ -1,0 +1,159 @@
+"""Works through tables until they are complete or the time is up.
+
+What is begun must end before the deadline, scoring included, so each group's time is foreseen from
+those before it.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from shoal.adapters.training.experiments.choosing import (
+    best_rate,
+    main_group,
+    missing_of,
+    unscored,
+)
+from shoal.adapters.training.experiments.running import Lab, run_group
+from shoal.adapters.training.experiments.scoring import OpenSource, score_all
+from shoal.adapters.training.experiments.settings import Group, sweep_of
+from shoal.adapters.training.experiments.tables import Table
+
+log = logging.getLogger(__name__)
+
+# Seconds, before anything was measured: loading the base and recording graphs; a row of a step;
+# opening the engine; scoring one adapter. Generous, for an H100.
+FIXED_S, ROW_S = 12.0, 0.0008
+ENGINE_S, SCORE_S = 40.0, 2.0
+_ADAPTER = ("adapter_model.safetensors", "loss.png")
+
+
+@dataclass
+class Clock:
+    """Says what still fits before the deadline (of ``time.monotonic()``)."""
+
+    deadline: float
+    row_s: float = ROW_S
+    score_s: float = SCORE_S
+
+    def trains(self, group: Group, unscored: int) -> bool:
+        """Whether a group and the scores of all that has none then would be done in time."""
+        after = unscored + len(group.lanes)
+        return self.left() > self.training_s(group) + self.scoring_s(after)
+
+    def training_s(self, group: Group) -> float:
+        """Seconds that a group will take."""
+        return FIXED_S + self.row_s * _rows(group)
+
+    def scoring_s(self, runs: int) -> float:
+        """Seconds that scoring will take."""
+        return ENGINE_S + self.score_s * runs if runs else 0.0
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def took(self, group: Group, seconds: float) -> None:
+        """Learn from a group: what is slower than foreseen is foreseen so from now on."""
+        self.row_s = max(self.row_s, 1.1 * (seconds - FIXED_S) / _rows(group))
+
+
+def work(
+    lab: Lab,
+    tables: Iterable[Table],
+    clock: Clock,
+    open_source: OpenSource | None,
+    *,
+    limit: int | None = None,
+    keep: bool = False,
+) -> bool:
+    """Run and score what is missing.
+
+    Args:
+        lab: where.
+        tables: in this order.
+        clock: when to stop.
+        open_source: what scores; None: nothing is scored.
+        limit: items of a test split that are asked; None: all.
+        keep: keep adapters that were scored.
+
+    Returns:
+        Whether everything is there now.
+    """
+    complete = True
+    for table in tables:
+        for group in _missing(lab, table):
+            waiting = len(unscored(lab.log, lab.seeds)) if open_source is not None else 0
+            if not clock.trains(group, waiting):
+                log.info("out of time table=%s left=%.0fs", table.name, clock.left())
+                complete = False
+                break
+            _run(lab, table, group, clock)
+        if open_source is not None:
+            complete &= score(lab, open_source, clock, limit=limit, keep=keep)
+        if not complete:
+            break
+    return complete
+
+
+def score(
+    lab: Lab, open_source: OpenSource, clock: Clock, *, limit: int | None, keep: bool
+) -> bool:
+    """Score what has no score; True when everything has one."""
+    before = unscored(lab.log, lab.seeds)
+    started = time.monotonic()
+    left = score_all(lab, open_source, clock.deadline, limit)
+    done = len(before) - left
+    if done:
+        clock.score_s = max(clock.score_s, (time.monotonic() - started - ENGINE_S) / done)
+    if not keep:
+        scored = set(before) - set(unscored(lab.log, lab.seeds))
+        lines = lab.log.by_id("run")
+        for run in scored:
+            for name in _ADAPTER:
+                (lab.out / lines[run]["directory"] / name).unlink(missing_ok=True)
+    return not left
+
+
+def _missing(lab: Lab, table: Table) -> Iterator[Group]:
+    """Groups to run, the next known only when the one before is in the log (it may be a sweep)."""
+    for setting, tasks in table.rows:
+        sweep = missing_of(lab.log, sweep_of(setting, lab.steps))
+        if setting.lr is None and sweep is not None:
+            yield sweep
+        rate = best_rate(lab.log, setting, lab.steps)
+        if rate is None:
+            log.warning("every rate diverged setting=%s", setting.label)
+            continue
+        for task in tasks:
+            group = missing_of(lab.log, main_group(setting, task, rate, lab.seeds, lab.steps))
+            if group is not None:
+                yield group
+
+
+def _run(lab: Lab, table: Table, group: Group, clock: Clock) -> None:
+    started = time.monotonic()
+    run_group(lab, table.name, group)
+    seconds = time.monotonic() - started
+    clock.took(group, seconds)
+    directory = lab.directory(group)
+    shutil.rmtree(directory / "checkpoint", ignore_errors=True)
+    if any(seed not in lab.seeds for seed, _ in group.lanes):  # a sweep: its losses are enough
+        for run in group.runs:
+            for name in _ADAPTER:
+                (directory / run / name).unlink(missing_ok=True)
+    log.info(
+        "trained table=%s setting=%r task=%s lanes=%d seconds=%.1f left=%.0fs",
+        table.name,
+        group.setting.label,
+        group.task,
+        len(group.lanes),
+        seconds,
+        clock.left(),
+    )
+
+
+def _rows(group: Group) -> int:
+    return len(group.lanes) * int(group.setting.asked["batch_size"]) * group.steps
