@@ -5,7 +5,6 @@ The values and moments themselves are the optimiser's rows.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from shoal.adapters.spec import Target
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.fleet.linears import BankLinear, start_values
-from shoal.adapters.training.methods.contract import Adapted
+from shoal.adapters.training.methods.contract import AdaptedLinear
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import method_of
 from shoal.adapters.training.optimizer import LaneAdamW
@@ -65,15 +64,14 @@ class Bank:
 
     def write(self, directory: Path, values: Tensor, config: TrainConfig) -> None:
         """Write an adapter directory of what ``take`` gave. Any thread may."""
-        kept: dict[Target, _Kept] = {}
+        kept: dict[Target, AdaptedLinear] = {}
         start = 0
         for target, bank in self._banks.items():
-            ((name, factor),) = bank.factors().items()
+            ((_, factor),) = bank.factors().items()
             shape = factor.shape[1:]
-            kept[target] = _Kept(name, values[start : start + shape.numel()].view(shape))
+            kept[target] = bank.kept(values[start : start + shape.numel()].view(shape))
             start += shape.numel()
-        method = method_of(config)
-        method.write(directory, cast(Adapted, kept), 0, self._source)
+        method_of(config).write(directory, kept, 0, self._source)
 
     def state(self, slots: list[int]) -> dict[str, Tensor]:
         """What a checkpoint holds of these slots, one row each, on the CPU."""
@@ -92,15 +90,3 @@ class Bank:
             "steps": of.steps,
         }  # fmt: skip
         return tensors if self.best is None else {**tensors, "best": self.best}
-
-
-class _Kept:
-    """Stands for an adapted linear where only what one lane trained is asked for."""
-
-    def __init__(self, name: str, values: Tensor) -> None:
-        self._values = {name: values}
-
-    def values(self, lane: int) -> dict[str, Tensor]:
-        """As ``AdaptedLinear.values``."""
-        assert lane == 0
-        return self._values

@@ -380,6 +380,7 @@ def _dtype(options: Options, device: torch.device) -> torch.dtype:
 def _config(options: Options) -> TrainConfig:
     method: Any = options.method
     here = Path()
+    # Each as random as the other, so the exact decomposition is not waited for.
     return TrainConfig(method=method, base=here, data=here, out=here, rank=options.rank)
 
 

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 
 from shoal.adapters.spec import Target
 from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.errors import OptionRejected
 from shoal.adapters.training.fleet.products import Step, core_linear, fold_linear
-from shoal.adapters.training.methods.attaching import check_rank, find_linears
+from shoal.adapters.training.methods.attaching import find_linears
 from shoal.adapters.training.methods.contract import AdaptedLinear, Start
-from shoal.adapters.training.methods.lora_xs import CORE_STD
+from shoal.adapters.training.methods.lora_xs import CORE_STD, CoreLinear
+from shoal.adapters.training.methods.miss import FoldLinear
 from shoal.adapters.training.methods.source import Source
+from shoal.adapters.training.methods.table import method_of
 
 
 class BankLinear(AdaptedLinear):
@@ -43,6 +46,10 @@ class BankLinear(AdaptedLinear):
         """The values that lanes begin with, ``(lanes of start, …)`` float32 on the CPU."""
         raise NotImplementedError
 
+    def kept(self, values: Tensor) -> AdaptedLinear:
+        """What stands for this linear where an adapter of such values ``(…)`` is written."""
+        raise NotImplementedError
+
     def gradient(self) -> Tensor:
         """Where the gradient goes: the optimiser's, once there is one."""
         if self.bank.grad is None:
@@ -51,22 +58,26 @@ class BankLinear(AdaptedLinear):
 
 
 class CoreBank(BankLinear):
-    """LoRA-XS: ``R (lanes, r, r)``; see ``methods/lora_xs.py``."""
+    """LoRA-XS: ``R (lanes, r, r)``; see ``methods/lora_xs.py``.
+
+    Attributes:
+        sigma: as of the plain linear, on the CPU.
+    """
 
     basis: Tensor
     down: Tensor
 
-    def __init__(
-        self, linear: nn.Linear, basis: Tensor, lanes: int, scale: float, step: Step
-    ) -> None:
-        """Takes ``B (d_out, r)``; ``A = Bᵀ W`` is computed of the weight as it is here."""
-        rank = basis.shape[1]
-        super().__init__(linear, (lanes, rank, rank), step)
-        self.scale = scale
-        weight = linear.weight
-        whole = basis.to(weight.device, torch.float32)
-        down = (whole.T @ weight.detach().float()).to(weight.dtype)
-        self.register_buffer("basis", whole.to(weight.dtype), persistent=False)
+    def __init__(self, plain: CoreLinear, lanes: int, step: Step) -> None:
+        """Takes the place of what a plain run puts on the linear.
+
+        ``A``, which takes x to what R is multiplied by, is computed of the weight as it is here.
+        """
+        super().__init__(plain.linear, (lanes, *plain.core.shape[1:]), step)
+        weight = plain.linear.weight
+        self.scale = plain.scale
+        self.sigma = None if plain.sigma is None else plain.sigma.cpu()
+        down = (plain.into.float().T @ weight.detach().float()).to(weight.dtype)
+        self.register_buffer("basis", plain.basis, persistent=False)
         self.register_buffer("down", down, persistent=False)
 
     def product(self, x: Tensor) -> Tensor:
@@ -90,12 +101,17 @@ class CoreBank(BankLinear):
         """As a plain run begins."""
         return start.normal(*self.bank.shape[1:], std=CORE_STD)
 
+    def kept(self, values: Tensor) -> AdaptedLinear:
+        """For writing."""
+        return _KeptCore(values, self.sigma)
+
 
 class FoldBank(BankLinear):
     """MiSS: ``D (lanes, r, d_out)``; see ``methods/miss.py``."""
 
-    def __init__(self, linear: nn.Linear, rank: int, lanes: int, step: Step) -> None:
-        super().__init__(linear, (lanes, rank, linear.out_features), step)
+    def __init__(self, plain: FoldLinear, lanes: int, step: Step) -> None:
+        """Takes the place of what a plain run puts on the linear."""
+        super().__init__(plain.linear, (lanes, *plain.d.shape[1:]), step)
 
     def product(self, x: Tensor) -> Tensor:
         """``x Wᵀ + S_r(x) D``."""
@@ -109,6 +125,31 @@ class FoldBank(BankLinear):
         """Zeros."""
         return torch.zeros((start.lanes, *self.bank.shape[1:]))
 
+    def kept(self, values: Tensor) -> AdaptedLinear:
+        """For writing."""
+        return _Kept("D", values)
+
+
+class _Kept(AdaptedLinear):
+    """Stands for an adapted linear where only what one lane trained is asked for."""
+
+    def __init__(self, name: str, values: Tensor) -> None:
+        nn.Module.__init__(self)
+        self._values = {name: values}
+
+    def values(self, lane: int) -> dict[str, Tensor]:
+        """As of an adapted linear."""
+        assert lane == 0
+        return self._values
+
+
+class _KeptCore(_Kept, CoreLinear):
+    """The same of LoRA-XS, which also says what lies between its factors."""
+
+    def __init__(self, values: Tensor, sigma: Tensor | None) -> None:
+        _Kept.__init__(self, "R", values)
+        self.sigma = sigma
+
 
 def attach_banks(
     model: nn.Module, config: TrainConfig, source: Source, lanes: int, step: Step
@@ -116,22 +157,24 @@ def attach_banks(
     """Freeze the model and put a bank of ``lanes`` adapters on the targeted linears, in place.
 
     Raises:
-        OptionRejected: the rank does not fit a linear.
+        OptionRejected: an option does not fit a linear, or is not for fleets.
         BaseRejected: the model is not a decoder of the expected kind.
     """
     model.requires_grad_(False)
+    method = method_of(config)
+    start = Start([torch.Generator().manual_seed(0)], source)
     adapted: dict[Target, BankLinear] = {}
-    rank = config.rank
     for target, (name, linear) in find_linears(model).items():
         if target.module not in config.targets:
             continue
-        if config.method == "lora-xs":
-            basis = source.canonical.factors[target]
-            check_rank(rank, linear, target, basis.shape[1])
-            adapted[target] = CoreBank(linear, basis[:, :rank], lanes, config.scale, step)
+        plain = method.attach(linear, target, start)
+        if isinstance(plain, CoreLinear):
+            adapted[target] = CoreBank(plain, lanes, step)
+        elif isinstance(plain, FoldLinear) and plain.d.shape[2] == linear.out_features:
+            adapted[target] = FoldBank(plain, lanes, step)
         else:
-            check_rank(rank, linear, target)
-            adapted[target] = FoldBank(linear, rank, lanes, step)
+            rule = "with these options it has factors of its own: that is not for fleets"
+            raise OptionRejected("method", config.method, rule)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, adapted[target])
     return adapted

@@ -116,6 +116,22 @@ def test_each_tenant_gets_the_adapter_that_it_would_get_alone(
         assert (together / config).read_text() == (apart / config).read_text()
 
 
+@pytest.mark.parametrize(
+    "options", [{"vectors": "bottom"}, {"no_sigma": True}, {"format": "official"}], ids=str
+)
+def test_forms_of_lora_xs_are_those_of_a_plain_run(
+    fleet_lab: FleetLab, options: dict[str, Any]
+) -> None:
+    tasks = fleet_lab.tasks({"name": "first"}, {"name": "a", "seed": 3})
+    common: dict[str, Any] = {"lr": 0.02, "steps": 5, "targets": ("q_proj", "down_proj")}
+    fleet_lab.fleet(tasks, **common, **options)
+    fleet_lab.alone("alone", **common, **options, seed=3, data=fleet_lab.root / "a.jsonl")
+    mine, theirs = adapter(fleet_lab.root / "out/a"), adapter(fleet_lab.root / "alone")
+    assert mine.keys() == theirs.keys()
+    for name, values in theirs.items():
+        torch.testing.assert_close(mine[name], values, atol=1e-4, rtol=1e-3)
+
+
 def test_tenants_that_take_turns_and_wait_get_the_same_adapters(fleet_lab: FleetLab) -> None:
     tasks = fleet_lab.tasks(*({"name": f"t{i}", "seed": i, "steps": 4 + i % 3} for i in range(7)))
     seen: list[FleetStepMetrics] = []
@@ -297,6 +313,8 @@ def test_what_a_fleet_cannot_do_is_refused_by_name(fleet_lab: FleetLab) -> None:
         ("accumulate is 2: is not for fleets", {"accumulate": 2}),
         ("pack is True: is not for fleets", {"pack": True}),
         ("rows is 1: must be at least batch-size, 2", {"rows": 1}),
+        ("method is lora-xs: with these options", {"init": "random"}),
+        ("method is miss: with these options", {"method": "miss", "shard": "output"}),
         ("resident is 0: must be at least 1", {"resident": 0}),
         ("rank is 17: must not exceed 16", {"rank": 17}),
     ]
