@@ -15,7 +15,7 @@ import shoal
 
 VERBS = {
     "serve": "serve a base model and its adapters over an OpenAI-style endpoint",
-    "train": "train a LoRA-XS, MiSS or LoRA adapter from a JSONL file",
+    "train": "train adapters: LoRA-XS, MiSS, LoRA and nine more methods",
     "evaluate": "score adapters, many at once, through the serving engine",
     "adapters": "list, push, show, activate, share, tag, rm, check, convert, export, import",
     "keys": "create, list, change or revoke the API keys of a registry",

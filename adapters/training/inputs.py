@@ -6,12 +6,45 @@ multiple, and the places to be learnt to a capacity. Made on the host, where cou
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shoal.adapters.training.data import Batch
+
+# What a place where something is learnt costs, in tokens of a row: the last linear against the
+# layers. Of small bases, where it matters; larger ones have relatively smaller vocabularies.
+_PLACE_COST = 0.3
+
+
+class Shape(NamedTuple):
+    """Of a batch: rows of all lanes, their length, lanes, places per lane, packed or not."""
+
+    rows: int
+    length: int
+    lanes: int
+    capacity: int
+    packed: bool
+
+    @property
+    def rows_per_lane(self) -> int:
+        """Equally many of each."""
+        return self.rows // self.lanes
+
+    @property
+    def cost(self) -> float:
+        """How long a step of it takes, in tokens."""
+        return self.rows * self.length + _PLACE_COST * self.lanes * self.capacity
+
+    def holds(self, other: "Shape") -> bool:
+        """Whether a batch of the other shape can be padded to this one."""
+        return (
+            (self.rows, self.lanes, self.packed) == (other.rows, other.lanes, other.packed)
+            and self.length >= other.length
+            and self.capacity >= other.capacity
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +72,31 @@ class StepInputs:
     segments: Tensor | None = None
 
     @property
-    def key(self) -> tuple[int, ...]:
-        """What a recorded step depends on: rows, length, capacity, packed or not."""
-        return (*self.input_ids.shape, self.positions.shape[1], int(self.segments is not None))
+    def shape(self) -> "Shape":
+        """What a recorded step depends on."""
+        rows, length = self.input_ids.shape
+        lanes, capacity = self.positions.shape
+        return Shape(rows, length, lanes, capacity, self.segments is not None)
+
+    def padded(self, length: int, capacity: int) -> Self:
+        """The same batch in a larger shape."""
+        own = self.shape
+        right = (0, length - own.length)
+        more = (0, capacity - own.capacity)
+        row, column = self.positions // own.length, self.positions % own.length
+        positions = F.pad(row * length + column, more)
+        # What fills up points into its own lane's first row, as everywhere.
+        positions[:, own.capacity :] = (torch.arange(own.lanes) * own.rows_per_lane * length)[
+            :, None
+        ]
+        return type(self)(
+            input_ids=F.pad(self.input_ids, right),
+            positions=positions,
+            labels=F.pad(self.labels, more),
+            weights=F.pad(self.weights, more),
+            position_ids=None if self.position_ids is None else F.pad(self.position_ids, right),
+            segments=None if self.segments is None else F.pad(self.segments, right),
+        )
 
     def tensors(self) -> list[Tensor]:
         """Those that there are, in a fixed order."""

@@ -2,7 +2,7 @@
 
 A small base spends more time launching kernels than computing. A CUDA graph launches a whole
 forward and backward pass at once, but only for the shapes and addresses it was recorded with:
-inputs are copied into tensors that stay, and there is one graph for each shape that occurs.
+inputs are copied into tensors that stay, and there is a graph for each shape, or a little larger.
 """
 
 import functools
@@ -13,15 +13,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from shoal.adapters.training.inputs import StepInputs
+from shoal.adapters.training.inputs import Shape, StepInputs
 from shoal.adapters.training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
 # Rows are padded to a multiple of this where shapes are recorded.
 LENGTH_MULTIPLE = 64
-# Shapes recorded at most; others run call by call. Each costs about a step's time and some memory.
+# Shapes recorded at most; others run call by call. A recording takes about as long as ten steps of
+# a small base, so a batch is rather padded to a recorded shape that costs up to so many times more.
 MAX_GRAPHS = 24
+PADDED_COST = 1.25
 # Runs before a recording, in which libraries allocate and choose what they will use.
 WARM_UPS = 2
 
@@ -84,7 +86,7 @@ class CapturedRunner(StepRunner):
         """
         super().__init__(step, reduce)
         self._recorder = recorder
-        self._passes: dict[tuple[int, ...], tuple[StepInputs, Replay]] = {}
+        self._passes: dict[Shape, tuple[StepInputs, Replay]] = {}
         self._most = MAX_GRAPHS
         own = [step.optimizer.active, *step.method.state(step.adapted).values()]
         before = [tensor.clone() for tensor in own]
@@ -97,7 +99,7 @@ class CapturedRunner(StepRunner):
     def run(self, batches: Sequence[StepInputs]) -> None:
         """As the class says."""
         for inputs in batches:
-            if inputs.key not in self._passes and len(self._passes) < self._most:
+            if self._fitting(inputs.shape) is None and len(self._passes) < self._most:
                 self._record(inputs)
         self.step.begin()
         for inputs in batches:
@@ -107,14 +109,25 @@ class CapturedRunner(StepRunner):
         self._update()
 
     def _pass(self, inputs: StepInputs) -> None:
-        recorded = self._passes.get(inputs.key)
-        if recorded is None:
+        shape = self._fitting(inputs.shape)
+        if shape is None:
             self.step.accumulate(inputs.to(self.step.device))
             return
-        fixed, replay = recorded
+        if shape != inputs.shape:
+            inputs = inputs.padded(shape.length, shape.capacity)
+            inputs = inputs.pinned() if self.step.device.type == "cuda" else inputs
+        fixed, replay = self._passes[shape]
         for place, value in zip(fixed.tensors(), inputs.tensors(), strict=True):
             place.copy_(value, non_blocking=True)
         replay()
+
+    def _fitting(self, shape: Shape) -> Shape | None:
+        """The cheapest recorded shape that will do, if there is one."""
+        if shape in self._passes:
+            return shape
+        most = PADDED_COST * shape.cost
+        found = [known for known in self._passes if known.holds(shape) and known.cost <= most]
+        return min(found, key=lambda known: known.cost, default=None)
 
     def _record(self, inputs: StepInputs) -> None:
         fixed = inputs.to(self.step.device)
@@ -125,8 +138,8 @@ class CapturedRunner(StepRunner):
             log.warning("steps run call by call, recording one failed: %s", error)
             self._most = 0
             return
-        log.debug("recorded shape=%s", inputs.key)
-        self._passes[inputs.key] = fixed, replay
+        log.debug("recorded shape=%s", inputs.shape)
+        self._passes[inputs.shape] = fixed, replay
 
 
 class CudaRecorder:

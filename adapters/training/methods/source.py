@@ -33,8 +33,8 @@ from shoal.adapters.weights import WeightOf
 
 log = logging.getLogger(__name__)
 
-# Of the randomised SVD: columns beyond the rank, and multiplications by W Wᵀ. On SmolLM2's weights
-# the leading 16 directions then hold 0.9999 of what the exact ones hold (‖UᵀW‖² of theirs).
+# Of the randomised SVD: columns beyond the rank, and multiplications by W Wᵀ. 16 directions of
+# SmolLM2's weights then hold, as ‖UᵀW‖², 0.987 of what the exact ones hold (0.956 at the least).
 OVERSAMPLING = 16
 ITERATIONS = 4
 
@@ -163,8 +163,7 @@ def leading_columns(weight: Tensor, target: Target, rank: int) -> Tensor:
     drawn = torch.randn((w.shape[1], wide), generator=generator).to(w.device)
     q = torch.linalg.qr(w @ drawn).Q
     for _ in range(ITERATIONS):
-        q = torch.linalg.qr(w.T @ q).Q
-        q = torch.linalg.qr(w @ q).Q
-    inner = torch.linalg.eigh((q.T @ w @ w.T @ q).double()).eigenvectors.flip(1)[:, :kept]
-    found: Tensor = torch.linalg.qr(q.double() @ inner).Q
+        q = torch.linalg.qr(w @ (w.T @ q)).Q
+    inner = torch.linalg.eigh(((q.T @ w) @ (w.T @ q)).double()).eigenvectors.flip(1)[:, :kept]
+    found: Tensor = q.double() @ inner
     return found.float().cpu()

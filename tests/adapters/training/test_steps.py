@@ -16,7 +16,7 @@ from shoal.adapters.training.attention import causal_attention
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.data import Batch, Example, collate, join
 from shoal.adapters.training.data.batches import packed_mask
-from shoal.adapters.training.inputs import StepInputs, step_inputs, supervised_per_lane
+from shoal.adapters.training.inputs import Shape, StepInputs, step_inputs, supervised_per_lane
 from shoal.adapters.training.loss import LaneLoss
 from shoal.adapters.training.methods.attaching import shape_of, weight_reader
 from shoal.adapters.training.methods.source import Source
@@ -112,10 +112,41 @@ def test_padding_to_fixed_shapes_changes_no_loss(base: Path) -> None:
     [exact] = inputs_of(batch_of(*rows))
     [padded] = inputs_of(collate(rows, 0, CPU, multiple=64), fixed_shapes=True)
 
-    assert padded.key == (4, 64, 64, 0)
-    assert exact.key == (4, 10, 7, 0)
+    assert padded.shape == Shape(4, 64, 2, 64, False)
+    assert exact.shape == Shape(4, 10, 2, 7, False)
     with torch.no_grad():
         torch.testing.assert_close(loss(padded), loss(exact), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_padded_to_a_larger_shape_is_the_same_batch(packed: bool, base: Path) -> None:
+    loss = LaneLoss(AutoModelForCausalLM.from_pretrained(base))
+    rows = (join([SHORT, LONG]), OTHER) if packed else (SHORT, LONG, OTHER, SHORT)
+    [exact] = inputs_of(batch_of(*rows, packed=packed))
+    padded = exact.padded(30, 20)
+
+    assert padded.shape == exact.shape._replace(length=30, capacity=20)
+    assert padded.shape.holds(exact.shape)
+    assert not exact.shape.holds(padded.shape)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(padded), loss(exact), atol=1e-5, rtol=1e-5)
+    # What fills up a lane points into the lane's own rows.
+    per_lane = exact.shape.rows_per_lane * 30
+    lanes_of_places = padded.positions // per_lane
+    assert lanes_of_places.tolist() == [[0] * 20, [1] * 20]
+
+
+def test_a_slightly_smaller_batch_is_replayed_from_a_recording(base: Path, tmp_path: Path) -> None:
+    recorder = Replayed()
+    replayed = CapturedRunner(make_step(base, tmp_path), recorder)
+    eager = EagerRunner(make_step(base, tmp_path))
+    shorter = example(*range(9, 18), learnt=5)
+    far_shorter = example(5, 6, 7)
+    for rows in ((LONG, SHORT), (shorter, SHORT), (far_shorter, far_shorter)):
+        replayed.run(inputs_of(batch_of(*rows)))
+        eager.run(inputs_of(batch_of(*rows)))
+        torch.testing.assert_close(replayed.step.record, eager.step.record, atol=1e-4, rtol=1e-4)
+    assert recorder.recordings == 1 + 2
 
 
 def test_records_in_one_row_do_not_see_each_other(base: Path) -> None:
