@@ -40,17 +40,19 @@ def plan_rows(owners: Sequence[int], segments: int) -> tuple[list[int], list[int
     firsts: list[int] = []
     counts: list[int] = []
     lanes: list[int] = []
+    seen: set[int] = set()
     for row, lane in enumerate(owners):
         if lane < 0:
             continue
         if lanes and lanes[-1] == lane and firsts[-1] + counts[-1] == row:
             counts[-1] += 1
             continue
-        if lane in lanes:
+        if lane in seen:
             raise ValueError(f"the rows of lane {lane} are not neighbours")
         firsts.append(row)
         counts.append(1)
         lanes.append(lane)
+        seen.add(lane)
     if len(lanes) > segments:
         raise ValueError(f"{len(lanes)} lanes in {segments} segments")
     padding = [0] * (segments - len(lanes))

@@ -18,8 +18,9 @@ from shoal.kernels.lane_rows import LaneRows, plan_rows
 
 Ints = NDArray[np.int64]
 
-# Rows are padded to a multiple of this where shapes are fixed; places to a power of two from 256.
+# Where shapes are fixed, lengths are padded to a multiple, rows and places to powers of two.
 LENGTH_MULTIPLE = 64
+ROWS_MIN = 8
 PLACES_MIN = 256
 
 
@@ -98,7 +99,7 @@ def fleet_inputs(
     bank_lanes: int,
     *,
     rates: Sequence[float] | None = None,
-    fixed_rows: int | None = None,
+    most_rows: int | None = None,
 ) -> FleetInputs:
     """Put the tenants' rows one below the other.
 
@@ -106,16 +107,17 @@ def fleet_inputs(
         parts: lane and rows of each tenant; no lane twice, at least one row in all.
         bank_lanes: lanes of the bank.
         rates: learning rate of each tenant, in the order of ``parts``.
-        fixed_rows: pad to as many rows, and everything else to few sizes; None: as small as can be.
+        most_rows: of a step; pad rows and everything else to one of few sizes. None: as small as
+            can be.
     """
     rows = [row for _, own in parts for row in own]
     owners = [lane for lane, own in parts for _ in own]
     length = max(len(row.ids) for row in rows)
     height = len(rows)
-    if fixed_rows is not None:
+    if most_rows is not None:
         length += -length % LENGTH_MULTIPLE
-        height = fixed_rows
-        owners += [-1] * (fixed_rows - len(rows))
+        height = min(most_rows, max(ROWS_MIN, _power_of_two(height)))
+        owners += [-1] * (height - len(rows))
     # What the padding is does not matter, only that it is in the vocabulary.
     ids = np.zeros((height, length), dtype=np.int64)
     for at, row in enumerate(rows):
@@ -126,8 +128,8 @@ def fleet_inputs(
     lanes = np.asarray([lane for lane, _ in parts], dtype=np.int64)
     place_lanes = np.repeat(lanes, learnt)
     weights = np.repeat(1.0 / np.maximum(learnt, 1), learnt).astype(np.float32)
-    if fixed_rows is not None:
-        more = max(PLACES_MIN, 1 << (len(positions) - 1).bit_length()) - len(positions)
+    if most_rows is not None:
+        more = max(PLACES_MIN, _power_of_two(len(positions))) - len(positions)
         positions, labels, weights = (np.pad(x, (0, more)) for x in (positions, labels, weights))
         place_lanes = np.pad(place_lanes, (0, more), constant_values=owners[0])
     active = np.zeros(bank_lanes, dtype=bool)
@@ -140,6 +142,10 @@ def fleet_inputs(
         *(torch.tensor(part, dtype=torch.int32) for part in table),
         *(torch.from_numpy(x) for x in (positions, labels, weights, place_lanes, active, lr)),
     )
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
 
 
 def loss_by_lane(inputs: FleetInputs, nll: Tensor) -> dict[int, float]:

@@ -295,9 +295,9 @@ class FleetLoop:
     def _inputs(
         self, parts: Sequence[tuple[int, Sequence[Row]]], rates: Sequence[float] | None
     ) -> FleetInputs:
-        fixed = self._rows if self._core.fixed_shapes and rates is not None else None
+        most = self._rows if self._core.fixed_shapes and rates is not None else None
         lanes = self._core.optimizer.lanes
-        inputs = fleet_inputs(parts, lanes, rates=rates, fixed_rows=fixed)
+        inputs = fleet_inputs(parts, lanes, rates=rates, most_rows=most)
         return inputs.pinned() if self._core.device.type == "cuda" else inputs
 
     def _evaluate(self, names: Sequence[str], finishing: Finishing) -> None:

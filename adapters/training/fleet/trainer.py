@@ -16,7 +16,7 @@ from shoal.adapters.training.activations import checkpoint_activations
 from shoal.adapters.training.attention import use_causal_attention
 from shoal.adapters.training.data import Example, load_examples, read_records
 from shoal.adapters.training.environment import describe
-from shoal.adapters.training.errors import ResumeMismatch
+from shoal.adapters.training.errors import OptionRejected, ResumeMismatch
 from shoal.adapters.training.fleet.bank import Bank
 from shoal.adapters.training.fleet.config import FleetConfig
 from shoal.adapters.training.fleet.finishing import Finished, Finishing, Publisher
@@ -36,6 +36,7 @@ from shoal.adapters.training.methods.attaching import shape_of
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.metrics import keep_until
 from shoal.adapters.training.runner import CudaRecorder
+from shoal.adapters.training.world import World
 
 # Values, gradients, their copy, and two moments; with the best values kept, one more.
 COPIES = 5
@@ -98,6 +99,9 @@ def train_fleet(
             What is refused leaves the run directory as it was.
     """
     common, directory = config.common, FleetDirectory(config.common.out)
+    processes = World.of_environment().size
+    if processes > 1:
+        raise OptionRejected("fleet", config.fleet, f"is trained by one process, not {processes}")
     directory.check(resume=common.resume, overwrite=common.overwrite)
     tenants = read_tenants(config)
     # Loading the base takes a while: what is wrong with the records is said before it.
