@@ -81,14 +81,14 @@ def check_rows(rows: LaneRows, count: int) -> None:
 
 
 def check_steps(argument: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Require ``(rows, length, width)`` with a contiguous last axis.
+    """Require ``(rows, length, modules, width)`` with a contiguous last axis.
 
     Raises:
         ShapeError: names the argument.
     """
-    if tensor.dim() != 3:
-        raise ShapeError(argument, "3 axes (rows, length, width)", tuple(tensor.shape))
+    if tensor.dim() != 4:
+        raise ShapeError(argument, "4 axes (rows, length, modules, width)", tuple(tensor.shape))
     if tensor.dtype not in dtypes:
         raise ShapeError(argument, f"a dtype of {dtypes}", tensor.dtype)
-    if tensor.shape[2] > 1 and tensor.stride(2) != 1:
+    if tensor.shape[3] > 1 and tensor.stride(3) != 1:
         raise ShapeError(argument, "a contiguous last axis", f"strides {tensor.stride()}")

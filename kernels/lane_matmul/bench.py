@@ -61,7 +61,9 @@ def _record(
         "lane_matmul",
         case,
         {"rows": rows, "length": length, "k": k, "n": n},
-        lambda: lane_matmul(x, bank, owners, out, add=add, config=config),
+        lambda: lane_matmul(
+            x[:, :, None], bank[:, None], owners, out[:, :, None], add=add, config=config
+        ),
         bytes_moved=moved,
         baseline=None if config else ("bmm", plain),
         config=config or "default",

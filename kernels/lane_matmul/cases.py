@@ -18,6 +18,7 @@ class Case:
     Attributes:
         owners: the lane of each row, -1 for none.
         lanes: matrices in the bank.
+        modules: matrices of a lane, and inputs and outputs of a token.
         transposed: the bank is a transposed view.
         padded: x and out are views with NaN between their tokens, the bank one with NaN between
             its matrices.
@@ -29,6 +30,7 @@ class Case:
     k: int
     n: int
     lanes: int = 3
+    modules: int = 1
     transposed: bool = False
     padded: bool = False
     scale: float = 1.0
@@ -50,6 +52,10 @@ CASES = (
     Case("divides nothing", owners=(2, 1), length=35, k=70, n=37, transposed=True, padded=True),
     Case("expand", owners=(0, 1, -1, 2), length=17, k=8, n=150, padded=True, add=True),
     Case("shrink", owners=(2, 2, 0), length=19, k=150, n=8, transposed=True),
+    Case(
+        "q, k and v", owners=(1, -1, 0), length=18, k=8, n=8, modules=3, transposed=True,
+        padded=True, scale=0.5,
+    ),
     Case("large core", owners=(1, 0), length=18, k=96, n=96, scale=0.25),
     Case(
         "fleet", owners=tuple(range(256)), length=256, k=16, n=4096, lanes=256, add=True,
@@ -83,13 +89,13 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     """Random inputs whose products have magnitude about one; unused rows of x are NaN."""
     generator = torch.Generator().manual_seed(seed)
     rows = len(case.owners)
-    x = random((rows, case.length, case.k), generator, dtype)
+    x = random((rows, case.length, case.modules, case.k), generator, dtype)
     owners = torch.tensor(case.owners, dtype=torch.int32)
     x[owners < 0] = float("nan")
-    shape = (case.lanes, case.n, case.k) if case.transposed else (case.lanes, case.k, case.n)
-    bank = random(shape, generator, torch.float32, case.k**-0.5)
-    out = random((rows, case.length, case.n), generator, dtype)
+    shape = (case.n, case.k) if case.transposed else (case.k, case.n)
+    bank = random((case.lanes, case.modules, *shape), generator, torch.float32, case.k**-0.5)
+    out = random((rows, case.length, case.modules, case.n), generator, dtype)
     x, bank, out, owners = (tensor.to(device) for tensor in (x, bank, out, owners))
     if case.padded:
         x, bank, out = spread(x), spread(bank), spread(out)
-    return Inputs(x, bank.transpose(1, 2) if case.transposed else bank, owners, out)
+    return Inputs(x, bank.mT if case.transposed else bank, owners, out)

@@ -17,18 +17,21 @@ def lane_matmul_kernel(
     scale,
     x_row_stride,
     x_stride,
+    x_module_stride,
     lane_stride,
+    module_stride,
     k_stride,
     n_stride,
     out_row_stride,
     out_stride,
+    out_module_stride,
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program ``(tile, c)``: ``BLOCK_N`` outputs of ``TILE`` tokens of one row.
+    """Program ``(tile, c, m)``: ``BLOCK_N`` outputs of module m for ``TILE`` tokens of one row.
 
     A row has one lane, so all tokens of a program share one matrix. Everything is converted to
     float32 on loading: the matrix is float32 anyway, and PRECISION says how it is multiplied.
@@ -40,12 +43,14 @@ def lane_matmul_kernel(
     lane = tl.load(owners_ptr + row).to(tl.int64)
     live = token < length
     inside = column < n
-    out_ptrs = out_ptr + row * out_row_stride + token[:, None] * out_stride + column[None, :]
+    module = tl.program_id(2).to(tl.int64)
+    out_row = out_ptr + row * out_row_stride + module * out_module_stride
+    out_ptrs = out_row + token[:, None] * out_stride + column[None, :]
     out_mask = live[:, None] & inside[None, :]
     acc = tl.zeros((TILE, BLOCK_N), dtype=tl.float32)
     if lane >= 0:
-        x_row = x_ptr + row * x_row_stride
-        matrix = bank_ptr + lane * lane_stride
+        x_row = x_ptr + row * x_row_stride + module * x_module_stride
+        matrix = bank_ptr + lane * lane_stride + module * module_stride
         for first in range(0, k, BLOCK_K):
             i = first + tl.arange(0, BLOCK_K)
             x = tl.load(

@@ -1,4 +1,4 @@
-"""``lane_matmul``: the tokens of each row times the matrix of the row's lane.
+"""``lane_matmul``: the tokens of each row times the matrices of the row's lane.
 
 In training of many adapters at once it is LoRA-XS's ``z = s·h Rᵀ`` and ``dh = s·dz R``, and MiSS's
 ``y += S_r(x) D`` and ``dS = dy Dᵀ``. Owns argument checks, dispatch and launch shapes. Dispatch
@@ -39,14 +39,15 @@ def lane_matmul(
     add: bool = False,
     config: LaneMatmulConfig | None = None,
 ) -> None:
-    """Write ``out[b, t] = scale · x[b, t] @ bank[owners[b]]``, or add it to ``out``.
+    """Write ``out[b, t, m] = scale · x[b, t, m] @ bank[owners[b], m]``, or add it to ``out``.
 
     Args:
-        x: ``(rows, length, k)``. The last axis is contiguous.
-        bank: ``(lanes, k, n)`` float32, any strides: a transposed view multiplies by ``Rᵀ``.
+        x: ``(rows, length, modules, k)``. The last axis is contiguous.
+        bank: ``(lanes, modules, k, n)`` float32, any strides: a transposed view multiplies by
+            ``Rᵀ``.
         owners: ``(rows,)`` int32, below ``lanes`` (a promise); -1: the row's outputs are zeros, or
             stay as they are with ``add``.
-        out: ``(rows, length, n)``, in and out. The last axis is contiguous.
+        out: ``(rows, length, modules, n)``, in and out. The last axis is contiguous.
         scale: multiplies the product.
         add: whether it is added.
         config: launch parameters, for measurements.
@@ -94,13 +95,14 @@ def default_config(length: int, k: int, n: int) -> LaneMatmulConfig:
 def _check(x: Tensor, bank: Tensor, owners: Tensor, out: Tensor) -> None:
     check_steps("x", x, FLOATS)
     check_steps("out", out, FLOATS)
-    if bank.dim() != 3 or bank.dtype != torch.float32:
-        raise ShapeError("bank", "float32 with 3 axes", (bank.dtype, tuple(bank.shape)))
-    rows, length, k = x.shape
-    if bank.shape[1] != k:
-        raise ShapeError("bank", f"shape (lanes, {k}, n)", tuple(bank.shape))
-    if out.shape != (rows, length, bank.shape[2]):
-        raise ShapeError("out", f"shape {(rows, length, bank.shape[2])}", tuple(out.shape))
+    if bank.dim() != 4 or bank.dtype != torch.float32:
+        raise ShapeError("bank", "float32 with 4 axes", (bank.dtype, tuple(bank.shape)))
+    rows, length, modules, k = x.shape
+    if bank.shape[1:3] != (modules, k):
+        raise ShapeError("bank", f"shape (lanes, {modules}, {k}, n)", tuple(bank.shape))
+    expected = (rows, length, modules, bank.shape[3])
+    if out.shape != expected:
+        raise ShapeError("out", f"shape {expected}", tuple(out.shape))
     check_vector("owners", owners, (torch.int32,), rows)
     check_devices({"x": x, "bank": bank, "owners": owners, "out": out})
 
@@ -117,13 +119,13 @@ def _launch(
     require_triton()
     from shoal.kernels.lane_matmul.jit import lane_matmul_kernel
 
-    rows, length, k = x.shape
-    n = bank.shape[2]
+    rows, length, modules, k = x.shape
+    n = bank.shape[3]
     if out.numel() == 0:
         return
     chosen = config or default_config(length, k, n)
     exact = x.dtype == out.dtype == torch.float32
-    grid = (rows * -(-length // chosen.tile), -(-n // chosen.block_n))
+    grid = (rows * -(-length // chosen.tile), -(-n // chosen.block_n), modules)
     lane_matmul_kernel[grid](
         x,
         bank,
@@ -135,11 +137,14 @@ def _launch(
         scale,
         x.stride(0),
         x.stride(1),
+        x.stride(2),
         bank.stride(0),
         bank.stride(1),
         bank.stride(2),
+        bank.stride(3),
         out.stride(0),
         out.stride(1),
+        out.stride(2),
         TILE=chosen.tile,
         BLOCK_K=chosen.block_k,
         BLOCK_N=chosen.block_n,

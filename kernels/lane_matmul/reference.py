@@ -11,12 +11,13 @@ def lane_matmul_reference(
 ) -> None:
     """See ``shoal.kernels.lane_matmul.kernel.lane_matmul``; float32, any device.
 
-    One batched product with a row's own matrix each.
+    One batched product with a row's own matrices each.
     """
     used = (owners >= 0).nonzero().squeeze(1)
     everyone = used.numel() == owners.numel()
     chosen = bank.index_select(0, owners if everyone else owners[used])
-    product = torch.bmm((x if everyone else x[used]).float(), chosen.float())
+    product = torch.matmul((x if everyone else x[used]).transpose(1, 2).float(), chosen.float())
+    product = product.transpose(1, 2)
     if scale != 1:
         product *= scale
     if everyone:

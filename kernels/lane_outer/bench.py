@@ -60,7 +60,7 @@ def _record(
         "lane_outer",
         case,
         {"lanes": lanes, "rows": rows, "length": length, "m": m, "n": n},
-        lambda: lane_outer(a, b, table, grads, config=config),
+        lambda: lane_outer(a[:, :, None], b[:, :, None], table, grads[:, None], config=config),
         bytes_moved=(a.numel() + b.numel()) * a.element_size() + grads.numel() * 4,
         baseline=None if config else ("bmm", lambda: torch.bmm(left, right)),
         config=config or "default",

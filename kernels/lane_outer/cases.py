@@ -19,7 +19,8 @@ class Case:
 
     Attributes:
         owners: the lane of each row, -1 for none.
-        lanes: matrices that are written to.
+        lanes: those that are written to.
+        modules: matrices of a lane.
         padded: a, b and grads are views with NaN between their rows.
     """
 
@@ -29,6 +30,7 @@ class Case:
     m: int
     n: int
     lanes: int = 4
+    modules: int = 1
     padded: bool = False
     scale: float = 1.0
     gpu_only: bool = False
@@ -46,6 +48,7 @@ CASES = (
     Case("two rows each", owners=(2, 2, 0, 0), length=20, m=16, n=16, padded=True),
     Case("ragged", owners=(1, 1, 1, -1, 0, 2, 2), length=70, m=5, n=13, padded=True, scale=2.0),
     Case("many rows", owners=(0,) * 9 + (2,) * 4, length=16, m=8, n=8),
+    Case("q, k and v", owners=(3, 3, 1), length=18, m=8, n=9, modules=3, padded=True),
     Case("fold", owners=(2, 0, -1), length=19, m=8, n=150, padded=True),
     Case("large core", owners=(1, 0, 0), length=18, m=66, n=70),
     Case(
@@ -74,11 +77,11 @@ def make_inputs(
     rows = len(case.owners)
     most = max((case.owners.count(lane) for lane in range(case.lanes)), default=0)
     terms = max(1, most * case.length)
-    a = random((rows, case.length, case.m), generator, dtypes[0], terms**-0.25)
-    b = random((rows, case.length, case.n), generator, dtypes[1], terms**-0.25)
+    a = random((rows, case.length, case.modules, case.m), generator, dtypes[0], terms**-0.25)
+    b = random((rows, case.length, case.modules, case.n), generator, dtypes[1], terms**-0.25)
     unused = torch.tensor(case.owners, dtype=torch.int32) < 0
     a[unused] = b[unused] = float("nan")
-    grads = random((case.lanes, case.m, case.n), generator, torch.float32)
+    grads = random((case.lanes, case.modules, case.m, case.n), generator, torch.float32)
     a, b, grads = (tensor.to(device) for tensor in (a, b, grads))
     if case.padded:
         a, b, grads = spread(a), spread(b), spread(grads)

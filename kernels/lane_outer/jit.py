@@ -19,9 +19,12 @@ def lane_outer_kernel(
     scale,
     a_row_stride,
     a_stride,
+    a_module_stride,
     b_row_stride,
     b_stride,
+    b_module_stride,
     lane_stride,
+    module_stride,
     m_stride,
     split_stride,
     TILE: tl.constexpr,
@@ -31,7 +34,7 @@ def lane_outer_kernel(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program ``(segment·splits + split, c)``: a tile of one lane's ``aᵀ b``.
+    """Program ``(segment·splits + split, c, module)``: a tile of one lane's ``aᵀ b``.
 
     It walks over every ``SPLITS``-th row of its lane, so the order of the sum is decided by the
     table alone. With one split the result goes to its lane, otherwise to its segment's place
@@ -42,6 +45,7 @@ def lane_outer_kernel(
     columns = tl.cdiv(n, BLOCK_N)
     i = tl.program_id(1) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    module = tl.program_id(2).to(tl.int64)
     first = tl.load(firsts_ptr + segment)
     count = tl.load(counts_ptr + segment)
     lane = tl.load(lanes_ptr + segment)
@@ -49,8 +53,8 @@ def lane_outer_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for nth in range(split, count, SPLITS):
             row = first.to(tl.int64) + nth
-            a_row = a_ptr + row * a_row_stride
-            b_row = b_ptr + row * b_row_stride
+            a_row = a_ptr + row * a_row_stride + module * a_module_stride
+            b_row = b_ptr + row * b_row_stride + module * b_module_stride
             for start in range(0, length, TILE):
                 token = start + tl.arange(0, TILE)
                 live = token < length
@@ -73,6 +77,7 @@ def lane_outer_kernel(
             sums_ptr
             + split * split_stride
             + place.to(tl.int64) * lane_stride
+            + module * module_stride
             + i[:, None] * m_stride
             + j[None, :],
             acc * scale,
@@ -91,6 +96,7 @@ def lane_sum_kernel(
     segment_stride,
     split_stride,
     lane_stride,
+    module_stride,
     m_stride,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -102,8 +108,9 @@ def lane_sum_kernel(
     lane = tl.load(lanes_ptr + segment)
     if count > 0:
         acc = tl.zeros((BLOCK,), dtype=tl.float32)
-        source = sums_ptr + segment.to(tl.int64) * segment_stride
+        module = tl.program_id(2).to(tl.int64)
+        source = sums_ptr + segment.to(tl.int64) * segment_stride + module * size
         for split in tl.static_range(SPLITS):
             acc += tl.load(source + split * split_stride + at, mask=at < size, other=0.0)
-        target = grads_ptr + lane.to(tl.int64) * lane_stride + at // n * m_stride + at % n
-        tl.store(target, acc, mask=at < size)
+        target = grads_ptr + lane.to(tl.int64) * lane_stride + module * module_stride
+        tl.store(target + at // n * m_stride + at % n, acc, mask=at < size)

@@ -1,4 +1,4 @@
-"""``lane_outer``: each lane's sum over its tokens of ``aᵀ b``: the gradient of its matrix.
+"""``lane_outer``: each lane's sum over its tokens of ``aᵀ b``: the gradient of its matrices.
 
 In training of many adapters at once it is LoRA-XS's ``dR = s·Σ dzᵀ h`` and MiSS's
 ``dD = Σ S_r(x)ᵀ dy``. Owns argument checks, dispatch and launch shapes. Dispatch goes by device
@@ -49,13 +49,13 @@ def lane_outer(
     scale: float = 1.0,
     config: LaneOuterConfig | None = None,
 ) -> None:
-    """Write ``grads[lane] = scale · Σ a[row, t]ᵀ b[row, t]`` over the lane's rows and tokens.
+    """Write ``grads[lane, i] = scale · Σ a[row, t, i]ᵀ b[row, t, i]`` over its rows and tokens.
 
     Args:
-        a: ``(rows, length, m)``. The last axis is contiguous.
-        b: ``(rows, length, n)``, likewise.
+        a: ``(rows, length, modules, m)``. The last axis is contiguous.
+        b: ``(rows, length, modules, n)``, likewise.
         rows: which row is whose. Lanes that it does not name keep what they hold.
-        grads: ``(lanes, m, n)`` float32, out. The last axis is contiguous.
+        grads: ``(lanes, modules, m, n)`` float32, out. The last axis is contiguous.
         scale: multiplies the sums.
         config: launch parameters, for measurements.
 
@@ -91,11 +91,13 @@ def launch_lane_outer(
     _launch(a, b, rows, grads, scale, config)
 
 
-def default_config(rows: int, segments: int, length: int, m: int, n: int) -> LaneOuterConfig:
+def default_config(
+    rows: int, segments: int, length: int, m: int, n: int, modules: int = 1
+) -> LaneOuterConfig:
     """The launch parameters for ``segments`` lanes in ``rows`` rows. Not swept yet."""
     block_m = min(64, power_of_two(m, 16))
     block_n = min(128 if block_m <= 32 else 64, power_of_two(n, 16))
-    programs = segments * -(-m // block_m) * -(-n // block_n)
+    programs = segments * modules * -(-m // block_m) * -(-n // block_n)
     # Lanes have rows / segments rows on average: more parts than that would mostly be empty.
     most = min(SPLITS_MAX, -(-rows // max(1, segments)))
     splits = max(1, min(most, BUSY_PROGRAMS // max(1, programs)))
@@ -105,11 +107,12 @@ def default_config(rows: int, segments: int, length: int, m: int, n: int) -> Lan
 def _check(a: Tensor, b: Tensor, rows: LaneRows, grads: Tensor) -> None:
     check_steps("a", a, FLOATS)
     check_steps("b", b, FLOATS)
-    if a.shape[:2] != b.shape[:2]:
-        raise ShapeError("b", f"shape {(*a.shape[:2], 'n')}", tuple(b.shape))
+    if a.shape[:3] != b.shape[:3]:
+        raise ShapeError("b", f"shape {(*a.shape[:3], 'n')}", tuple(b.shape))
     check_steps("grads", grads, (torch.float32,))
-    if grads.shape[1:] != (a.shape[2], b.shape[2]):
-        raise ShapeError("grads", f"shape (lanes, {a.shape[2]}, {b.shape[2]})", tuple(grads.shape))
+    modules, m, n = a.shape[2], a.shape[3], b.shape[3]
+    if grads.shape[1:] != (modules, m, n):
+        raise ShapeError("grads", f"shape (lanes, {modules}, {m}, {n})", tuple(grads.shape))
     check_rows(rows, a.shape[0])
     check_devices({"a": a, "b": b, "grads": grads, **{f"rows.{k}": v for k, v in _named(rows)}})
 
@@ -129,18 +132,19 @@ def _launch(
     require_triton()
     from shoal.kernels.lane_outer.jit import lane_outer_kernel, lane_sum_kernel
 
-    count, length, m = a.shape
-    n = b.shape[2]
+    count, length, modules, m = a.shape
+    n = b.shape[3]
     segments = rows.firsts.shape[0]
-    if segments == 0 or m == 0 or n == 0:
+    if segments == 0 or grads.numel() == 0:
         return
-    chosen = config or default_config(count, segments, length, m, n)
+    chosen = config or default_config(count, segments, length, m, n, modules)
     splits = chosen.splits
     sums = grads
     if splits > 1:
-        sums = torch.empty((splits, segments, m, n), dtype=torch.float32, device=a.device)
+        shape = (splits, segments, modules, m, n)
+        sums = torch.empty(shape, dtype=torch.float32, device=a.device)
     mixed = a.dtype != b.dtype
-    grid = (segments * splits, -(-m // chosen.block_m) * -(-n // chosen.block_n))
+    grid = (segments * splits, -(-m // chosen.block_m) * -(-n // chosen.block_n), modules)
     lane_outer_kernel[grid](
         a,
         b,
@@ -154,8 +158,11 @@ def _launch(
         scale,
         a.stride(0),
         a.stride(1),
+        a.stride(2),
         b.stride(0),
         b.stride(1),
+        b.stride(2),
+        sums.stride(-4),
         sums.stride(-3),
         sums.stride(-2),
         sums.stride(0) if splits > 1 else 0,
@@ -169,7 +176,7 @@ def _launch(
     )
     if splits > 1:
         block = 256
-        lane_sum_kernel[(segments, -(-m * n // block))](
+        lane_sum_kernel[(segments, -(-m * n // block), modules)](
             sums,
             rows.counts,
             rows.lanes,
@@ -180,6 +187,7 @@ def _launch(
             sums.stride(0),
             grads.stride(0),
             grads.stride(1),
+            grads.stride(2),
             SPLITS=splits,
             BLOCK=block,
         )

@@ -15,6 +15,11 @@ def lane_outer_reference(
 
     One batched product when all lanes have equally many rows, side by side; else one a lane.
     """
+    for module in range(a.shape[2]):
+        _one_module(a[:, :, module], b[:, :, module], rows, grads[:, module], scale)
+
+
+def _one_module(a: Tensor, b: Tensor, rows: LaneRows, grads: Tensor, scale: float) -> None:
     a, b = a.float(), b.float()
     used = [s for s in zip(*(part.tolist() for part in rows[1:]), strict=True) if s[1]]
     if not used:

@@ -39,8 +39,9 @@ def matmul_in_float64(case: matmul_cases.Case, inputs: matmul_cases.Inputs) -> T
     out = inputs.out.double()
     for row, lane in enumerate(case.owners):
         if lane >= 0:
-            product = case.scale * inputs.x[row].double() @ inputs.bank[lane].double()
-            out[row] = product + (out[row] if case.add else 0)
+            for i in range(case.modules):
+                x, matrix = inputs.x[row, :, i].double(), inputs.bank[lane, i].double()
+                out[row, :, i] = case.scale * x @ matrix + (out[row, :, i] if case.add else 0)
         elif not case.add:
             out[row] = 0
     return out
@@ -55,7 +56,7 @@ def outer_in_float64(case: outer_cases.Case, inputs: outer_cases.Inputs) -> Tens
         if lane >= 0:
             for t in range(case.length):
                 a, b = inputs.a[row, t].double(), inputs.b[row, t].double()
-                grads[lane] += case.scale * a[:, None] * b[None, :]
+                grads[lane] += case.scale * a[:, :, None] * b[:, None, :]
     return grads
 
 
@@ -108,7 +109,7 @@ def test_the_outer_kernel_equals_the_reference(
 
 
 def test_a_folded_float32_meets_16_bit_gradients() -> None:
-    case = OUTERS[6]
+    case = next(case for case in OUTERS if case.name == "fold")
     inputs = outer_cases.make_inputs(case, (torch.float32, torch.bfloat16), DEVICE, seed=3)
     expected = inputs.grads.cpu().clone()
     lane_outer(inputs.a.cpu(), inputs.b.cpu(), to_cpu(inputs.rows), expected, scale=case.scale)
@@ -157,17 +158,17 @@ def test_rows_are_planned_by_neighbours() -> None:
 
 
 def test_a_wrong_argument_is_named() -> None:
-    x, bank, out = torch.zeros(2, 3, 4), torch.zeros(5, 4, 6), torch.zeros(2, 3, 6)
+    x, bank, out = torch.zeros(2, 3, 1, 4), torch.zeros(5, 1, 4, 6), torch.zeros(2, 3, 1, 6)
     owners = torch.zeros(2, dtype=torch.int32)
-    with pytest.raises(ShapeError, match=r"bank: expected shape \(lanes, 4, n\)"):
-        lane_matmul(x, bank.transpose(1, 2), owners, out)
-    with pytest.raises(ShapeError, match=r"out: expected shape \(2, 3, 6\)"):
+    with pytest.raises(ShapeError, match=r"bank: expected shape \(lanes, 1, 4, n\)"):
+        lane_matmul(x, bank.mT, owners, out)
+    with pytest.raises(ShapeError, match=r"out: expected shape \(2, 3, 1, 6\)"):
         lane_matmul(x, bank, owners, out[:1])
     with pytest.raises(ShapeError, match="owners: expected"):
         lane_matmul(x, bank, owners.long(), out)
     rows = upload_rows([0, 1], CPU)
-    with pytest.raises(ShapeError, match=r"grads: expected shape \(lanes, 4, 6\)"):
-        lane_outer(x, out, rows, bank.transpose(1, 2).contiguous())
+    with pytest.raises(ShapeError, match=r"grads: expected shape \(lanes, 1, 4, 6\)"):
+        lane_outer(x, out, rows, bank.mT.contiguous())
     with pytest.raises(ShapeError, match="b: expected shape"):
         lane_outer(x, out[:, :2], rows, bank)
     with pytest.raises(ShapeError, match=r"rows.owners: expected shape \(2,\)"):

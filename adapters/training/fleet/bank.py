@@ -67,10 +67,9 @@ class Bank:
         kept: dict[Target, AdaptedLinear] = {}
         start = 0
         for target, bank in self._banks.items():
-            ((_, factor),) = bank.factors().items()
-            shape = factor.shape[1:]
-            kept[target] = bank.kept(values[start : start + shape.numel()].view(shape))
-            start += shape.numel()
+            size = bank.shape.numel()
+            kept[target] = bank.kept(values[start : start + size].view(bank.shape))
+            start += size
         method_of(config).write(directory, kept, 0, self._source)
 
     def state(self, slots: list[int]) -> dict[str, Tensor]:

@@ -36,7 +36,14 @@ from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.environment import describe, peak_bytes
 from shoal.adapters.training.fleet.config import FleetConfig
 from shoal.adapters.training.fleet.inputs import FleetInputs, Row, fleet_inputs
-from shoal.adapters.training.fleet.linears import BankLinear, attach_banks, values_per_lane
+from shoal.adapters.training.fleet.linears import (
+    BankLinear,
+    CoreGroup,
+    FoldGroup,
+    attach_banks,
+    groups_of,
+    values_per_lane,
+)
 from shoal.adapters.training.fleet.norms import fuse_norms
 from shoal.adapters.training.fleet.products import Step
 from shoal.adapters.training.fleet.step import FleetStep
@@ -269,23 +276,30 @@ def _time_kernels(
     """Milliseconds of the backward pass's grouped kernels over all linears, median."""
     rows = upload_rows(list(range(options.tenants)), device)
     shape = (options.tenants, options.length)
-    thin = torch.randn((*shape, options.rank), device=device, dtype=dtype)
-    wide: dict[int, Tensor] = {}
-    for bank in banks.values():
-        width = bank.linear.out_features
-        if options.method == "miss" and width not in wide:
-            wide[width] = torch.randn((*shape, width), device=device, dtype=dtype)
-    out = torch.empty_like(thin)
+    groups = groups_of(banks.values())
+
+    def drawn(*width: int) -> Tensor:
+        return torch.randn((*shape, *width), device=device, dtype=dtype)
+
+    thin = {m: drawn(m, options.rank) for m in {len(group.frozen) for group in groups}}
+    out = {m: torch.empty_like(x) for m, x in thin.items()}
+    fold = options.method == "miss"
+    widths = {part.weight.shape[0] for group in groups for part in group.frozen if fold}
+    wide = {width: drawn(1, width) for width in widths}
 
     def work() -> None:
-        for bank in banks.values():
-            slope = wide.get(bank.linear.out_features, thin)
-            left, right = (thin, slope) if options.method == "miss" else (slope, thin)
-            matrices = bank.bank.detach()
-            lane_outer(left, right, rows, bank.gradient())
-            lane_matmul(
-                slope, matrices.mT if options.method == "miss" else matrices, rows.owners, out
-            )
+        for group in groups:
+            if isinstance(group, CoreGroup):
+                x, made = thin[len(group.frozen)], out[len(group.frozen)]
+                assert group.cores.grad is not None
+                lane_outer(x, x, rows, group.cores.grad)
+                lane_matmul(x, group.cores.detach(), rows.owners, made)
+            elif isinstance(group, FoldGroup):
+                for index, block in enumerate(group.blocks):
+                    slope = wide[block.shape[2]]
+                    lane_outer(thin[1], slope, rows, group.gradient(index)[:, None])
+                    matrices = block.detach().mT[:, None]
+                    lane_matmul(slope, matrices, rows.owners, out[1], add=index > 0)
 
     replay = work
     if device.type == "cuda":  # launches are not what is measured

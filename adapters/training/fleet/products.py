@@ -1,13 +1,16 @@
 """The adapted linears of a fleet as autograd sees them: one function a method, forward and back.
 
-Both put the adapter's small product first and let the base's GEMM add onto it, forward and
-backward: a GEMM that large hides reading what it adds to. Of the activations only the rank-wide one
-is kept (``h`` or ``S_r(x)``), nothing of a linear's width.
+Linears that share their input (q, k and v; gate and up) are one function: what is made of the
+input is made once, and their gradients are added up inside of products. The adapter's small product
+comes first and the base's GEMM adds onto it, forward and backward: a GEMM that large hides reading
+what it adds to. Of the activations only the rank-wide ones are kept (``h`` or ``S_r(x)``), nothing
+of a linear's width.
 
 The gradient of a bank is not returned: it is written where the optimiser wants it, for the lanes
 of the step alone. So a bank of any size costs a step nothing but the lanes that it trains.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,115 +40,178 @@ class Step:
         return self.rows
 
 
-def core_linear(
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What a linear has of the base, as x.
+
+    Attributes:
+        weight: ``W (d_out, d_in)``.
+        bias: ``(d_out,)`` or None.
+        basis: LoRA-XS's ``B (d_out, r)``; None for MiSS.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    basis: Tensor | None = None
+
+
+def core_linears(
     x: Tensor,
     cores: Tensor,
     grads: Tensor,
-    weight: Tensor,
-    basis: Tensor,
     down: Tensor,
+    linears: Sequence[Frozen],
     rows: LaneRows,
     scale: float,
-) -> Tensor:
-    """LoRA-XS: ``x Wᵀ + s·((x Aᵀ) Rᵀ) Bᵀ``, every row with the ``R`` of its lane.
+) -> tuple[Tensor, ...]:
+    """LoRA-XS: ``x Wᵀ + s·((x Aᵀ) Rᵀ) Bᵀ + bias`` of each linear, every row with its lane's ``R``.
 
     Args:
-        x: ``(rows, length, d_in)``.
-        cores: ``R (lanes, r, r)`` float32.
+        x: ``(rows, length, d_in)``, the input of all.
+        cores: ``R (lanes, linears, r, r)`` float32.
         grads: like ``cores``; ``backward`` writes the lanes of the step.
-        weight: ``W (d_out, d_in)``, as x.
-        basis: ``B (d_out, r)``, as x.
-        down: ``A = Bᵀ W (r, d_in)``, as x.
+        down: ``A``, one below the other: ``(linears·r, d_in)``, as x.
+        linears: at least one.
         rows: which row is whose.
         scale: ``s``.
 
     Returns:
-        ``(rows, length, d_out)`` in x's dtype.
+        For each linear ``(rows, length, d_out)`` in x's dtype.
     """
-    arguments = (x, cores, grads, weight, basis, down, rows, scale)
-    out: Tensor = _CoreLinear.apply(*arguments)  # type: ignore[no-untyped-call]
-    return out
+    arguments = (x, cores, grads, down, tuple(linears), rows, scale)
+    outs: tuple[Tensor, ...] = _CoreLinears.apply(*arguments)  # type: ignore[no-untyped-call]
+    return outs
 
 
-def fold_linear(x: Tensor, blocks: Tensor, grads: Tensor, weight: Tensor, rows: LaneRows) -> Tensor:
-    """MiSS: ``x Wᵀ + S_r(x) D``, every row with the ``D`` of its lane.
+def fold_linears(
+    x: Tensor,
+    blocks: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    linears: Sequence[Frozen],
+    rows: LaneRows,
+) -> tuple[Tensor, ...]:
+    """MiSS: ``x Wᵀ + S_r(x) D + bias`` of each linear, every row with the ``D`` of its lane.
 
     Args:
-        x: ``(rows, length, d_in)``.
-        blocks: ``D (lanes, r, d_out)`` float32.
+        x: ``(rows, length, d_in)``, the input of all.
+        blocks: of each linear ``D (lanes, r, d_out)`` float32.
         grads: like ``blocks``; ``backward`` writes the lanes of the step.
-        weight: ``W (d_out, d_in)``, as x.
+        linears: at least one.
         rows: which row is whose.
 
     Returns:
-        ``(rows, length, d_out)`` in x's dtype.
+        For each linear ``(rows, length, d_out)`` in x's dtype.
     """
-    arguments = (x, blocks, grads, weight, rows)
-    out: Tensor = _FoldLinear.apply(*arguments)  # type: ignore[no-untyped-call]
-    return out
+    arguments = (x, tuple(grads), tuple(linears), rows, *blocks)
+    outs: tuple[Tensor, ...] = _FoldLinears.apply(*arguments)  # type: ignore[no-untyped-call]
+    return outs
 
 
-class _CoreLinear(torch.autograd.Function):
+class _CoreLinears(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         cores: Tensor,
         grads: Tensor,
-        weight: Tensor,
-        basis: Tensor,
         down: Tensor,
+        linears: tuple[Frozen, ...],
         rows: LaneRows,
         scale: float,
-    ) -> Tensor:
-        h = F.linear(x, down)
-        z = torch.empty_like(h)
+    ) -> tuple[Tensor, ...]:
+        rank = cores.shape[-1]
+        h = F.linear(x, down).view(*x.shape[:2], len(linears), rank)
+        z = _linear_by_linear(h)
         lane_matmul(h, cores.mT, rows.owners, z, scale=scale)
-        y = F.linear(z, basis)
-        _flat(y).addmm_(_flat(x), weight.T)
-        ctx.save_for_backward(h, cores, weight, basis, down)
-        ctx.grads, ctx.rows, ctx.scale = grads, rows, scale
-        return y
+        outs = []
+        for i, linear in enumerate(linears):
+            assert linear.basis is not None
+            y = F.linear(z[:, :, i], linear.basis)
+            _flat(y).addmm_(_flat(x), linear.weight.T)
+            outs.append(y if linear.bias is None else y.add_(linear.bias))
+        ctx.save_for_backward(h, cores, down)
+        ctx.set_materialize_grads(False)
+        ctx.grads, ctx.linears, ctx.rows, ctx.scale = grads, linears, rows, scale
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, cores, weight, basis, down = ctx.saved_tensors
-        dz = dy @ basis
-        lane_outer(dz, h, ctx.rows, ctx.grads, scale=ctx.scale)
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        h, cores, down = ctx.saved_tensors
+        given = [(i, dy) for i, dy in enumerate(dys) if dy is not None]
+        if not given:
+            return (None,) * 7
+        dz = _linear_by_linear(h)
+        for i, dy in enumerate(dys):
+            if dy is None:
+                dz[:, :, i].zero_()
+            else:
+                torch.mm(_flat(dy), ctx.linears[i].basis, out=_flat(dz[:, :, i]))
+        if len(given) == len(dys):
+            lane_outer(dz, h, ctx.rows, ctx.grads, scale=ctx.scale)
+        else:  # what another call has written of the others stays
+            for i, _ in given:
+                own = slice(i, i + 1)
+                left, right = dz[:, :, own], h[:, :, own]
+                lane_outer(left, right, ctx.rows, ctx.grads[:, own], scale=ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dh = torch.empty_like(dz)
+            dh = torch.empty_like(h)
             lane_matmul(dz, cores, ctx.rows.owners, dh, scale=ctx.scale)
-            dx = dh @ down
-            _flat(dx).addmm_(_flat(dy), weight)
-        return dx, *(None,) * 7
+            dx = dh.flatten(2) @ down
+            for i, dy in given:
+                _flat(dx).addmm_(_flat(dy), ctx.linears[i].weight)
+        return dx, *(None,) * 6
 
 
-class _FoldLinear(torch.autograd.Function):
+class _FoldLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, blocks: Tensor, grads: Tensor, weight: Tensor, rows: LaneRows
-    ) -> Tensor:
-        rank = blocks.shape[1]
-        folded = _fold(x, rank)
-        y = F.linear(x, weight)
-        lane_matmul(folded, blocks, rows.owners, y, add=True)
-        ctx.save_for_backward(folded, blocks, weight)
-        ctx.grads, ctx.rows = grads, rows
-        return y
+        ctx: Any,
+        x: Tensor,
+        grads: tuple[Tensor, ...],
+        linears: tuple[Frozen, ...],
+        rows: LaneRows,
+        *blocks: Tensor,
+    ) -> tuple[Tensor, ...]:
+        folded = _fold(x, blocks[0].shape[1])
+        outs = []
+        for linear, block in zip(linears, blocks, strict=True):
+            y = F.linear(x, linear.weight, linear.bias)
+            lane_matmul(_one(folded), block[:, None], rows.owners, _one(y), add=True)
+            outs.append(y)
+        ctx.save_for_backward(folded, *blocks)
+        ctx.set_materialize_grads(False)
+        ctx.grads, ctx.linears, ctx.rows = grads, linears, rows
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        folded, blocks, weight = ctx.saved_tensors
-        dy = dy.contiguous()
-        lane_outer(folded, dy, ctx.rows, ctx.grads)
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        folded, *blocks = ctx.saved_tensors
+        given = [(i, dy.contiguous()) for i, dy in enumerate(dys) if dy is not None]
         dx = None
-        if ctx.needs_input_grad[0]:
-            dfolded = torch.empty_like(folded)
-            lane_matmul(dy, blocks.mT, ctx.rows.owners, dfolded)
-            dx = _unfold(dfolded.to(dy.dtype), weight.shape[1])
-            _flat(dx).addmm_(_flat(dy), weight)
-        return dx, *(None,) * 4
+        for i, dy in given:
+            lane_outer(_one(folded), _one(dy), ctx.rows, ctx.grads[i][:, None])
+        if given and ctx.needs_input_grad[0]:
+            dfolded = torch.zeros_like(folded)
+            for i, dy in given:
+                matrices = blocks[i].mT[:, None]
+                lane_matmul(_one(dy), matrices, ctx.rows.owners, _one(dfolded), add=True)
+            dx = _unfold(dfolded.to(given[0][1].dtype), ctx.linears[0].weight.shape[1])
+            for i, dy in given:
+                _flat(dx).addmm_(_flat(dy), ctx.linears[i].weight)
+        return dx, *(None,) * (3 + len(blocks))
+
+
+def _linear_by_linear(like: Tensor) -> Tensor:
+    """Room for ``(rows, length, linears, r)``; of each linear the values lie in one piece."""
+    rows, length, linears, rank = like.shape
+    room = torch.empty((linears, rows, length, rank), dtype=like.dtype, device=like.device)
+    return room.permute(1, 2, 0, 3)
+
+
+def _one(x: Tensor) -> Tensor:
+    """``(rows, length, d)`` as of one linear."""
+    return x[:, :, None]
 
 
 def _fold(x: Tensor, rank: int) -> Tensor:

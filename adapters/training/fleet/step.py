@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from shoal.adapters.spec import Target
 from shoal.adapters.training.fleet.inputs import FleetInputs
-from shoal.adapters.training.fleet.linears import BankLinear
+from shoal.adapters.training.fleet.linears import BankLinear, groups_of
 from shoal.adapters.training.fleet.loss import Head, weighted_nll
 from shoal.adapters.training.fleet.products import Step
 from shoal.adapters.training.optimizer import LaneAdamW
@@ -107,9 +107,9 @@ class FleetStep:
         self.banks = banks
         self.optimizer = LaneAdamW(
             {
-                f"{target}.{name}": factor
-                for target, bank in banks.items()
-                for name, factor in bank.factors().items()
+                f"{index}.{name}": parameter
+                for index, group in enumerate(groups_of(banks.values()))
+                for name, parameter in group.parameters().items()
             },
             weight_decay=weight_decay,
             clip=clip,

@@ -5,13 +5,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.adapters.training.fleet.products import core_linear, fold_linear
-from shoal.kernels.lane_rows import upload_rows
+from shoal.adapters.training.fleet.products import Frozen, core_linears, fold_linears
+from shoal.kernels.lane_rows import LaneRows, upload_rows
 
 CPU = torch.device("cpu")
 # Rows of five lanes: unequal numbers, an unused row, two lanes without any.
 OWNERS = {"ragged": [3, 3, 0, -1, 1], "equal": [2, 2, 4, 4], "one": [1]}
 LANES, LENGTH, D_IN, D_OUT, RANK = 5, 7, 22, 13, 4
+
+
+def core_linear(
+    x: Tensor,
+    cores: Tensor,
+    grads: Tensor,
+    weight: Tensor,
+    basis: Tensor,
+    down: Tensor,
+    rows: LaneRows,
+    scale: float,
+) -> Tensor:
+    """One linear alone."""
+    linears = [Frozen(weight, None, basis)]
+    [y] = core_linears(x, cores[:, None], grads[:, None], down, linears, rows, scale)
+    return y
+
+
+def fold_linear(x: Tensor, bank: Tensor, grads: Tensor, weight: Tensor, rows: LaneRows) -> Tensor:
+    """One linear alone."""
+    [y] = fold_linears(x, [bank], [grads], [Frozen(weight)], rows)
+    return y
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -109,3 +131,45 @@ def test_a_row_that_is_not_finite_reaches_no_other_lane(method: str) -> None:
     broken = gradient(x)
     assert torch.equal(broken[1], whole[1])
     assert not torch.isfinite(broken[0]).all()
+
+
+@pytest.mark.parametrize("method", ["core", "fold"])
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,)], ids=str)
+def test_linears_with_one_input_are_those_linears_one_by_one(
+    method: str, used: tuple[int, ...]
+) -> None:
+    """Also when some outputs are not used: their gradients stay as another call left them."""
+    rows = upload_rows([1, 1, 0], CPU)
+    widths = (13, 8, 13)
+    linears = [
+        Frozen(draw(i, d, D_IN), draw(9 + i, d), torch.linalg.qr(draw(20 + i, d, RANK)).Q)
+        for i, d in enumerate(widths)
+    ]
+    x, other = (draw(30, 3, LENGTH, D_IN).requires_grad_() for _ in range(2))
+    if method == "core":
+        bank = draw(31, 2, 3, RANK, RANK).requires_grad_()
+        grads = torch.full(bank.shape, 7.0)
+        bases = [linear.basis for linear in linears if linear.basis is not None]
+        down = [b.T @ linear.weight for b, linear in zip(bases, linears, strict=True)]
+        outs = core_linears(x, bank, grads, torch.cat(down), linears, rows, 0.5)
+        parts = [grads[:, i] for i in range(3)]
+    else:
+        blocks = [draw(31 + i, 2, RANK, d).requires_grad_() for i, d in enumerate(widths)]
+        parts = [torch.full(block.shape, 7.0) for block in blocks]
+        outs = fold_linears(x, blocks, parts, linears, rows)
+    sum(outs[i].square().sum() for i in used).backward()  # type: ignore[union-attr]
+    for i, linear in enumerate(linears):
+        alone = torch.full(parts[i].shape, 7.0)
+        if method == "core":
+            assert linear.basis is not None
+            y = core_linear(
+                other, bank[:, i], alone, linear.weight, linear.basis, down[i], rows, 0.5
+            )
+        else:
+            y = fold_linear(other, blocks[i], alone, linear.weight, rows)
+        y = y + linear.bias
+        torch.testing.assert_close(outs[i], y, atol=1e-5, rtol=1e-5)
+        if i in used:
+            y.square().sum().backward(retain_graph=True)
+        torch.testing.assert_close(parts[i], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(x.grad, other.grad, atol=1e-4, rtol=1e-4)
