@@ -5,10 +5,9 @@ evicted. Which others stay is decided by ``residency.py``. It does not know wher
 from; the library puts them here. What is in here is served without the store.
 
 Beside a CUDA device the data is page-locked, on the thread that puts it, never on the engine's.
-Torch rounds such blocks up to a power of two (an 84 MB LoRA takes 128 MB) and keeps those of
-evicted entries for later ones of that size. So a tier that is full of one kind of adapter asks the
-driver for nothing, while one that still fills does for each entry; that takes milliseconds, in
-which launches may have to wait.
+The driver takes milliseconds for that, in which launches may have to wait: small entries are cut
+from slabs (``pinned.py``). Large ones are blocks of torch's, which rounds them up to a power of two
+(an 84 MB LoRA takes 128 MB) and keeps those of evicted entries for later ones of that size.
 """
 
 import threading
@@ -18,6 +17,7 @@ import torch
 
 from shoal.adapters.errors import AdapterTooLarge
 from shoal.adapters.packing import PackedAdapter
+from shoal.adapters.pinned import PinnedSlabs
 from shoal.adapters.residency import Residency
 
 
@@ -34,6 +34,7 @@ class HostTier:
         self._lock = threading.Lock()
         self._entries: dict[str, PackedAdapter] = {}
         self._residency = Residency(capacity_bytes)
+        self._slabs = PinnedSlabs() if torch.cuda.is_available() else None
 
     @property
     def used_bytes(self) -> int:
@@ -60,10 +61,10 @@ class HostTier:
         digest = packed.spec.digest
         with self._lock:
             known = digest in self._entries
-        if not known and torch.cuda.is_available():
+        if not known and self._slabs is not None:
             # Page-locked, so that the copy to the device runs beside the step. Outside the lock:
             # locking pages takes milliseconds.
-            packed = replace(packed, data=packed.data.pin_memory())
+            packed = replace(packed, data=self._slabs.copied(packed.data))
         with self._lock:
             if digest not in self._entries:
                 self._add(packed, pin)

@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-use", action="store_true", help="do not use what was uploaded")
     add("--input-len", type=positive, default=8, help="prompt tokens of a stream")
     add("--output-len", type=positive, default=1024,
-        help="tokens of one answer; a stream asks again when it has ended")  # fmt: skip
+        help="tokens of one answer, on the average: streams differ by up to 30 %%, so that they "
+        "do not ask again at one time")  # fmt: skip
     add("--keep", action="store_true", help="do not delete what was uploaded")
 
 
@@ -199,7 +200,10 @@ class _Bench:
     ) -> tuple[Gaps, UploadsDone | None, list[str]]:
         """All streams for that long; what failed."""
         args = self._args
-        streams = [Stream(model, self._prompt, args.output_len) for model in models]
+        streams = [
+            Stream(model, self._prompt, spread(args.output_len, index, len(models)))
+            for index, model in enumerate(models)
+        ]
         tasks = [asyncio.create_task(each.listen(args.base_url, args.api_key)) for each in streams]
         try:
             await _begun(streams)
@@ -239,6 +243,11 @@ class _Bench:
         }
         print(json.dumps({"bench": "pauses", **conditions, "worst_ratio": worst, "rounds": rounds}))
         return 1 if failed else 0
+
+
+def spread(tokens: int, index: int, count: int) -> int:
+    """From 0.7 to 1.3 of ``tokens``, evenly."""
+    return max(1, round(tokens * (0.7 + 0.6 * (index + 0.5) / count)))
 
 
 async def _begun(streams: Sequence[Stream]) -> None:

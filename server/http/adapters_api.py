@@ -38,12 +38,16 @@ def adapters_router(services: Services) -> APIRouter:
         async with received(request, max_bytes=services.config.max_upload_bytes) as upload:
             owner, name = caller.acts_on(upload.name)
             limits = caller.limits if owner == caller.owner else None
+
+            def take() -> "AdapterInfo":
+                try:
+                    return library.upload(name, upload.files, owner=owner, limits=limits)
+                finally:
+                    upload.remove()
+
             try:
                 with names_from("name"):
-                    return await services.work(
-                        lambda: library.upload(name, upload.files, owner=owner, limits=limits),
-                        owner=caller.owner,
-                    )
+                    return await services.work(take, owner=caller.owner)
             except (AdapterError, ShoalError):
                 services.metrics.upload("refused")
                 raise

@@ -75,6 +75,12 @@ class Upload:
 
     name: str
     files: dict[str, Path] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def remove(self) -> None:
+        """Remove the files; they are anyway when the block ends, but on the event loop."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @asynccontextmanager
@@ -190,7 +196,7 @@ class _Form:
 
     def remove(self) -> None:
         """Remove the files."""
-        if self._folder is not None:
+        if self._folder is not None and self._folder.exists():
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:
@@ -205,7 +211,7 @@ class _Form:
             raise InvalidRequest("`name` was not sent: must be there once", param="name")
         if not self._files:
             raise InvalidRequest("no `file` part was sent: must be at least one", param="file")
-        return Upload(self._names[0], self._files)
+        return Upload(self._names[0], self._files, self._folder)
 
     def _begin(self) -> None:
         self._disposition = b""
