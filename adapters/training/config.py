@@ -26,6 +26,7 @@ from shoal.adapters.training.method_options import (
     UNSCALED,
     VECTORS,
     MethodName,
+    allocation_steps,
 )
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -89,7 +90,7 @@ class TrainConfig:
         *FORMATS,
         help="layout of the adapter. lora-xs: compact, or official (the authors'); pissa, milora: "
         "residual (rank r, and what is missing in the base by name), or converted (plain LoRA of "
-        "rank 2r); the first is the default",
+        "rank 2r). The first is the default, but for a randomised pissa",
         choices=EVERY_FORMAT,
     )
     warmup: float = option(0.06, "share of the steps over which the learning rate rises")
@@ -316,6 +317,13 @@ class TrainConfig:
                 "format",
                 not (randomised and self.format == "residual"),
                 "needs svd exact: what a randomised one took from the base cannot be found again",
+            )
+        if self.method == "adalora":
+            first, last = allocation_steps(self.steps, self.tinit, self.tfinal)
+            self._require(
+                "tinit" if self.tfinal is None else "tfinal",
+                first + last < self.steps,
+                f"leaves none of {self.steps} steps for allocation: {first} before, {last} after",
             )
         both = self.mini_r is not None and self.shard == "output"
         self._require("mini_r", not both, "has no output shards")

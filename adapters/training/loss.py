@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from shoal.adapters.training.attention import use_causal_attention
 from shoal.adapters.training.data.batches import packed_mask
 from shoal.adapters.training.errors import BaseRejected
 from shoal.adapters.training.inputs import StepInputs
+from shoal.adapters.training.token_loss import token_losses
 
 
 class LaneLoss:
@@ -51,8 +51,7 @@ class LaneLoss:
             output = self._model(input_ids=inputs.input_ids, use_cache=False, **packed)
         finally:
             self._wanted = None
-        logits = output.logits[0].float()
-        nll = F.cross_entropy(logits, inputs.labels.flatten(), reduction="none")
+        nll = token_losses(output.logits[0], inputs.labels.flatten())
         return (nll.view(inputs.weights.shape) * inputs.weights).sum(dim=1)
 
     def _select(self, head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor] | None:

@@ -63,3 +63,11 @@ SVDS = ("exact", "randomised")
 SHARDS = ("input", "output")
 PATTERNS = ("banded", "random", "top-k")
 SVF_VECTORS = ("logits", "z")
+
+
+def allocation_steps(steps: int, tinit: int | None, tfinal: int | None) -> tuple[int, int]:
+    """AdaLoRA's steps before the first allocation and after the last, with their defaults."""
+    return (
+        steps // 10 if tinit is None else tinit,
+        3 * steps // 10 if tfinal is None else tfinal,
+    )

@@ -37,9 +37,9 @@ ENGINE = (
     "store",
     "basis_rank",
 )
-# Rows of scoring steps are whole, so a step has to take the longest; and a GPU has room.
+# Rows of scoring steps are whole, so a step has to take the longest.
 _BATCHED_TOKENS = 4096
-_SPECTRAL_BYTES = 8 << 30
+_SPECTRAL_BYTES = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +145,7 @@ def _of_registry(
         facts: dict[str, Any] = {}
         for name in dict.fromkeys(args.adapters):
             info = source.find(name)
-            facts[name] = AdapterFacts(info.format, info.rank, info.packed_elements, info.bytes)
+            facts[name] = AdapterFacts(info.format, info.rank, None, info.bytes)
         return evaluate_on(
             source,
             list(facts),

@@ -248,6 +248,7 @@ def open_source(config: ServeConfig) -> Iterator[EngineSource]:
         own = config.registry is None
         if own:
             url = f"sqlite:///{Path(folder) / 'registry.db'}"
-            config = replace(config, registry=url, shipped_adapters=False)
-        with build(replace(config, upload_helpers=0), prepared=False) as parts:
+            config = replace(config, registry=url)
+        config = replace(config, shipped_adapters=False, upload_helpers=0)
+        with build(config, prepared=False) as parts:
             yield EngineSource(parts, own_registry=own)

@@ -26,7 +26,7 @@ from shoal.server.engine.plan import AdapterLoad, Row, StepPlan
 from shoal.server.engine.request import SamplingParams
 
 # Elements of float32 logits that are made at once.
-LOGITS_MAX = 1 << 26
+LOGITS_MAX = 1 << 24
 _GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
@@ -107,6 +107,7 @@ class Scorer:
         if row is not None:
             return row
         plan, config = self._parts.plan, self._parts.config
+        assert len(ids) <= plan.max_model_len, "the caller knows the limits"
         blocks = -(-len(ids) // plan.block_tokens)
         units = 0
         if adapter != BASE and adapter not in step.adapters:

@@ -104,10 +104,12 @@ def evaluate(
         on_answer: told of every generated answer.
 
     Raises:
-        OptionRejected: a metric without a task.
+        OptionRejected: a metric without a task, two tasks of one name, an adapter named ``base``.
         DataRejected: a prompt that the base cannot be asked; names the line. Nothing was measured.
     """
     results = Results() if results is None else results
+    if BASE in adapters:
+        raise OptionRejected("adapters", BASE, "is the name of the base's own row")
     names = {BASE: "", **adapters}
     _check(tasks, metrics)
     asked = [task for task in tasks if task.metric in metrics]
@@ -329,7 +331,7 @@ class _Forgetting(_Run):
 
     def add(self, task: Task) -> None:
         self.tasks.append(task)
-        windows = self._windows[task.name] = []
+        windows: list[tuple[int, ...]] = []
         size = task.max_tokens
         if size > self.source.max_scored // 2:
             rule = f"has windows of {size} tokens; at most {self.source.max_scored // 2} can be"
@@ -341,6 +343,7 @@ class _Forgetting(_Run):
                 raise DataRejected(task.source, item.line, "has fewer than two tokens")
             parts = [ids[start : start + size] for start in range(0, len(ids), size)]
             windows += [part for part in parts if len(part) >= 2]
+        self._windows[task.name] = windows[: task.limit]
 
     def size(self, task: Task) -> int:
         return len(self._windows[task.name])

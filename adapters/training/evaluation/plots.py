@@ -23,13 +23,13 @@ def plot_parameters(
     points = [
         (facts[s.adapter].parameters, s.accuracy, s.adapter)
         for s in summaries
-        if s.adapter in facts and s.accuracy is not None
+        if s.adapter in facts and facts[s.adapter].parameters and s.accuracy is not None
     ]
     if not points:
         return False
     canvas, axes = _figure()
     _scatter(axes, points, facts)
-    axes.set_xscale("log")
+    _log_axis(axes)
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("accuracy, mean over tasks")
     base = next((s.accuracy for s in summaries if s.adapter == BASE), None)
@@ -68,6 +68,16 @@ def _figure() -> tuple[Any, Any]:
     return canvas, figure.add_subplot()
 
 
+def _log_axis(axes: Any) -> None:
+    """Parameters from thousands to billions, labelled at 1, 2 and 5."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
 def _scatter(
     axes: Any, points: Sequence[tuple[Any, Any, str]], facts: Mapping[str, AdapterFacts]
 ) -> None:
@@ -81,8 +91,12 @@ def _scatter(
             axes.annotate(
                 adapter, (x, y), textcoords="offset points", xytext=(5, 4), fontsize="x-small"
             )
-    for number, (method, own) in enumerate(methods.items()):
+    # The same look in every plot of these adapters.
+    known_methods = sorted({known.method for known in facts.values()})
+    looks = [*known_methods, *sorted(set(methods) - set(known_methods))]
+    for method, own in methods.items():
         xs, ys = zip(*own, strict=True)
+        number = looks.index(method)
         axes.plot(
             xs,
             ys,
@@ -94,6 +108,7 @@ def _scatter(
 
 
 def _save(canvas: Any, axes: Any, path: Path) -> None:
+    axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     image = BytesIO()

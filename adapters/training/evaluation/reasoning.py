@@ -37,7 +37,6 @@ def read_reasoning_task(spec: TaskSpec) -> Task:
     with _own_randomness():
         dataset = _dataset(source, name, options)
         entries = [dataset[index] for index in range(len(dataset))]
-    entries = entries[: spec.integer("limit")]
     items = tuple(
         AnswerItem(number, Prompt(messages=(("user", entry["question"]),)), (str(entry["answer"]),))
         for number, entry in enumerate(entries, 1)

@@ -111,12 +111,13 @@ def _fact_cells(adapter: str, facts: AdapterFacts | None) -> list[str]:
     if facts is None:
         return [""] * 6
     peak = None if facts.peak_bytes is None else facts.peak_bytes / (1 << 20)
+    beside = f" ({facts.lanes} at once)" if facts.lanes > 1 else ""
     return [
         facts.method,
         _known(facts.rank, "d"),
-        f"{facts.parameters:,}",
+        _known(facts.parameters, ","),
         f"{facts.file_bytes:,}",
-        _known(facts.train_seconds, ".1f"),
+        _known(facts.train_seconds, ".1f") + beside,
         _known(peak, ".0f"),
     ]
 

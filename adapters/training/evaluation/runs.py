@@ -13,10 +13,9 @@ from shoal.adapters.formats.config_fields import CONFIG_FILE
 from shoal.adapters.reading import WEIGHTS_FILE, adapter_files
 
 # Tensors that a file holds besides what was trained.
-_FROZEN = ("basis_probe", "vera_A", "vera_B")
+_FROZEN = ("basis_probe", "svd_probe", "vera_A", "vera_B", "svft_rows", "svft_cols", "svft_s_pre")
 _XS = "lora_latent_mapping"
-# File formats' names for bytes that a step's peak memory may be recorded under.
-_HEADER = 8
+_LENGTH_BYTES = 8  # of a safetensors header
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +25,22 @@ class AdapterFacts:
     Attributes:
         method: as the trainer names it, else the config's ``peft_type`` in small letters.
         rank: None where there is none.
-        parameters: trained values.
+        parameters: trained values; None where only the served record is known.
         file_bytes: of the adapter's two files.
-        train_seconds: of all steps together.
+        train_seconds: of all steps of the run.
         step_seconds: of the median step.
-        peak_bytes: of device memory while it was trained; on a CPU of the process.
+        peak_bytes: most memory of the run: allocated on the GPU, or resident of the process.
+        lanes: adapters trained side by side in the run, which share its seconds and memory.
     """
 
     method: str
     rank: int | None
-    parameters: int
+    parameters: int | None
     file_bytes: int
     train_seconds: float | None = None
     step_seconds: float | None = None
     peak_bytes: int | None = None
+    lanes: int = 1
 
 
 def adapter_facts(directory: Path) -> AdapterFacts:
@@ -58,14 +59,17 @@ def adapter_facts(directory: Path) -> AdapterFacts:
     peft_type = str(config.get("peft_type", "")).lower().replace("_", "-")
     rank = asked.get("rank", config.get("r"))
     parameters = record.get("parameters")
+    result = record.get("result") or {}
+    lanes = (record.get("run") or {}).get("lanes") or [None]
     return AdapterFacts(
         method=str(asked.get("method") or peft_type),
         rank=rank if isinstance(rank, int) else None,
         parameters=parameters if isinstance(parameters, int) else _trained(files[WEIGHTS_FILE]),
         file_bytes=sum(path.stat().st_size for path in files.values()),
-        train_seconds=sum(seconds) if seconds else None,
+        train_seconds=result.get("seconds", sum(seconds) if seconds else None),
         step_seconds=sorted(seconds)[len(seconds) // 2] if seconds else None,
-        peak_bytes=_peak(record),
+        peak_bytes=result.get("peak_bytes"),
+        lanes=len(lanes),
     )
 
 
@@ -75,12 +79,13 @@ def unique_names(directories: list[Path], reserved: str) -> list[str]:
     Raises:
         ValueError: the same directory is given twice.
     """
-    parts = [path.resolve().parts for path in directories]
-    for length in range(1, max(map(len, parts), default=0) + 1):
+    paths = [path.resolve() for path in directories]
+    parts = [path.parts for path in paths]
+    for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names) and reserved not in names:
             return names
-    twice = next((path for path in directories if directories.count(path) > 1), directories[0])
+    twice = next(path for path in paths if paths.count(path) > 1)
     raise ValueError(f"the directory {twice} is given twice")
 
 
@@ -100,15 +105,10 @@ def _step_seconds(path: Path) -> list[float]:
     return [float(line["seconds"]) for line in lines if line.get("seconds") is not None]
 
 
-def _peak(record: dict[str, Any]) -> int | None:
-    peak = record.get("peak_memory_bytes")
-    return int(peak) if isinstance(peak, int | float) else None
-
-
 def _trained(path: Path) -> int:
     """Values in a safetensors file, without those known to be frozen."""
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(_HEADER), "little")
+        size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         header = json.loads(file.read(size))
     shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     official_xs = any(_XS in name for name in shapes)

@@ -70,6 +70,7 @@ class Task:
         source: where it came from, for error messages.
         digest: sha256 over everything that decides a score.
         max_tokens: ``answer``: tokens generated at most. ``text``: tokens of a window.
+        limit: items at most; of texts also windows.
         extract: ``answer``: the rule that finds the answer in what was generated.
         grader: ``answer``: the task's own scorer; None compares with the item's answers.
     """
@@ -80,6 +81,7 @@ class Task:
     items: tuple[Item, ...]
     digest: str
     max_tokens: int
+    limit: int | None = None
     extract: str = "whole"
     grader: Grader | None = field(default=None, compare=False)
 
@@ -113,7 +115,6 @@ def read_task(spec: TaskSpec) -> Task:
         raw = path.read_bytes()
     except OSError as error:
         raise DataRejected(path, None, f"cannot be read: {error.strerror}") from error
-    limit = spec.integer("limit")
     items: list[Item] = []
     if path.suffix == ".txt":
         items.append(TextItem(1, _decoded(path, 1, raw)))
@@ -128,7 +129,7 @@ def read_task(spec: TaskSpec) -> Task:
             items.append(item)
     if not items:
         raise DataRejected(path, None, "holds no items; one JSON object a line is expected")
-    return make_task(spec.text("name") or path.stem, path, tuple(items[:limit]), spec)
+    return make_task(spec.text("name") or path.stem, path, tuple(items), spec)
 
 
 def make_task(
@@ -142,7 +143,7 @@ def make_task(
     """A task of checked items.
 
     Args:
-        spec: ``max_tokens`` (``length`` of texts) and ``extract``.
+        spec: ``limit``, ``max_tokens`` (``length`` of texts) and ``extract``.
         graded_by: identifies what ``grader`` does, for the digest.
 
     Raises:
@@ -159,10 +160,13 @@ def make_task(
         spec.forbid(("max_tokens", "extract"), "belongs to tasks whose answers are generated")
     extract = spec.choice("extract", tuple(RULES)) or "whole"
     max_tokens = tokens or DEFAULT_TOKENS[kind]
+    limit = spec.integer("limit")
+    items = items[:limit]
     plain: Any = [_plain(item) for item in items]
-    decides = json.dumps([kind, plain, max_tokens, extract, graded_by], sort_keys=True)
+    windows = limit if kind == "text" else None
+    decides = json.dumps([kind, plain, max_tokens, extract, graded_by, windows], sort_keys=True)
     digest = hashlib.sha256(decides.encode()).hexdigest()
-    return Task(name, source, kind, items, digest, max_tokens, extract, grader)
+    return Task(name, source, kind, items, digest, max_tokens, limit, extract, grader)
 
 
 def _kind_of(item: Item) -> Kind:

@@ -60,10 +60,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: all that was asked for is there. 3: the budget ended before. 2: it was refused."""
+    """0: all that was asked for is there. 3: the budget ended before. 2: it was refused.
+
+    130: a signal ended it; what is in the log stays.
+    """
     started = time.monotonic()
     args = parser().parse_args(arguments)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("shoal.adapters.training.experiments").setLevel("INFO")
     args.data = args.data or args.out / "data"
     from shoal.adapters.training.errors import TrainingError
 
@@ -72,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainingError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(args: argparse.Namespace, deadline: float) -> int:
@@ -98,6 +104,7 @@ def _run(args: argparse.Namespace, deadline: float) -> int:
 def _measure(args: argparse.Namespace, log: Log, deadline: float) -> int:
     """Everything that trains."""
     from platformdirs import user_cache_path
+    from transformers.utils.logging import disable_progress_bar
 
     from shoal.adapters.training.experiments import driver
     from shoal.adapters.training.experiments.base import directory_of
@@ -107,6 +114,7 @@ def _measure(args: argparse.Namespace, log: Log, deadline: float) -> int:
     from shoal.adapters.training.experiments.scoring import OpenSource
     from shoal.adapters.training.experiments.tasks import missing
 
+    disable_progress_bar()
     clock = driver.Clock(deadline)
     complete = True
     if args.what in ("controlled", "all"):

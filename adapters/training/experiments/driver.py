@@ -156,4 +156,4 @@ def _run(lab: Lab, table: Table, group: Group, clock: Clock) -> None:
 
 
 def _rows(group: Group) -> int:
-    return len(group.lanes) * int(group.setting.asked["batch_size"]) * group.steps
+    return len(group.lanes) * group.setting.records * group.steps

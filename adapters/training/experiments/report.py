@@ -14,6 +14,17 @@ from shoal.adapters.training.experiments.tables import TABLES, Table
 from shoal.adapters.training.experiments.tasks import TASKS
 
 NONE = "not measured"
+# Columns after the tasks', and what of the log they show.
+_HEADS = {
+    "average": "accuracy",
+    "early loss": "early_loss",
+    "final loss": "final_loss",
+    "forgetting": "forgetting_loss",
+    "step ms": "step_ms",
+    "MiB": "peak_memory",
+}
+# Scale and digits.
+_SHOWN = {"accuracy": (100.0, 1), "step_ms": (1.0, 1), "peak_memory": (2.0**-20, 0)}
 PLOTS = "plots"
 
 
@@ -59,8 +70,8 @@ Made from `experiments.jsonl` by `python -m shoal.adapters.training.experiments 
 measured is in [experiments/README.md](experiments/README.md). SmolLM2-135M-Instruct, {steps}
 updates, seeds {", ".join(map(str, seeds))} side by side, the same records in the same order for
 every method; accuracy is the exact match of greedy answers on 300 questions no method was trained
-on. Figures are mean ± standard deviation over seeds. A claim *holds* (or *does not hold*) when the
-mean difference over seeds is at least two of its standard errors from zero.
+on. Figures are mean ± standard deviation over seeds. A claim *holds*, or *does not hold*, when the
+95 % confidence interval (Student's t) of the mean difference over seeds leaves zero out.
 
 {len(runs)} runs, {len(scores)} scores, {minutes:.0f} minutes of training; {"; ".join(where)};
 commits {commits}.
@@ -99,7 +110,7 @@ def _table(log: Log, table: Table, seeds: Sequence[int], steps: int) -> str:
     lines = [f"## {table.title}", ""]
     if table.about:
         lines += [f"Unlike the paper's: {table.about}.", ""]
-    heads = ["setting", "values", "lr", *tasks, "average", "early loss", "final loss", "forgetting"]
+    heads = ["setting", "values", "lr", *tasks, *_HEADS]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for setting, own in table.rows:
         lines.append(f"| {' | '.join(_cells(log, setting, own, tasks, seeds, steps))} |")
@@ -108,7 +119,8 @@ def _table(log: Log, table: Table, seeds: Sequence[int], steps: int) -> str:
         f"`python -m shoal.adapters.training.experiments {table.name} --base … --out …`. Accuracy "
         "in %; losses in nats per supervised token, early: of the first tenth of the updates, "
         "final: on the validation split; forgetting: cross-entropy against the base's own "
-        "distribution on prose. * the best learning rate is an end of its grid.",
+        "distribution on prose; step and peak memory of all seeds together. * the best learning "
+        "rate is an end of its grid.",
     ]
     return "\n".join(lines)
 
@@ -131,9 +143,7 @@ def _cells(
         "–" if rate is None else f"{rate:g}{edge}",
     ]
     cells += [_over(log, setting, [task], seeds, steps, "accuracy") for task in tasks]
-    for metric in ("accuracy", "early_loss", "final_loss", "forgetting_loss"):
-        cells.append(_over(log, setting, own, seeds, steps, metric))
-    return cells
+    return cells + [_over(log, setting, own, seeds, steps, metric) for metric in _HEADS.values()]
 
 
 def _over(
@@ -153,7 +163,7 @@ def _over(
     whole = [seed for seed in seeds if all(values[task, seed] is not None for task in tasks)]
     if not whole:
         return "–"
-    scale, digits = (100.0, 1) if metric == "accuracy" else (1.0, 3)
+    scale, digits = _SHOWN.get(metric, (1.0, 3))
     found = spread([average(log, setting, tasks, seed, steps, metric) for seed in whole])
     few = "" if len(whole) == len(seeds) else f" ({len(whole)} seeds)"
     return found.text(scale, digits) + few
@@ -194,12 +204,9 @@ def _ratios(costs: dict[str, Line]) -> list[str]:
         held = "holds" if times <= 1.0 else "does not hold"
         return f"- {text}: {what.replace('_', ' ')} × {times:.2f}, **{held}** (one run)."
 
-    peft = "PEFT LoRA r=16"
     return [
         ratio("A LoRA-XS step is no slower than LoRA's (LoRA-XS, Table 6)", "LoRA-XS r=16",
               "LoRA r=16", "step_ms"),
-        ratio("A LoRA-XS step is no slower than PEFT's LoRA", "LoRA-XS r=16", peft, "step_ms"),
-        ratio("and needs no more memory", "LoRA-XS r=16", peft, "peak_memory"),
         ratio("MiSS is faster than LoRA (MiSS, Table 8)", "MiSS r=16", "LoRA r=9", "step_ms"),
         ratio("and needs less memory", "MiSS r=16", "LoRA r=9", "peak_memory"),
         ratio("MiSS is faster than DoRA", "MiSS r=16", "DoRA r=9", "step_ms"),

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from shoal.adapters.formats.writing_adalora import Triplets, write_adalora
 from shoal.adapters.spec import Target
 from shoal.adapters.training.config import TrainConfig
-from shoal.adapters.training.errors import OptionRejected
-from shoal.adapters.training.method_options import MethodName
+from shoal.adapters.training.method_options import MethodName, allocation_steps
 from shoal.adapters.training.methods.attaching import check_rank
 from shoal.adapters.training.methods.contract import (
     WHOLE_BASE,
@@ -112,12 +111,7 @@ class Adalora(Method):
     def of(cls, config: TrainConfig) -> Self:
         """What was asked for, and what follows from rank and steps."""
         init_rank = config.init_rank or math.ceil(1.5 * config.rank)
-        tinit = config.steps // 10 if config.tinit is None else config.tinit
-        tfinal = 3 * config.steps // 10 if config.tfinal is None else config.tfinal
-        if tinit + tfinal >= config.steps:
-            raise OptionRejected(
-                "tinit", tinit, f"must leave steps before the last {tfinal} of {config.steps}"
-            )
+        tinit, tfinal = allocation_steps(config.steps, config.tinit, config.tfinal)
         weight = config.orthogonality
         return cls(
             config.rank,

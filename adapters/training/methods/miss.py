@@ -68,28 +68,27 @@ class ShardLinear(AdaptedLinear):
     """``D (lanes, r, d_in)``: output ``o`` of shard ``i`` adds ``x D[i]ᵀ``.
 
     Attributes:
-        shard_of: ``(d_out,)`` int64; runs as equal as can be, the longer ones first.
+        expand: ``(r, d_out)``, one where an output is of a shard: runs as equal as can be, the
+            longer ones first. A product with it has a gradient that is summed in a fixed order,
+            which that of an index has not on a GPU.
     """
 
-    shard_of: Tensor
+    expand: Tensor
 
     def __init__(self, linear: nn.Linear, rank: int, lanes: int) -> None:
         """Starts at zero."""
         super().__init__(linear, lanes)
-        device = linear.weight.device
-        shard_of = torch.tensor_split(torch.zeros(linear.out_features), rank)
-        sizes = torch.tensor([len(shard) for shard in shard_of])
-        self.register_buffer(
-            "shard_of", torch.arange(rank).repeat_interleave(sizes).to(device), persistent=False
-        )
-        self.d = nn.Parameter(torch.zeros((lanes, rank, linear.in_features), device=device))
+        weight = linear.weight
+        size, longer = divmod(linear.out_features, rank)
+        sizes = torch.tensor([size + (shard < longer) for shard in range(rank)])
+        expand = torch.eye(rank).repeat_interleave(sizes, dim=1)
+        self.register_buffer("expand", expand.to(weight), persistent=False)
+        shape = (lanes, rank, linear.in_features)
+        self.d = nn.Parameter(torch.zeros(shape, device=weight.device))
 
     def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
         """As above, in the base's dtype."""
-        shards = torch.bmm(x, self.d.to(x.dtype).mT)
-        # Expanded by a product: the gradient of an index would be summed in any order on a GPU.
-        expand = F.one_hot(self.shard_of, self.d.shape[1]).to(x.dtype)
-        return y0 + shards @ expand.T
+        return y0 + torch.bmm(x, self.d.to(x.dtype).mT) @ self.expand
 
     def factors(self) -> dict[str, nn.Parameter]:
         """``D``."""

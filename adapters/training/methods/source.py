@@ -164,6 +164,7 @@ def leading_columns(weight: Tensor, target: Target, rank: int) -> Tensor:
     q = torch.linalg.qr(w @ drawn).Q
     for _ in range(ITERATIONS):
         q = torch.linalg.qr(w @ (w.T @ q)).Q
-    inner = torch.linalg.eigh(((q.T @ w) @ (w.T @ q)).double()).eigenvectors.flip(1)[:, :kept]
+    seen = (w.T @ q).double()
+    inner = torch.linalg.eigh(seen.T @ seen).eigenvectors.flip(1)[:, :kept]
     found: Tensor = q.double() @ inner
     return found.float().cpu()

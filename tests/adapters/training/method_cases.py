@@ -99,8 +99,16 @@ class Trial:
         losses: each step's, per lane.
     """
 
-    def __init__(self, base: Path, cache: Path, name: str, seeds: Sequence[int] = (0,)) -> None:
-        self.model = fresh(base)
+    def __init__(
+        self,
+        base: Path,
+        cache: Path,
+        name: str,
+        seeds: Sequence[int] = (0,),
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        self.model = fresh(base).to(device, dtype)
         options = options_of(name)
         self.config = TrainConfig(base=base, data=base, out=cache, steps=8, **options)
         weight_of = weight_reader(self.model)
@@ -129,11 +137,12 @@ class Trial:
             torch.randint(3, 200, (2, 8), generator=torch.Generator().manual_seed(100 + seed))
             for seed in self.seeds
         ]
-        ids = torch.cat(rows)
+        ids = torch.cat(rows).to(self.model.device)
         for _ in range(steps):
             self.optimizer.zero_grad()
             logits = self.model(input_ids=ids).logits[:, 1:-1]
-            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 2:], reduction="none")
+            predicted = logits.float().transpose(1, 2)
+            losses = F.cross_entropy(predicted, ids[:, 2:], reduction="none")
             loss = losses.view(len(self.seeds), -1).mean(dim=1)
             self.losses.append(loss.detach())
             penalty = self.method.penalty(self.adapted)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.adapters.training.method_cases import CASES, Trial, fresh
+from tests.adapters.training.method_cases import CASES, LEARNING, Trial, fresh
 
 from shoal.adapters.training.methods.lora_xs import CORE_STD
 
@@ -54,3 +54,15 @@ def test_a_lane_of_three_is_what_it_is_alone(name: str, base: Path, cache: Path)
     torch.testing.assert_close(got, expected, atol=2e-3, rtol=0)
     losses = torch.stack(together.losses)[:, 1]
     torch.testing.assert_close(losses, torch.cat(alone.losses), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*LEARNING, "lora-xs random", "miss by output", "miss mini"])
+def test_on_a_16_bit_base_everything_trained_stays_float32(
+    name: str, base: Path, cache: Path
+) -> None:
+    trial = Trial(base, cache, name, (0, 1), torch.bfloat16)
+    trial.train(4)
+    factors = [f for linear in trial.adapted.values() for f in linear.factors().values()]
+    assert all(f.dtype == torch.float32 and bool(f.isfinite().all()) for f in factors)
+    assert trial.logits(IDS).dtype == torch.bfloat16
+    assert bool((trial.losses[-1] < trial.losses[0]).all())

@@ -31,7 +31,7 @@ def interrupt_after_three(done: Any) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name: str, lab: Lab) -> None:
-    options = options_of(name) | {"steps": 6}
+    options = options_of(name) | {"steps": 5}
     lab.train("whole", **options)
     assert lab.train("parts", interrupt_after_three, **options).steps == 3
     assert lab.train("parts", resume=True, **options).finished

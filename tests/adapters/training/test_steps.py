@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal.adapters.base import base_digest
-from shoal.adapters.training import runner
+from shoal.adapters.training import runner, token_loss
 from shoal.adapters.training.activations import checkpoint_activations
 from shoal.adapters.training.attention import causal_attention
 from shoal.adapters.training.config import TrainConfig
@@ -18,6 +20,7 @@ from shoal.adapters.training.data import Batch, Example, collate, join
 from shoal.adapters.training.data.batches import packed_mask
 from shoal.adapters.training.inputs import Shape, StepInputs, step_inputs, supervised_per_lane
 from shoal.adapters.training.loss import LaneLoss
+from shoal.adapters.training.method_options import METHOD_NAMES, RANKLESS, MethodName
 from shoal.adapters.training.methods.attaching import shape_of, weight_reader
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import attach_all, method_of
@@ -40,11 +43,12 @@ OTHER = example(3, 4, 40, 41, 42, learnt=3)
 
 
 def make_step(base: Path, root: Path, **options: Any) -> TrainStep:
-    """Two lanes of LoRA on the tiny base."""
+    """Two lanes of LoRA on the tiny base, unless told otherwise."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    config = TrainConfig(
-        method="lora", rank=2, base=base, data=base, out=root, **{"seed": 1, **options}
-    )
+    asked = {"method": "lora", "seed": 1, **options}
+    if asked["method"] not in RANKLESS:
+        asked["rank"] = 2
+    config = TrainConfig(base=base, data=base, out=root, **asked)
     shape = shape_of(model, "tiny", base_digest(base))
     source = Source(weight_reader(model), shape, root / "bases")
     adapted = attach_all(model, config, source, [1, 2])
@@ -104,6 +108,26 @@ def test_the_loss_of_a_lane_is_the_mean_over_its_tokens_of_the_step(base: Path) 
     assert isinstance(total, Tensor)
     expected = [mean(SHORT, LONG, LONG, SHORT), mean(OTHER, SHORT, SHORT, OTHER)]
     assert total.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1 << 23, 250])
+def test_token_losses_are_cross_entropy(
+    chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_loss, "CHUNK_VALUES", chunk)
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn((7, 100), generator=generator) * 5).to(dtype).requires_grad_()
+    labels = torch.randint(0, 100, (7,), generator=generator)
+    weights = torch.rand(7, generator=generator)
+    ours = token_loss.token_losses(logits, labels)
+    expected = F.cross_entropy(logits.float(), labels, reduction="none")
+    torch.testing.assert_close(ours, expected)
+
+    [gradient] = torch.autograd.grad((ours * weights).sum(), logits)
+    [theirs] = torch.autograd.grad((expected * weights).sum(), logits)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, theirs)
 
 
 def test_padding_to_fixed_shapes_changes_no_loss(base: Path) -> None:
@@ -190,6 +214,35 @@ def test_computing_activations_again_changes_no_bit(base: Path, tmp_path: Path) 
 
     assert torch.equal(values, plain)
     assert all(torch.equal(a, b) for a, b in zip(records, other_records, strict=True))
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fails at what waits for the device or brings something to it: no CUDA graph can hold it."""
+
+    ops = torch.ops.aten
+    refused = (
+        ops._local_scalar_dense, ops.nonzero, ops.masked_select, ops._unique2, ops.lift_fresh,
+        ops.equal,
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in self.refused, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_step_of_every_method_can_be_recorded(
+    method: MethodName, packed: bool, base: Path, tmp_path: Path
+) -> None:
+    step = make_step(base, tmp_path, method=method, checkpoint_activations=packed)
+    rows = (join([SHORT, LONG]), join([OTHER, SHORT])) if packed else (SHORT, LONG)
+    [inputs] = inputs_of(batch_of(*rows, packed=packed), fixed_shapes=True)
+    with NothingReadBack():
+        step.begin()
+        step.accumulate(inputs)
+        step.update()
+    assert step.record[2].tolist() == [1, 1]
 
 
 class Replayed:

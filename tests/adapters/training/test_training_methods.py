@@ -125,7 +125,6 @@ def test_a_rank_that_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None
     ("method", "options", "message"),
     [
         ("adalora", {"init_rank": 17}, "init-rank is 17: must not exceed 16"),
-        ("adalora", {"steps": 10, "tinit": 4, "tfinal": 6}, "tinit is 4: must leave steps before"),
         ("miss", {"mini_r": 5}, "mini-r is 5: must divide the 32 outputs"),
         ("svft", {"off_diagonals": 32}, "off-diagonals is 32: must not exceed 31"),
     ],
@@ -173,6 +172,10 @@ def test_a_model_without_the_expected_linears_is_refused() -> None:
         ({"method": "adalora", "init_rank": 3}, "init-rank is 3: rank 4 needs more"),
         ({"method": "adalora", "beta1": 1.0}, "beta1 is 1.0: must be between 0 and 1"),
         ({"method": "adalora", "orthogonality": -1.0}, "orthogonality is -1.0: must not be neg"),
+        (
+            {"method": "adalora", "steps": 10, "tinit": 4, "tfinal": 6},
+            "tfinal is 6: leaves none of 10 steps for allocation: 4 before, 6 after",
+        ),
         ({"method": "vera", "d_initial": -0.1}, "d-initial is -0.1: must be positive"),
         ({"method": "svft", "off_diagonals": -1, "rank": 16}, "off-diagonals is -1: must be at"),
         ({"steps": 0}, "steps is 0: must be at least 1"),
