@@ -81,6 +81,7 @@ class Finishing:
         self._jobs: queue.Queue[tuple[Tenant, Finished, Callable[[], None]] | None]
         self._jobs = queue.Queue(PENDING_MAX)
         self._failure: BaseException | None = None
+        self._away = False
         self._thread = threading.Thread(target=self._work, name="finishing", daemon=True)
 
     def add(self, tenant: Tenant, result: Finished, write: Callable[[], None]) -> None:
@@ -146,13 +147,16 @@ class Finishing:
     def _publish(self, publisher: Publisher, tenant: Tenant, result: Finished) -> Finished:
         """The adapter lies in its directory already: what goes wrong here loses nothing."""
         fields = asdict(result)
-        for wait in (*RETRY_S, None):
+        # Once it has been away for long, nobody waits for it any more until it answers again.
+        for wait in (*(() if self._away else RETRY_S), None):
             try:
                 name = publisher.publish(tenant, tenant.config.out)
+                self._away = False
                 return Finished(**{**fields, "published": name, "problem": None})
             except RegistryError as error:
                 problem = str(error)
                 if wait is None:
+                    self._away = True
                     break
                 time.sleep(wait)
             except AdapterError as error:
