@@ -6,19 +6,23 @@ ratio     a fleet of LoRA-XS tenants, one record each a step, against one tenant
           a step and of a whole run
 gradient  what the adapters add to the base's own backward pass, and the kernels' share
 capacity  how many tenants fit beside a base, with activation checkpointing
+all       those of ``PLANS``, one after the other; what the file of ``--json`` has already is left
+          out
 ========  ==================================================================================
 
-Bases have random weights and the shape of a known model; they are made on the device. The last
-line of the output is one JSON object; ``--json`` appends it to a file.
+Bases have random weights and the shape of a known model; they are made on the device. Each
+measurement is one JSON object, a line of the output; ``--json`` appends it to a file.
 """
 
 import argparse
+import gc
 import json
 import random
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,24 +81,37 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The command line."""
+    """One measurement: see the command line."""
 
     what: str
-    model_shape: str
-    layers: int | None
-    method: str
-    tenants: int
-    rank: int
-    length: int
-    steps: int
-    device: str
-    dtype: str
+    model_shape: str = "smollm2"
+    layers: int | None = None
+    method: str = "lora-xs"
+    tenants: int = 64
+    rank: int = 16
+    length: int = 128
+    steps: int = 20
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+# What is worth knowing of a large GPU, the most important first.
+PLANS = (
+    Options("ratio", length=64),
+    Options("capacity", "llama-3.1-8b", tenants=512, steps=3),
+    Options("gradient", "llama-3.1-8b", layers=4, tenants=128),
+    Options("ratio", length=128),
+    Options("gradient", "llama-3.1-8b", layers=4, tenants=128, method="miss"),
+    Options("gradient"),
+    Options("ratio", length=64, method="miss"),
+    Options("capacity", "llama-3.1-8b", tenants=1024, length=64, steps=3),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("ratio", "gradient", "capacity"))
+    parser.add_argument("what", choices=(*MEASURES, "all"))
     parser.add_argument("--model-shape", choices=tuple(SHAPES), default="smollm2")
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--method", choices=("lora-xs", "miss"), default="lora-xs")
@@ -104,23 +121,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="measured ones")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--json", type=Path, help="append the result here")
-    values = vars(parser.parse_args(argv))
-    path = values.pop("json")
-    options = Options(**values)
-    device = device_of(options.device)
-    began = time.perf_counter()
-    found = {"ratio": ratio, "gradient": gradient, "capacity": capacity}[options.what](
-        options, device
+    parser.add_argument("--json", type=Path, help="append the results here")
+    parser.add_argument(
+        "--budget-s", type=float, default=float("inf"), help="begin nothing after so many seconds"
     )
+    values = vars(parser.parse_args(argv))
+    path, budget = values.pop("json"), values.pop("budget_s")
+    began = time.perf_counter()
+    failed = False
+    for options in PLANS if values["what"] == "all" else (Options(**values),):
+        if values["what"] == "all" and _is_there(path, options):
+            continue
+        if time.perf_counter() - began > budget:
+            break
+        record = _measure(options)
+        failed |= "error" in record
+        line = json.dumps(record)
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        print(line, flush=True)
+    return int(failed)
+
+
+def _measure(options: Options) -> dict[str, Any]:
+    """One record; what fails says so in it, and the next is measured all the same."""
+    device = device_of(options.device)
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    try:
+        found = MEASURES[options.what](options, device)
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}"[:300]}
     took = round(time.perf_counter() - began, 1)
-    record = {**asdict(options), **found, "took_s": took, "environment": describe(device)}
-    line = json.dumps(record)
-    if path is not None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line)
-    return 0
+    return {**asdict(options), **found, "took_s": took, "environment": describe(device)}
+
+
+def _is_there(path: Path | None, options: Options) -> bool:
+    if path is None or not path.exists():
+        return False
+    records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    wanted = asdict(options)
+    return any(
+        "error" not in record and {name: record.get(name) for name in wanted} == wanted
+        for record in records
+    )
 
 
 # ------------------------------------------------------------------------------------- ratio
@@ -323,8 +372,6 @@ def _time_kernels(
 
 def capacity(options: Options, device: torch.device) -> dict[str, Any]:
     """All tenants in one step, one record each: does it fit, and how long does it take?"""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     model = _random_model(options, device, _dtype(options, device))
     base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     size = values_per_lane(model, _config(options))
@@ -435,6 +482,8 @@ def _inputs(options: Options) -> FleetInputs:
     parts = [(lane, [Row(ids[lane], places)]) for lane in range(options.tenants)]
     return fleet_inputs(parts, options.tenants, rates=[1e-4] * options.tenants)
 
+
+MEASURES = {"ratio": ratio, "gradient": gradient, "capacity": capacity}
 
 if __name__ == "__main__":
     sys.exit(main())
