@@ -1,12 +1,12 @@
 """What a run reports: ``metrics.jsonl``, one line per optimiser step, and ``loss.png``.
 
-It owns the two files' form and nothing of the training.
+It owns these files' form and nothing of the training.
 """
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from shoal.adapters.formats.container import write_atomically
+
+_NAMED_LANES = 12  # a legend of more would hide the curves
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +104,8 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def plot_loss(steps: Sequence[StepMetrics], evals: Sequence[EvalMetrics], path: Path) -> None:
-    """Draw the loss curve as a PNG."""
-    # Imported here: matplotlib takes a second, and the figure needs no window system or pyplot.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    """Draw the loss as a PNG; below it the gradient's norm and the learning rate."""
+    figure, (axes, below) = _figure(2)
     numbers = [step.step for step in steps]
     losses = [step.loss for step in steps]
     axes.plot(numbers, losses, color="#9db7d5", linewidth=1, label="loss")
@@ -117,22 +113,57 @@ def plot_loss(steps: Sequence[StepMetrics], evals: Sequence[EvalMetrics], path: 
     if evals:
         points = [point.step for point in evals], [point.loss for point in evals]
         axes.plot(*points, "o-", color="#c2571a", linewidth=1, label="evaluation")
-    axes.set_xlabel("optimiser step")
     axes.set_ylabel("nats per supervised token")
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
     axes.legend()
+    below.plot(numbers, [step.grad_norm for step in steps], color="#5a7d3a", linewidth=1)
+    below.set_ylabel("gradient norm", color="#5a7d3a")
+    below.set_xlabel("optimiser step")
+    rates = below.twinx()
+    rates.plot(numbers, [step.lr for step in steps], color="#777777", linewidth=1)
+    rates.set_ylabel("learning rate", color="#777777")
+    rates.set_ylim(bottom=0)
+    _write(figure, path)
+
+
+def plot_lanes(lanes: Mapping[str, Sequence[StepMetrics]], path: Path) -> None:
+    """Draw the smoothed losses of lanes, by name, as a PNG."""
+    figure, (axes,) = _figure(1)
+    for name, steps in lanes.items():
+        smooth = _smoothed([step.loss for step in steps])
+        axes.plot([step.step for step in steps], smooth, linewidth=1, label=name)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("nats per supervised token, smoothed")
+    axes.set_ylim(bottom=0)
+    if len(lanes) <= _NAMED_LANES:
+        axes.legend()
+    _write(figure, path)
+
+
+def _figure(rows: int) -> tuple[Any, Sequence[Any]]:
+    # Imported here: matplotlib takes a second, and the figure needs no window system or pyplot.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2 + 2 * rows), dpi=120, layout="constrained")
+    ratios = [3, 1][:rows]
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    for each in axes:
+        each.grid(alpha=0.3)
+    return figure, list(axes)
+
+
+def _write(figure: Any, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     image = BytesIO()
-    canvas.print_png(image)
+    FigureCanvasAgg(figure).print_png(image)
     write_atomically(path, [image.getvalue()])
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential average over about ten steps."""
-    smooth: list[float] = []
-    for loss in losses:
-        smooth.append(loss if not smooth else 0.9 * smooth[-1] + 0.1 * loss)
-    return smooth
+    """Mean of each step and up to five on either side."""
+    windows = (losses[max(0, k - 5) : k + 6] for k in range(len(losses)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from shoal.adapters.training.loop import OnStep, TrainingLoop
 from shoal.adapters.training.methods.attaching import shape_of
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import attach_all, method_of
-from shoal.adapters.training.metrics import plot_loss, read_evals, read_steps
+from shoal.adapters.training.metrics import plot_lanes, plot_loss, read_evals, read_steps
 from shoal.adapters.training.record import RunRecord, TrainResult, fingerprint_of, result_of
 from shoal.adapters.training.rundir import RunDirectory
 from shoal.adapters.training.runner import StepRunner, runner_for
@@ -192,6 +192,9 @@ class _Training:
             if lane.fate != "diverged":
                 self.method.write(lane.run.path, self.adapted, index, self.source)
             plot_loss(read_steps(lane.run.metrics), read_evals(lane.run.evals), lane.run.plot)
+        if len(self.lanes) > 1:
+            curves = {lane.lane.name: read_steps(lane.run.metrics) for lane in self.lanes}
+            plot_lanes(curves, RunDirectory(self.config.out).plot)
 
     def _result(self, lane: LaneRun, finished: bool) -> TrainResult:
         return result_of(

@@ -10,6 +10,8 @@ from shoal.server.evaluating.engine_source import open_source as open_engine
 
 # Test prompts are short: many rows at once fill a GPU.
 _ROWS = 256
+# Enough for a small base, and the rest stays for the training that comes after.
+_MEMORY = 0.6
 
 
 @contextmanager
@@ -26,6 +28,7 @@ def open_source(base: Path, device: str) -> Iterator[EngineSource]:
         max_num_seqs=_ROWS,
         max_num_batched_tokens=4096,
         spectral_memory=8 << 30,
+        gpu_memory_utilization=_MEMORY,
     )
     with open_engine(asked) as source:
         yield source

@@ -52,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit", type=int, help="test items asked of an adapter (default: all)")
     made.add_argument("--scorer", default=SCORER, help="module whose open_source scores")
     made.add_argument("--no-score", action="store_true", help="train only")
-    made.add_argument("--keep", action="store_true", help="keep adapters that were scored")
+    made.add_argument("--commit", default="", help="of this copy (default: as git says)")
+    made.add_argument("--keep", action="store_true", help="keep the directories of scored runs")
     made.add_argument(
         "--to", type=Path, default=Path("adapters/training"), help="where the report goes"
     )
@@ -60,10 +61,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: all that was asked for is there. 3: the budget ended before. 2: it was refused."""
+    """0: all that was asked for is there. 3: the budget ended before. 2: it was refused.
+
+    130: a signal ended it; what is in the log stays.
+    """
     started = time.monotonic()
     args = parser().parse_args(arguments)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("shoal.adapters.training.experiments").setLevel("INFO")
     args.data = args.data or args.out / "data"
     from shoal.adapters.training.errors import TrainingError
 
@@ -72,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainingError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(args: argparse.Namespace, deadline: float) -> int:
@@ -98,15 +105,19 @@ def _run(args: argparse.Namespace, deadline: float) -> int:
 def _measure(args: argparse.Namespace, log: Log, deadline: float) -> int:
     """Everything that trains."""
     from platformdirs import user_cache_path
+    from transformers.utils.logging import disable_progress_bar
 
     from shoal.adapters.training.experiments import driver
     from shoal.adapters.training.experiments.base import directory_of
     from shoal.adapters.training.experiments.controlled import run_all
     from shoal.adapters.training.experiments.costs import measure_costs
+    from shoal.adapters.training.experiments.place import tell_commit
     from shoal.adapters.training.experiments.running import Lab
     from shoal.adapters.training.experiments.scoring import OpenSource
     from shoal.adapters.training.experiments.tasks import missing
 
+    disable_progress_bar()
+    tell_commit(args.commit)
     clock = driver.Clock(deadline)
     complete = True
     if args.what in ("controlled", "all"):

@@ -1,7 +1,7 @@
 """What a method costs: initialisation, a step, and memory; one adapter, everything else equal.
 
-For LoRA-XS, Tables 5 and 6, and MiSS, section 3.2 and Table 8. The same steps are also timed with
-PEFT's LoRA, as a rival that a reader knows, where PEFT is installed.
+For LoRA-XS, Tables 5 and 6, and MiSS, section 3.2 and Table 8. ``training/bench_step.py`` measures
+steps against PEFT's.
 """
 
 import logging
@@ -10,19 +10,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from shoal.adapters.training.data import collate, load_examples, order_of
-from shoal.adapters.training.environment import peak_bytes
 from shoal.adapters.training.experiments.driver import Clock
 from shoal.adapters.training.experiments.place import place
 from shoal.adapters.training.experiments.running import Lab, config_of, forget_peak
-from shoal.adapters.training.experiments.settings import BATCH, MAX_LENGTH, Group, Setting
+from shoal.adapters.training.experiments.settings import Group, Setting
 from shoal.adapters.training.experiments.tables import (
     DORA,
     LORA_RANK,
@@ -35,7 +31,6 @@ from shoal.adapters.training.experiments.tables import (
     miss,
     plain,
 )
-from shoal.adapters.training.experiments.tasks import path_of
 from shoal.adapters.training.lanes import Lane
 from shoal.adapters.training.loading import device_of, exact_weights, load_base
 from shoal.adapters.training.methods.attaching import shape_of
@@ -55,6 +50,7 @@ ONE_S = 45.0
 SETTINGS: tuple[Setting, ...] = (
     lora(LORA_RANK),
     lora_xs(16),
+    lora(16),
     miss(MISS_RANK),
     PISSA,
     DORA,
@@ -73,7 +69,6 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("SVF", "svf"),
     Setting("SVFT", "svft"),
 )
-PEFT_RANK = 16
 
 
 def measure_costs(lab: Lab, clock: Clock, settings: tuple[Setting, ...] = SETTINGS) -> bool:
@@ -81,8 +76,6 @@ def measure_costs(lab: Lab, clock: Clock, settings: tuple[Setting, ...] = SETTIN
     todo: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
         (f"cost-{setting.id}", setting.label, partial(_cost, lab, setting)) for setting in settings
     ]
-    todo.insert(2, ("cost-lora-16", "LoRA r=16", partial(_cost, lab, lora(PEFT_RANK))))
-    todo.insert(2, ("cost-peft", f"PEFT LoRA r={PEFT_RANK}", partial(_peft_cost, lab)))
     done = lab.log.by_id("cost")
     for name, label, measure in todo:
         if name in done:
@@ -90,12 +83,7 @@ def measure_costs(lab: Lab, clock: Clock, settings: tuple[Setting, ...] = SETTIN
         if clock.left() < ONE_S:
             return False
         started = time.monotonic()
-        try:
-            found = measure()
-        except ImportError as error:
-            log.warning("not measured %s: %s", label, error)
-            continue
-        lab.log.append("cost", id=name, label=label, **found, **place())
+        lab.log.append("cost", id=name, label=label, **measure(), **place())
         log.info("cost of %r seconds=%.1f", label, time.monotonic() - started)
     return True
 
@@ -140,49 +128,6 @@ def _steps(lab: Lab, setting: Setting, cache: Path) -> dict[str, Any]:
         [result] = train(config, lanes=[Lane("one", 1, 1e-4)], cache_dir=cache, progress=False)
         seconds = [step.seconds for step in read_steps(Path(out) / "one" / "metrics.jsonl")]
     return _summary(seconds, result.peak_bytes)
-
-
-def _peft_cost(lab: Lab) -> dict[str, Any]:
-    """The same steps with PEFT and torch's AdamW, as its users write them."""
-    from peft import LoraConfig, get_peft_model
-
-    device = device_of(lab.device)
-    base = load_base(lab.base, device, "auto")
-    examples = load_examples(path_of(lab.data, TASK, "train"), base.tokenizer, MAX_LENGTH)
-    forget_peak()
-    started = time.perf_counter()
-    config = LoraConfig(
-        r=PEFT_RANK,
-        lora_alpha=2 * PEFT_RANK,
-        lora_dropout=0.0,
-        target_modules=r".*layers\.\d+\.(self_attn|mlp)\.\w+_proj",
-    )
-    model = get_peft_model(base.model, config)  # its adapters are float32 over a bfloat16 base
-    init = time.perf_counter() - started
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-    order = order_of(len(examples), 1)
-    model.train()
-    seconds = []
-    for _ in range(STEPS):
-        _wait(device)
-        started = time.perf_counter()
-        batch = collate([examples[i] for i in islice(order, BATCH)], 0, device)
-        labels = batch.input_ids.masked_fill(~batch.supervised, -100)
-        model(input_ids=batch.input_ids, labels=labels, use_cache=False).loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return {
-        "method": "peft-lora",
-        "options": {"rank": PEFT_RANK, "batch_size": BATCH},
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "init_seconds": round(init, 4),
-        "cached_init_seconds": round(init, 4),
-        **_summary(seconds, peak_bytes(device)),
-    }
 
 
 def _summary(seconds: list[float], peak: int) -> dict[str, Any]:

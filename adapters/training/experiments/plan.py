@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from shoal.adapters.training.experiments.settings import (
-    BATCH,
     SEEDS,
     STEPS,
     Group,
@@ -52,7 +51,7 @@ def groups_of(table: Table, steps: int = STEPS) -> list[Group]:
 
 
 def _tokens(group: Group) -> int:
-    rows = len(group.lanes) * int(group.setting.asked.get("batch_size", BATCH))
+    rows = len(group.lanes) * group.setting.records
     return group.steps * rows * PADDED[group.task]
 
 

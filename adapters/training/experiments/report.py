@@ -14,11 +14,22 @@ from shoal.adapters.training.experiments.tables import TABLES, Table
 from shoal.adapters.training.experiments.tasks import TASKS
 
 NONE = "not measured"
-PLOTS = "plots"
+# Columns after the tasks', and what of the log they show.
+_HEADS = {
+    "average": "accuracy",
+    "early loss": "early_loss",
+    "final loss": "final_loss",
+    "forgetting": "forgetting_loss",
+    "step ms": "step_ms",
+    "MiB": "peak_memory",
+}
+# Scale and digits.
+_SHOWN = {"accuracy": (100.0, 1), "step_ms": (1.0, 1), "peak_memory": (2.0**-20, 0)}
+PLOTS = "results"
 
 
 def write_report(log: Log, folder: Path, *, seeds: Sequence[int], steps: int) -> list[Path]:
-    """Write ``RESULTS.md`` and ``plots/*.png`` into a folder; returns what was written."""
+    """Write ``RESULTS.md`` and ``results/*.png`` into a folder; returns what was written."""
     plots = draw_all(log, folder / PLOTS, seeds=seeds, steps=steps)
     text = results(log, seeds, steps, [path.stem for path in plots])
     write_atomically(folder / "RESULTS.md", [text.encode()])
@@ -41,7 +52,7 @@ def results(log: Log, seeds: Sequence[int], steps: int, plots: Iterable[str] = (
 
 def _head(log: Log, seeds: Sequence[int], steps: int) -> str:
     runs, scores = list(log.lines("run")), list(log.lines("score"))
-    where = sorted({f"{line['gpu']}, torch {line['torch']}" for line in runs}) or [NONE]
+    where = _where(log, "run")
     commits = ", ".join(sorted({f"`{line['commit']}`" for line in runs})) or NONE
     base = log.by_id("score")
     accuracies = ", ".join(
@@ -59,10 +70,10 @@ Made from `experiments.jsonl` by `python -m shoal.adapters.training.experiments 
 measured is in [experiments/README.md](experiments/README.md). SmolLM2-135M-Instruct, {steps}
 updates, seeds {", ".join(map(str, seeds))} side by side, the same records in the same order for
 every method; accuracy is the exact match of greedy answers on 300 questions no method was trained
-on. Figures are mean ± standard deviation over seeds. A claim *holds* (or *does not hold*) when the
-mean difference over seeds is at least two of its standard errors from zero.
+on. Figures are mean ± standard deviation over seeds. A claim *holds*, or *does not hold*, when the
+95 % confidence interval (Student's t) of the mean difference over seeds leaves zero out.
 
-{len(runs)} runs, {len(scores)} scores, {minutes:.0f} minutes of training; {"; ".join(where)};
+{len(runs)} runs, {len(scores)} scores, {minutes:.0f} minutes of training; {where};
 commits {commits}.
 
 | task | generator | asks |
@@ -70,6 +81,11 @@ commits {commits}.
 {tasks}
 
 The base alone answers: {accuracies or NONE}."""
+
+
+def _where(log: Log, kind: str) -> str:
+    found = sorted({f"{line['gpu']}, torch {line['torch']}" for line in log.lines(kind)})
+    return "; ".join(found) or NONE
 
 
 def _claims(log: Log, claims: Iterable[Claim], seeds: Sequence[int], steps: int) -> str:
@@ -99,7 +115,7 @@ def _table(log: Log, table: Table, seeds: Sequence[int], steps: int) -> str:
     lines = [f"## {table.title}", ""]
     if table.about:
         lines += [f"Unlike the paper's: {table.about}.", ""]
-    heads = ["setting", "values", "lr", *tasks, "average", "early loss", "final loss", "forgetting"]
+    heads = ["setting", "values", "lr", *tasks, *_HEADS]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for setting, own in table.rows:
         lines.append(f"| {' | '.join(_cells(log, setting, own, tasks, seeds, steps))} |")
@@ -108,7 +124,8 @@ def _table(log: Log, table: Table, seeds: Sequence[int], steps: int) -> str:
         f"`python -m shoal.adapters.training.experiments {table.name} --base … --out …`. Accuracy "
         "in %; losses in nats per supervised token, early: of the first tenth of the updates, "
         "final: on the validation split; forgetting: cross-entropy against the base's own "
-        "distribution on prose. * the best learning rate is an end of its grid.",
+        "distribution on prose; step and peak memory of all seeds together. * the best learning "
+        "rate is an end of its grid.",
     ]
     return "\n".join(lines)
 
@@ -131,9 +148,7 @@ def _cells(
         "–" if rate is None else f"{rate:g}{edge}",
     ]
     cells += [_over(log, setting, [task], seeds, steps, "accuracy") for task in tasks]
-    for metric in ("accuracy", "early_loss", "final_loss", "forgetting_loss"):
-        cells.append(_over(log, setting, own, seeds, steps, metric))
-    return cells
+    return cells + [_over(log, setting, own, seeds, steps, metric) for metric in _HEADS.values()]
 
 
 def _over(
@@ -153,7 +168,7 @@ def _over(
     whole = [seed for seed in seeds if all(values[task, seed] is not None for task in tasks)]
     if not whole:
         return "–"
-    scale, digits = (100.0, 1) if metric == "accuracy" else (1.0, 3)
+    scale, digits = _SHOWN.get(metric, (1.0, 3))
     found = spread([average(log, setting, tasks, seed, steps, metric) for seed in whole])
     few = "" if len(whole) == len(seeds) else f" ({len(whole)} seeds)"
     return found.text(scale, digits) + few
@@ -163,6 +178,7 @@ def _costs(log: Log) -> str:
     lines = [
         "## Costs: LoRA-XS, Tables 5 and 6; MiSS, section 3.2 and Table 8",
         "",
+        f"Measured on: {_where(log, 'cost')}. "
         "One adapter, batches of 16 records, no evaluation. Initialisation: from the loaded base "
         "to the adapted one, first with nothing in the cache, then with it. A share is of "
         "initialisation and 300 updates.",
@@ -182,8 +198,25 @@ def _costs(log: Log) -> str:
     if not costs:
         lines.append(f"| {NONE} |" + " – |" * 7)
     by_label = {str(line["label"]): line for line in costs.values()}
-    lines += ["", *_ratios(by_label)]
+    lines += ["", *_shares(by_label), *_ratios(by_label)]
     return "\n".join(lines)
+
+
+def _shares(costs: dict[str, Line]) -> list[str]:
+    """LoRA-XS, Table 5: the SVD takes less than 1 % of the training."""
+    said = []
+    for label in ("LoRA-XS r=16", "LoRA-XS r=16 randomised", "PiSSA r=9", "MiLoRA r=9"):
+        if label not in costs:
+            continue
+        init, step = costs[label]["init_seconds"], costs[label]["step_ms"] / 1e3
+        share = init / (init + 300 * step)
+        held = "holds" if share < 0.01 else "does not hold"
+        said.append(
+            f"- {label}: initialisation under 1 % of the training (LoRA-XS, Table 5): "
+            f"{100 * share:.1f} % of 300 updates, **{held}**; under 1 % from "
+            f"{99 * init / step:,.0f} updates on."
+        )
+    return said
 
 
 def _ratios(costs: dict[str, Line]) -> list[str]:
@@ -194,12 +227,9 @@ def _ratios(costs: dict[str, Line]) -> list[str]:
         held = "holds" if times <= 1.0 else "does not hold"
         return f"- {text}: {what.replace('_', ' ')} × {times:.2f}, **{held}** (one run)."
 
-    peft = "PEFT LoRA r=16"
     return [
         ratio("A LoRA-XS step is no slower than LoRA's (LoRA-XS, Table 6)", "LoRA-XS r=16",
               "LoRA r=16", "step_ms"),
-        ratio("A LoRA-XS step is no slower than PEFT's LoRA", "LoRA-XS r=16", peft, "step_ms"),
-        ratio("and needs no more memory", "LoRA-XS r=16", peft, "peak_memory"),
         ratio("MiSS is faster than LoRA (MiSS, Table 8)", "MiSS r=16", "LoRA r=9", "step_ms"),
         ratio("and needs less memory", "MiSS r=16", "LoRA r=9", "peak_memory"),
         ratio("MiSS is faster than DoRA", "MiSS r=16", "DoRA r=9", "step_ms"),
@@ -221,6 +251,8 @@ def _controlled(log: Log) -> str:
     found: dict[str, dict[str, list[Line]]] = {}
     for line in log.by_id("controlled").values():
         found.setdefault(line["reading"], {}).setdefault(line["method"], []).append(line)
+    if found:
+        lines[-1] += f" Measured on: {_where(log, 'controlled')}."
     for reading, methods in found.items():
         lines += ["", f"### {reading[0].upper()}{reading[1:]}", "", *_reading(methods)]
     return "\n".join(lines if found else [*lines, "", f"{NONE}."])

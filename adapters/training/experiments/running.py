@@ -55,7 +55,11 @@ class Lab:
 
 
 def run_group(lab: Lab, table: str, group: Group) -> None:
-    """Train a group and log each lane; one that diverged is logged as such."""
+    """Train a group and log each lane; one that diverged is logged as such.
+
+    Raises:
+        KeyboardInterrupt: a signal ended it early; nothing of it is logged.
+    """
     directory = lab.directory(group)
     config = config_of(lab, group, directory)
     lanes = [
@@ -72,6 +76,8 @@ def run_group(lab: Lab, table: str, group: Group) -> None:
         log.warning("diverged group=%s: %s", group.id, error)
         results = [None] * len(lanes)
     seconds = time.perf_counter() - started
+    if any(result is not None and result.fate == "running" for result in results):
+        raise KeyboardInterrupt
     for lane, result in zip(lanes, results, strict=True):
         measured: dict[str, Any] = {"diverged": True, "final_loss": None}
         if result is not None and result.fate == "finished":

@@ -18,13 +18,14 @@ from shoal.adapters.training.evaluation.spec import TaskSpec
 from shoal.adapters.training.evaluation.tasks import Task, read_task
 from shoal.adapters.training.experiments.choosing import unscored
 from shoal.adapters.training.experiments.place import place
-from shoal.adapters.training.experiments.running import Lab
+from shoal.adapters.training.experiments.running import Lab, forget_peak
 from shoal.adapters.training.experiments.tasks import FORGETTING, TASKS, path_of
 
 log = logging.getLogger(__name__)
 
 # Adapters scored before the clock is looked at again.
 AT_ONCE = 12
+METRICS = ("exact", "forgetting")
 
 
 class AdapterSource(AnswerSource, Protocol):
@@ -65,6 +66,7 @@ def score_all(lab: Lab, open_source: OpenSource, deadline: float, limit: int | N
     todo = list(_by_task(lab, unscored(lab.log, lab.seeds)))
     if not todo:
         return 0
+    forget_peak()  # the engine takes what memory there is
     results = Results()
     longest = 0.0
     with open_source(lab.base, lab.device) as source:
@@ -100,7 +102,8 @@ def _score(
         source.add(run, lab.out / lines[run]["directory"])
     digests = source.digests
     try:
-        done = evaluate(source, {run: digests[run] for run in runs}, tests, results=results)
+        adapters = {run: digests[run] for run in runs}
+        done = evaluate(source, adapters, tests, metrics=METRICS, results=results)
     finally:
         for run in runs:
             source.forget(run)

@@ -15,12 +15,13 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "dora": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
     "pissa": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3),
     "milora": (1e-4, 5e-4, 1e-3, 2e-3, 5e-3),
-    "lora-xs": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    # Large ranks with Σ want the small ones, random factors and those without Σ the large ones.
+    "lora-xs": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "miss": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3),
-    "adalora": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    "adalora": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
     "vera": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "svf": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "svft": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "svft": (5e-4, 2e-3, 5e-3, 2e-2, 5e-2),
 }
 # What every run shares unless a setting says otherwise.
 STEPS = 300
@@ -57,6 +58,11 @@ class Setting:
     def asked(self) -> dict[str, Any]:
         """All options, the shared ones included."""
         return {**SHARED, **self.options}
+
+    @property
+    def records(self) -> int:
+        """Records of one update."""
+        return int(self.asked["batch_size"]) * int(self.asked.get("accumulate", 1))
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -101,7 +107,8 @@ class Group:
 
 def run_id(setting: Setting, task: str, lr: float, seed: int, steps: int = STEPS) -> str:
     """Identifies a run by everything that decides its result, the machine aside."""
-    return f"{setting.id}-{task}-{steps}-lr{lr:g}-s{seed}"
+    rate = f"{lr:g}".replace("+", "")  # it names a directory
+    return f"{setting.id}-{task}-{steps}-lr{rate}-s{seed}"
 
 
 def sweep_of(setting: Setting, steps: int = STEPS) -> Group:

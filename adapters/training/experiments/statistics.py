@@ -1,8 +1,8 @@
 """Means, standard deviations and verdicts over seeds. Pure.
 
 A claim compares two settings seed by seed: the seeds share their data's order, so differences have
-less noise than the values. It is said to hold, or not to, when the mean difference is at least two
-of its standard errors away from zero; otherwise nothing can be said.
+less noise than the values. It is said to hold, or not to, when the 95 % confidence interval of the
+mean difference (Student's t) leaves zero out; otherwise nothing can be said.
 """
 
 import math
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Verdict = Literal["holds", "does not hold", "no difference to be seen", "not measured"]
-ERRORS_AWAY = 2.0
+# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond: the last.
+_T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,19 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(mean, math.sqrt(variance), len(values))
 
 
+def half_width(found: Spread) -> float:
+    """Of the mean's 95 % confidence interval; infinite for one value."""
+    if found.count < 2:
+        return math.inf
+    quantile = _T95[min(found.count - 1, len(_T95)) - 1]
+    return quantile * found.sd / math.sqrt(found.count)
+
+
 def verdict(differences: Sequence[float]) -> Verdict:
     """Of a claim that the differences are above zero, one difference a seed."""
     if not differences:
         return "not measured"
     found = spread(differences)
-    error = found.sd / math.sqrt(found.count)
-    if found.count < 2 or abs(found.mean) < ERRORS_AWAY * error or found.mean == 0:
+    if abs(found.mean) <= half_width(found):
         return "no difference to be seen"
     return "holds" if found.mean > 0 else "does not hold"

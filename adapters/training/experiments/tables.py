@@ -78,7 +78,8 @@ ADAPTERS_SET = {
     "warmup": 100 / 300,
     "batch_size": 16,
 }
-PISSA_SET = {"rank": 64, "schedule": "cosine", "warmup": 0.03, "batch_size": 128}
+# Batches of 128, in parts that fit beside those of other lanes.
+PISSA_SET = {"rank": 64, "schedule": "cosine", "warmup": 0.03, "batch_size": 32, "accumulate": 4}
 
 
 def hyperparameter_sets() -> tuple[Setting, ...]:
@@ -168,6 +169,7 @@ TABLES: Mapping[str, Table] = {
                 lora_xs(16),
                 Setting("SVF", "svf"),
                 Setting("SVFT", "svft"),
+                Setting("MiSS r=16, outputs shared", "miss", {"rank": 16, "shard": "output"}),
             ),
             "learning rate swept for each",
         ),

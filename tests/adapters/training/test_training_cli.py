@@ -83,7 +83,7 @@ def test_seeds_are_trained_side_by_side_into_directories_of_their_own(
     assert run(parse(lab, *options, "--seeds", "3,1")) == 0
 
     assert {path.name for path in (lab.root / "run").iterdir()} == {
-        "checkpoint", "seed-1", "seed-3"
+        "checkpoint", "loss.png", "seed-1", "seed-3"
     }  # fmt: skip
     assert "adapter_model.safetensors" in {p.name for p in (lab.root / "run" / "seed-3").iterdir()}
     output = capsys.readouterr().out
