@@ -111,7 +111,10 @@ def score(
         scored = set(before) - set(unscored(lab.log, lab.seeds))
         lines = lab.log.by_id("run")
         for run in scored:
-            shutil.rmtree(lab.out / lines[run]["directory"], ignore_errors=True)
+            directory = lab.out / lines[run]["directory"]
+            shutil.rmtree(directory, ignore_errors=True)
+            if not any(path.is_dir() for path in directory.parent.glob("*")):
+                shutil.rmtree(directory.parent, ignore_errors=True)
     return not left
 
 

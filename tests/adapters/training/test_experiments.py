@@ -11,6 +11,7 @@ import pytest
 
 from shoal.adapters.training.config import METHOD_NAMES, TrainConfig
 from shoal.adapters.training.experiments import driver
+from shoal.adapters.training.experiments.__main__ import main
 from shoal.adapters.training.experiments.choosing import at_edge, best_rate, unscored
 from shoal.adapters.training.experiments.claims import CLAIMS, answer
 from shoal.adapters.training.experiments.costs import SETTINGS
@@ -243,6 +244,20 @@ def test_the_costs_are_reported_as_shares_and_ratios(lab: Lab) -> None:
     assert "LoRA's (LoRA-XS, Table 6): step ms × 0.50, **holds** (one run)" in text
     assert "MiSS is faster than DoRA: not measured" in text
     assert "Measured on: H100, torch 2." in text
+
+
+def test_the_command_line_says_what_it_lacks_and_plans_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path)]
+    assert main(["miss", *out]) == 2
+    assert "miss needs --base" in capsys.readouterr().err
+    assert main(["miss", "--base", str(tmp_path), *out]) == 2
+    assert "words.train.jsonl; make it with `data`" in capsys.readouterr().err
+    assert main(["plan", *out]) == 0
+    assert "| `lora-xs-init` | 40 |" in capsys.readouterr().out
+    assert main(["report", *out, "--to", str(tmp_path / "to")]) == 0
+    assert (tmp_path / "to" / "RESULTS.md").is_file()
 
 
 def test_splits_share_no_question_and_are_always_the_same() -> None:
