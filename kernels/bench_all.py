@@ -14,6 +14,8 @@ from shoal.kernels.core_apply.bench import BENCH as CORE_APPLY
 from shoal.kernels.core_project.bench import BENCH as CORE_PROJECT
 from shoal.kernels.fold_sum.bench import BENCH as FOLD_SUM
 from shoal.kernels.grouped_matmul.bench import BENCH as GROUPED_MATMUL
+from shoal.kernels.lane_matmul.bench import BENCH as LANE_MATMUL
+from shoal.kernels.lane_outer.bench import BENCH as LANE_OUTER
 from shoal.kernels.paged_attention.bench import BENCH as PAGED_ATTENTION
 from shoal.kernels.rope_kv.bench import BENCH as ROPE_KV
 from shoal.kernels.sample_tokens.bench import BENCH as SAMPLE_TOKENS
@@ -23,5 +25,6 @@ from shoal.kernels.silu_mul.bench import BENCH as SILU_MUL
 if __name__ == "__main__":
     fused = [ADD_RESIDUAL, CORE_PROJECT, ROPE_KV, SILU_MUL, ADD_RMS_NORM]
     by_row = [CORE_APPLY, FOLD_SUM, GROUPED_MATMUL, SCALE_OUTPUTS]
-    benches = [*by_row, PAGED_ATTENTION, *fused, SAMPLE_TOKENS]
+    training = [LANE_MATMUL, LANE_OUTER]
+    benches = [*by_row, *training, PAGED_ATTENTION, *fused, SAMPLE_TOKENS]
     sys.exit(run(benches, ["--sweep", *sys.argv[1:]]))

@@ -23,6 +23,8 @@ from shoal.kernels.core_apply.jit import core_apply_kernel, core_mix_kernel
 from shoal.kernels.core_project.jit import core_mix_rows_kernel, core_project_kernel
 from shoal.kernels.fold_sum.jit import fold_sum_kernel
 from shoal.kernels.grouped_matmul.jit import expand_kernel, shrink_kernel
+from shoal.kernels.lane_matmul.jit import lane_matmul_kernel
+from shoal.kernels.lane_outer.jit import lane_outer_kernel, lane_sum_kernel
 from shoal.kernels.paged_attention.jit import (
     attention_decode_kernel,
     attention_prefill_kernel,
@@ -63,6 +65,11 @@ INDEX_TYPES = {
     "chunk_max_ptr": "*fp32",
     "chunk_sum_ptr": "*fp32",
     "tokens_ptr": "*i64",
+    "owners_ptr": "*i32",
+    "counts_ptr": "*i32",
+    "lanes_ptr": "*i32",
+    "bank_ptr": "*fp32",
+    "grads_ptr": "*fp32",
 }
 SCALAR_TYPES = {"scale": "fp32", "softcap": "fp32", "eps": "fp32", "limit": "fp32"}
 SCALAR_TYPES |= {"sums_width": "fp32", "sums_eps": "fp32"}
@@ -121,6 +128,23 @@ PROJECT_64 = {"RANK": 64, "WIDTH": 128, "TILE": 16, "num_stages": 3}
 MIX = {key: value for key, value in PROJECT.items() if key not in ("WIDTH", "ROWS")}
 MIX |= {"TILE": 4, "h_column": 6144, "num_warps": 1}
 SCALE = {"ALIGN": 16, "BLOCK_N": 1024, "num_warps": 4, "aligned": True, "unspilled": True}
+LANE_MATMUL: dict[str, object] = {
+    "TILE": 64,
+    "BLOCK_K": 16,
+    "BLOCK_N": 16,
+    "ADD": False,
+    "PRECISION": "tf32",
+}
+LANE_MATMUL |= {"num_warps": 4, "aligned": True, "unspilled": True}
+LANE_OUTER: dict[str, object] = {
+    "TILE": 64,
+    "BLOCK_M": 16,
+    "BLOCK_N": 16,
+    "SPLITS": 1,
+    "UPCAST": False,
+}
+MIXED: dict[str, object] = {"BLOCK_N": 128, "UPCAST": True, "PRECISION": "tf32"}
+LANE_OUTER |= {"PRECISION": "ieee", "num_warps": 4, "aligned": True, "unspilled": True}
 # With scale and softcap; FIRM has neither.
 SAMPLE: dict[str, object] = {"vocab": 128256, "CHUNK": 2048, "CHUNKS": 64, "BLOCK": 4096}
 SAMPLE |= {"GROUP": 8192, "GROUPS": 16, "GREEDY_ONLY": False, "SOFTCAP": True, "SHIFT": 16}
@@ -191,6 +215,19 @@ VARIANTS: tuple[tuple[Any, str, Mapping[str, object]], ...] = (
         {**SCALE, "wide": True},
     ),
     (scale_outputs_kernel, "*fp32", {**SCALE, "ALIGN": 1, "aligned": False}),
+    (lane_matmul_kernel, "*bf16", LANE_MATMUL),
+    (lane_matmul_kernel, "*bf16", {**LANE_MATMUL, "BLOCK_N": 128, "ADD": True}),
+    (lane_matmul_kernel, "*bf16", {**LANE_MATMUL, "BLOCK_K": 64, "BLOCK_N": 64}),
+    (lane_matmul_kernel, "*fp32", {**LANE_MATMUL, "PRECISION": "ieee"}),
+    (lane_outer_kernel, "*bf16", LANE_OUTER),
+    (lane_outer_kernel, "*bf16", {**LANE_OUTER, "BLOCK_M": 64, "BLOCK_N": 64, "SPLITS": 4}),
+    (
+        lane_outer_kernel,
+        "*bf16",
+        {**LANE_OUTER, **MIXED},
+    ),
+    (lane_outer_kernel, "*fp32", {**LANE_OUTER, "UPCAST": True}),
+    (lane_sum_kernel, "*fp32", {"SPLITS": 4, "BLOCK": 256, "num_warps": 4}),
     *(
         (sample_scan_kernel, element, {**constants, "num_warps": 4, "unspilled": True})
         for element, constants in (("*bf16", GREEDY), ("*bf16", FIRM), ("*fp32", SAMPLE))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.adapters.training.config import TrainConfig
+from shoal.server.cli import train_fleet
 
 if TYPE_CHECKING:
     from shoal.adapters.training.trainer import TrainResult
@@ -30,10 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag,
             type=_converter(spec.name, spec.type),
             choices=spec.metadata.get("choices"),
-            required=spec.default is MISSING,
+            required=spec.default is MISSING and spec.name != "data",
             default=None if spec.default is MISSING else spec.default,
             help=text,
         )
+    train_fleet.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from shoal.server.model.config import ModelError
 
     try:
-        return _train(args)
+        train_fleet.check(args)
+        return train_fleet.run(args) if hasattr(args, "fleet") else _train(args)
     except (TrainingError, AdapterError, ModelError) as error:
         print(f"shoal train: {error}", file=sys.stderr)
         return 2
