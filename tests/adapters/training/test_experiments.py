@@ -34,7 +34,7 @@ from shoal.adapters.training.experiments.tasks import (
 
 SEEDS = (1, 2, 3)
 LORA = Setting("LoRA", "lora", {"rank": 2})
-TINY = Table("tiny", "Tiny", ((LORA, ("lists", "words")),))
+TINY = Table("tiny", "Tiny", ((LORA, ("words", "lists")),))
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_table_is_swept_then_trained_and_not_again(lab: Lab, trained: list[Gro
     sweep, *main = trained
     assert sweep == sweep_of(LORA)
     assert [(group.task, group.lanes) for group in main] == [
-        (task, tuple((seed, LORA.grid[1]) for seed in SEEDS)) for task in ("lists", "words")
+        (task, tuple((seed, LORA.grid[1]) for seed in SEEDS)) for task in ("words", "lists")
     ]
     assert best_rate(lab.log, LORA, 300) == LORA.grid[1]
     assert len(unscored(lab.log, SEEDS)) == 6  # those of the sweep need none
@@ -255,7 +255,7 @@ def test_the_command_line_says_what_it_lacks_and_plans_without_it(
     assert main(["miss", "--base", str(tmp_path), *out]) == 2
     assert "words.train.jsonl; make it with `data`" in capsys.readouterr().err
     assert main(["plan", *out]) == 0
-    assert "| `lora-xs-init` | 40 |" in capsys.readouterr().out
+    assert "| `lora-xs-init` | 20 |" in capsys.readouterr().out
     assert main(["report", *out, "--to", str(tmp_path / "to")]) == 0
     assert (tmp_path / "to" / "RESULTS.md").is_file()
 
