@@ -12,7 +12,7 @@ import pytest
 from shoal.adapters.training.config import METHOD_NAMES, TrainConfig
 from shoal.adapters.training.experiments import driver
 from shoal.adapters.training.experiments.__main__ import main
-from shoal.adapters.training.experiments.choosing import at_edge, best_rate, unscored
+from shoal.adapters.training.experiments.choosing import at_edge, best_rate
 from shoal.adapters.training.experiments.claims import CLAIMS, answer
 from shoal.adapters.training.experiments.costs import SETTINGS
 from shoal.adapters.training.experiments.driver import Clock, work
@@ -69,6 +69,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
     def run(lab: Lab, table: str, group: Group) -> None:
         done.append(group)
         log_group(lab, table, group)
+        for name in group.runs:
+            (lab.out / name).mkdir(exist_ok=True)
 
     monkeypatch.setattr(driver, "run_group", run)
     return done
@@ -126,7 +128,7 @@ def test_a_table_is_swept_then_trained_and_not_again(lab: Lab, trained: list[Gro
         (task, tuple((seed, LORA.grid[1]) for seed in SEEDS)) for task in ("words", "lists")
     ]
     assert best_rate(lab.log, LORA, 300) == LORA.grid[1]
-    assert len(unscored(lab.log, SEEDS)) == 6  # those of the sweep need none
+    assert len(lab.unscored()) == 6  # those of the sweep need none
 
     trained.clear()
     again = replace(lab, log=Log(lab.log.path))
@@ -135,6 +137,19 @@ def test_a_table_is_swept_then_trained_and_not_again(lab: Lab, trained: list[Gro
     more = replace(again, seeds=(1, 2, 3, 4))
     assert work(more, [TINY], Clock(math.inf), None)
     assert [group.lanes for group in trained] == [((4, LORA.grid[1]),)] * 2
+
+
+def test_an_adapter_lost_before_it_was_scored_is_trained_again(
+    lab: Lab, trained: list[Group]
+) -> None:
+    assert work(lab, [TINY], Clock(math.inf), None)
+    scored, lost = trained[1].runs[:2]
+    lab.log.append("score", id=scored)
+    for run in (scored, lost):
+        (lab.out / run).rmdir()
+    trained.clear()
+    assert work(lab, [TINY], Clock(math.inf), None)
+    assert [group.runs for group in trained] == [(lost,)]
 
 
 def test_nothing_is_begun_that_the_time_left_does_not_hold(
