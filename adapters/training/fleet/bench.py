@@ -95,11 +95,12 @@ class Options:
     dtype: str = "auto"
 
 
-# What is worth knowing of a large GPU, the most important first.
+# What is worth knowing of a large GPU. What needs its memory comes before what records graphs,
+# since those are kept.
 PLANS = (
-    Options("ratio", length=64),
     Options("capacity", "llama-3.1-8b", tenants=512, steps=3),
     Options("gradient", "llama-3.1-8b", layers=4, tenants=128),
+    Options("ratio", length=64),
     Options("ratio", length=128),
     Options("gradient", "llama-3.1-8b", layers=4, tenants=128, method="miss"),
     Options("gradient"),
