@@ -83,6 +83,9 @@ class CapturedRunner(StepRunner):
         Args:
             step, reduce: see ``StepRunner``.
             recorder: makes recordings; see ``CudaRecorder``.
+
+        Raises:
+            RuntimeError: it cannot be recorded; nothing has changed.
         """
         super().__init__(step, reduce)
         self._recorder = recorder
@@ -92,9 +95,11 @@ class CapturedRunner(StepRunner):
         before = [tensor.clone() for tensor in own]
         step.optimizer.active.zero_()
         step.begin()
-        self._update = recorder(step.update)
-        for tensor, value in zip(own, before, strict=True):
-            tensor.copy_(value)
+        try:
+            self._update = recorder(step.update)
+        finally:
+            for tensor, value in zip(own, before, strict=True):
+                tensor.copy_(value)
 
     def run(self, batches: Sequence[StepInputs]) -> None:
         """As the class says."""
@@ -182,5 +187,8 @@ def _stream_and_pool(device: torch.device) -> tuple[Any, Any]:
 def runner_for(step: TrainStep, *, captured: bool, reduce: Reduce | None = None) -> StepRunner:
     """The runner for a step: recordings if asked for and on CUDA, else call by call."""
     if captured and step.device.type == "cuda":
-        return CapturedRunner(step, CudaRecorder(step.device), reduce)
+        try:
+            return CapturedRunner(step, CudaRecorder(step.device), reduce)
+        except RuntimeError as error:
+            log.warning("steps run call by call, recording an update failed: %s", error)
     return EagerRunner(step, reduce)

@@ -79,16 +79,16 @@ class TrainStep:
         self.optimizer.zero_grad()
 
     def accumulate(self, inputs: StepInputs) -> None:
-        """One forward and backward pass: adds to the loss and the gradients.
+        """One forward and backward pass: adds to the loss, without penalty, and the gradients.
 
         The lanes' losses are added up, so that nothing of one reaches another's gradient.
         """
         loss = self._lane_loss(inputs)
+        self.loss += loss.detach()
         penalty = self.method.penalty(self.adapted)
         if penalty is not None:
             loss = loss + penalty / self._parts
         loss.sum().backward()  # type: ignore[no-untyped-call]
-        self.loss += loss.detach()
 
     @torch.no_grad()
     def update(self) -> None:

@@ -9,11 +9,15 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
 
 from shoal.adapters.training.errors import OptionRejected
+
+# How long a process waits for the others: the first may have to decompose a large base meanwhile.
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class World:
             rank=self.rank,
             world_size=self.size,
             device_id=device if cuda else None,
+            timeout=_PATIENCE,
         )
         try:
             yield

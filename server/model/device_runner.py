@@ -11,6 +11,7 @@ On CPU tensors the same code runs without graphs, through the kernels' reference
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -48,6 +49,9 @@ OUTPUT_RING = 4
 # Which mixes of families and ranks are asked for is up to the clients; each takes memory for good.
 # Mixes that come later run their kernels one by one.
 GRAPHS_MAX = 1024
+# Recording a graph stops everybody for a quarter of a second, running its kernels one by one for a
+# few milliseconds: while others wait, only what comes again and again is recorded.
+RECORD_AFTER = 8
 NO_FAMILIES = ActiveFamilies()
 
 
@@ -190,6 +194,9 @@ class DeviceRunner:
         head = self._decoder.head
         self._logits = head.new_empty(limits.max_num_seqs + CHUNKS, len(head))
         self._graphs: dict[GraphKey, _Captured] = {}
+        # How often a graph that there is not must have been wanted before it is captured.
+        self.record_after = 1
+        self._wanted: Counter[GraphKey] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
 
     # -- running ------------------------------------------------------------------------------
@@ -236,7 +243,7 @@ class DeviceRunner:
     def _replay(self, key: GraphKey) -> _Captured:
         captured = self._graphs.get(key)
         wanted = self._use_graphs and key.active.capturable and len(self._graphs) < GRAPHS_MAX
-        if captured is None and wanted:
+        if captured is None and wanted and self._often(key):
             self._rehearse(key)
             try:
                 captured = self._capture(key)
@@ -273,6 +280,16 @@ class DeviceRunner:
             assert self._bank is not None
             assert self._host is not None
             self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))
+
+    def _often(self, key: GraphKey) -> bool:
+        """Count that ``key`` is wanted; whether that has been often."""
+        if len(self._wanted) >= GRAPHS_MAX and key not in self._wanted:
+            self._wanted.clear()
+        self._wanted[key] += 1
+        if self._wanted[key] < self.record_after:
+            return False
+        del self._wanted[key]
+        return True
 
     def _submit_exact(self, rows: Sequence[Row]) -> Pending:
         tensors = self._exact.tensors

@@ -18,6 +18,7 @@ from shoal.server.model import gemms
 from shoal.server.model.decoder import Decoder, Linear
 from shoal.server.model.device_runner import (
     NO_FAMILIES,
+    RECORD_AFTER,
     DeviceRunner,
     RunnerLimits,
     StepBackend,
@@ -94,6 +95,7 @@ def start_device_runner(
             warmed - measured,
             time.perf_counter() - warmed,
         )
+    runner.record_after = RECORD_AFTER
     return runner
 
 

@@ -6,6 +6,7 @@ hold compiled kernels, graphs and asynchronous steps to the CPU's tokens in floa
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -121,6 +122,7 @@ class World:
     def fused(self) -> tuple[DeviceRunner, AdapterBank]:
         bank = self.bank(joint=defers_norms(self.config, self.dtype))
         runner = start_device_runner(self.decoder, self.cache(), bank, self.host, LIMITS)
+        runner.record_after = 1  # so that what is tested is what was recorded
         return runner, bank
 
 
@@ -422,6 +424,27 @@ def test_clients_cannot_have_graphs_without_end(
     graphs = Replayed(runner)
     assert run(runner, bank, workload([packed.spec for packed in world.packed])) == expected
     assert len(runner._graphs) == len(graphs.tried) == 5
+
+
+def test_what_is_wanted_rarely_is_run_and_not_recorded(
+    expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_runner, "GRAPHS_MAX", 5)
+    world = World("cpu")
+    runner, bank = world.fused()
+    runner.record_after = 4
+    graphs, wanted = Replayed(runner), Counter[GraphKey]()
+    replay = runner._replay
+
+    def counted(key: GraphKey) -> _Captured:
+        wanted[key] += 1
+        assert (key in graphs.tried) <= (wanted[key] > 4)
+        assert len(runner._wanted) <= 5, "counted without end"
+        return replay(key)
+
+    runner._replay = counted  # type: ignore[method-assign]
+    assert run(runner, bank, workload([packed.spec for packed in world.packed])) == expected
+    assert 0 < len(graphs.tried) < len(wanted)
 
 
 def test_a_capture_that_fails_costs_the_graph_and_not_the_step(

@@ -30,27 +30,6 @@ class Batch:
     position_ids: Tensor | None = None
     segments: Tensor | None = None
 
-    def attention_mask(self) -> Tensor | None:
-        """As ``packed_mask`` gives it; None when not packed."""
-        return None if self.segments is None else packed_mask(self.segments)
-
-    def inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """What a transformers decoder of this dtype must be called with.
-
-        Rows of one record need no mask: padding stands at the right, where a causal model cannot
-        look. The mask of packed rows is one to be added, which every kind of attention takes.
-        """
-        mask = self.attention_mask()
-        if mask is None or self.position_ids is None:
-            return {"input_ids": self.input_ids}
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        added.masked_fill_(~mask, torch.finfo(dtype).min)
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "attention_mask": added,
-        }
-
 
 def packed_mask(segments: Tensor) -> Tensor:
     """May query i see key j? ``(rows, 1, length, length)`` bool.

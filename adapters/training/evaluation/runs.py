@@ -57,7 +57,9 @@ def adapter_facts(directory: Path) -> AdapterFacts:
     asked = record.get("asked") or {}
     seconds = _step_seconds(folder / "metrics.jsonl")
     peft_type = str(config.get("peft_type", "")).lower().replace("_", "-")
-    rank = asked.get("rank", config.get("r"))
+    # The one asked for: a file on a residual base may hold twice as much. SVF has none.
+    ranked = "r" in config or "init_r" in config
+    rank = asked.get("rank", config.get("r")) if ranked else None
     parameters = record.get("parameters")
     result = record.get("result") or {}
     lanes = (record.get("run") or {}).get("lanes") or [None]

@@ -52,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit", type=int, help="test items asked of an adapter (default: all)")
     made.add_argument("--scorer", default=SCORER, help="module whose open_source scores")
     made.add_argument("--no-score", action="store_true", help="train only")
-    made.add_argument("--keep", action="store_true", help="keep adapters that were scored")
+    made.add_argument("--commit", default="", help="of this copy (default: as git says)")
+    made.add_argument("--keep", action="store_true", help="keep the directories of scored runs")
     made.add_argument(
         "--to", type=Path, default=Path("adapters/training"), help="where the report goes"
     )
@@ -110,11 +111,13 @@ def _measure(args: argparse.Namespace, log: Log, deadline: float) -> int:
     from shoal.adapters.training.experiments.base import directory_of
     from shoal.adapters.training.experiments.controlled import run_all
     from shoal.adapters.training.experiments.costs import measure_costs
+    from shoal.adapters.training.experiments.place import tell_commit
     from shoal.adapters.training.experiments.running import Lab
     from shoal.adapters.training.experiments.scoring import OpenSource
     from shoal.adapters.training.experiments.tasks import missing
 
     disable_progress_bar()
+    tell_commit(args.commit)
     clock = driver.Clock(deadline)
     complete = True
     if args.what in ("controlled", "all"):

@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 # opening the engine; scoring one adapter. Generous, for an H100.
 FIXED_S, ROW_S = 12.0, 0.0008
 ENGINE_S, SCORE_S = 40.0, 2.0
-_ADAPTER = ("adapter_model.safetensors", "loss.png")
 
 
 @dataclass
@@ -77,7 +76,7 @@ def work(
         clock: when to stop.
         open_source: what scores; None: nothing is scored.
         limit: items of a test split that are asked; None: all.
-        keep: keep adapters that were scored.
+        keep: keep the directories of runs that were scored.
 
     Returns:
         Whether everything is there now.
@@ -112,8 +111,7 @@ def score(
         scored = set(before) - set(unscored(lab.log, lab.seeds))
         lines = lab.log.by_id("run")
         for run in scored:
-            for name in _ADAPTER:
-                (lab.out / lines[run]["directory"] / name).unlink(missing_ok=True)
+            shutil.rmtree(lab.out / lines[run]["directory"], ignore_errors=True)
     return not left
 
 
@@ -140,10 +138,8 @@ def _run(lab: Lab, table: Table, group: Group, clock: Clock) -> None:
     clock.took(group, seconds)
     directory = lab.directory(group)
     shutil.rmtree(directory / "checkpoint", ignore_errors=True)
-    if any(seed not in lab.seeds for seed, _ in group.lanes):  # a sweep: its losses are enough
-        for run in group.runs:
-            for name in _ADAPTER:
-                (directory / run / name).unlink(missing_ok=True)
+    if any(seed not in lab.seeds for seed, _ in group.lanes):  # a sweep: its losses are logged
+        shutil.rmtree(directory, ignore_errors=True)
     log.info(
         "trained table=%s setting=%r task=%s lanes=%d seconds=%.1f left=%.0fs",
         table.name,

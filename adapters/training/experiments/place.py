@@ -6,14 +6,22 @@ from pathlib import Path
 
 import torch
 
+_told = ""
 
-@cache
+
 def place() -> dict[str, str]:
     """``commit`` (with ``+`` when files differ from it), ``gpu`` (or ``cpu``) and ``torch``."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"commit": _commit(), "gpu": gpu, "torch": torch.__version__}
+    return {"commit": _told or _commit(), "gpu": gpu, "torch": torch.__version__}
 
 
+def tell_commit(commit: str) -> None:
+    """Say which commit this is, where there is a copy of the files without its history."""
+    global _told
+    _told = commit
+
+
+@cache
 def _commit() -> str:
     folder = Path(__file__).parent
     try:

@@ -25,11 +25,11 @@ _HEADS = {
 }
 # Scale and digits.
 _SHOWN = {"accuracy": (100.0, 1), "step_ms": (1.0, 1), "peak_memory": (2.0**-20, 0)}
-PLOTS = "plots"
+PLOTS = "results"
 
 
 def write_report(log: Log, folder: Path, *, seeds: Sequence[int], steps: int) -> list[Path]:
-    """Write ``RESULTS.md`` and ``plots/*.png`` into a folder; returns what was written."""
+    """Write ``RESULTS.md`` and ``results/*.png`` into a folder; returns what was written."""
     plots = draw_all(log, folder / PLOTS, seeds=seeds, steps=steps)
     text = results(log, seeds, steps, [path.stem for path in plots])
     write_atomically(folder / "RESULTS.md", [text.encode()])
@@ -52,7 +52,7 @@ def results(log: Log, seeds: Sequence[int], steps: int, plots: Iterable[str] = (
 
 def _head(log: Log, seeds: Sequence[int], steps: int) -> str:
     runs, scores = list(log.lines("run")), list(log.lines("score"))
-    where = sorted({f"{line['gpu']}, torch {line['torch']}" for line in runs}) or [NONE]
+    where = _where(log, "run")
     commits = ", ".join(sorted({f"`{line['commit']}`" for line in runs})) or NONE
     base = log.by_id("score")
     accuracies = ", ".join(
@@ -73,7 +73,7 @@ every method; accuracy is the exact match of greedy answers on 300 questions no 
 on. Figures are mean ± standard deviation over seeds. A claim *holds*, or *does not hold*, when the
 95 % confidence interval (Student's t) of the mean difference over seeds leaves zero out.
 
-{len(runs)} runs, {len(scores)} scores, {minutes:.0f} minutes of training; {"; ".join(where)};
+{len(runs)} runs, {len(scores)} scores, {minutes:.0f} minutes of training; {where};
 commits {commits}.
 
 | task | generator | asks |
@@ -81,6 +81,11 @@ commits {commits}.
 {tasks}
 
 The base alone answers: {accuracies or NONE}."""
+
+
+def _where(log: Log, kind: str) -> str:
+    found = sorted({f"{line['gpu']}, torch {line['torch']}" for line in log.lines(kind)})
+    return "; ".join(found) or NONE
 
 
 def _claims(log: Log, claims: Iterable[Claim], seeds: Sequence[int], steps: int) -> str:
@@ -173,6 +178,7 @@ def _costs(log: Log) -> str:
     lines = [
         "## Costs: LoRA-XS, Tables 5 and 6; MiSS, section 3.2 and Table 8",
         "",
+        f"Measured on: {_where(log, 'cost')}. "
         "One adapter, batches of 16 records, no evaluation. Initialisation: from the loaded base "
         "to the adapted one, first with nothing in the cache, then with it. A share is of "
         "initialisation and 300 updates.",
@@ -192,8 +198,25 @@ def _costs(log: Log) -> str:
     if not costs:
         lines.append(f"| {NONE} |" + " – |" * 7)
     by_label = {str(line["label"]): line for line in costs.values()}
-    lines += ["", *_ratios(by_label)]
+    lines += ["", *_shares(by_label), *_ratios(by_label)]
     return "\n".join(lines)
+
+
+def _shares(costs: dict[str, Line]) -> list[str]:
+    """LoRA-XS, Table 5: the SVD takes less than 1 % of the training."""
+    said = []
+    for label in ("LoRA-XS r=16", "LoRA-XS r=16 randomised", "PiSSA r=9", "MiLoRA r=9"):
+        if label not in costs:
+            continue
+        init, step = costs[label]["init_seconds"], costs[label]["step_ms"] / 1e3
+        share = init / (init + 300 * step)
+        held = "holds" if share < 0.01 else "does not hold"
+        said.append(
+            f"- {label}: initialisation under 1 % of the training (LoRA-XS, Table 5): "
+            f"{100 * share:.1f} % of 300 updates, **{held}**; under 1 % from "
+            f"{99 * init / step:,.0f} updates on."
+        )
+    return said
 
 
 def _ratios(costs: dict[str, Line]) -> list[str]:
@@ -228,6 +251,8 @@ def _controlled(log: Log) -> str:
     found: dict[str, dict[str, list[Line]]] = {}
     for line in log.by_id("controlled").values():
         found.setdefault(line["reading"], {}).setdefault(line["method"], []).append(line)
+    if found:
+        lines[-1] += f" Measured on: {_where(log, 'controlled')}."
     for reading, methods in found.items():
         lines += ["", f"### {reading[0].upper()}{reading[1:]}", "", *_reading(methods)]
     return "\n".join(lines if found else [*lines, "", f"{NONE}."])

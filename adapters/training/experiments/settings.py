@@ -15,9 +15,10 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
     "dora": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
     "pissa": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3),
     "milora": (1e-4, 5e-4, 1e-3, 2e-3, 5e-3),
-    "lora-xs": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    # Large ranks with Σ want the small ones, random factors and those without Σ the large ones.
+    "lora-xs": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "miss": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3),
-    "adalora": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    "adalora": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
     "vera": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "svf": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "svft": (5e-4, 2e-3, 5e-3, 2e-2, 5e-2),

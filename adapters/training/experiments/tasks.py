@@ -57,7 +57,7 @@ TASKS: Mapping[str, TaskSource] = {
     ),
     "strings": TaskSource(
         "spell_backward",
-        {"min_word_len": 3, "max_word_len": 8},
+        {"min_word_len": 3, "max_word_len": 6},
         "string manipulation: spell a word backward",
         12,
     ),

@@ -86,7 +86,8 @@ def test_every_setting_is_one_that_the_trainer_takes() -> None:
             out=Path("o"),
             **setting.asked,
         )
-        assert len(setting.grid) in (1, 5)
+        assert len(setting.grid) in (1, 5, 6)
+        assert list(setting.grid) == sorted(setting.grid)
     assert set(GRIDS) == set(METHOD_NAMES)
 
 
@@ -225,9 +226,23 @@ def test_the_report_says_what_is_missing_and_what_was_found(lab: Lab, tmp_path: 
     files = write_report(lab.log, tmp_path / "to", seeds=(1, 2), steps=300)
     text = files[0].read_text()
     assert f"| {CLAIMS[0].text} | MiSS, Table 5 | **does not hold** | -20.0 ± 0.0 |" in text
-    assert "![miss](plots/miss.png)" in text
+    assert "![miss](results/miss.png)" in text
     assert {"RESULTS.md", "miss.png"} <= {path.name for path in files}
     assert text.count("**not measured**") < len(CLAIMS)
+
+
+def test_the_costs_are_reported_as_shares_and_ratios(lab: Lab) -> None:
+    for label, init, step in (("LoRA-XS r=16", 3.0, 10.0), ("LoRA r=16", 0.1, 20.0)):
+        seconds = {"init_seconds": init, "cached_init_seconds": 0.1}
+        steps = {"step_ms": step, "step_ms_p90": step, "peak_memory": 1 << 20, "parameters": 5}
+        where = {"gpu": "H100", "torch": "2"}
+        lab.log.append("cost", id=f"cost-{label}", label=label, **seconds, **steps, **where)
+    text = results(lab.log, SEEDS, 300)
+    assert "| LoRA-XS r=16 | 5 | 3.00 | 0.10 | 50.0 % | 10.00 | 10.00 | 1 |" in text
+    assert "50.0 % of 300 updates, **does not hold**; under 1 % from 29,700 updates on" in text
+    assert "LoRA's (LoRA-XS, Table 6): step ms × 0.50, **holds** (one run)" in text
+    assert "MiSS is faster than DoRA: not measured" in text
+    assert "Measured on: H100, torch 2." in text
 
 
 def test_splits_share_no_question_and_are_always_the_same() -> None:

@@ -40,13 +40,13 @@ def lab(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     return Lab(base, data, tmp_path / "out", tmp_path / "cache", "cpu", 4, (1, 2), log)
 
 
-def test_a_table_is_trained_scored_and_kept_in_the_log_alone(
+def test_tables_are_trained_scored_and_kept_in_the_log_alone(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(GRIDS, "miss", (1e-3, 0.02))  # type: ignore[arg-type]
     settings = Setting("MiSS", "miss", SMALL), Setting("LoRA", "lora", SMALL, lr=1e-3)
-    table = Table("tiny", "Tiny", tuple((setting, ("words",)) for setting in settings))
-    assert work(lab, [table], Clock(math.inf), open_source)
+    tables = [Table(each.label, each.label, ((each, ("words",)),)) for each in settings]
+    assert work(lab, tables, Clock(math.inf), open_source)  # trains again after having scored
 
     runs = list(lab.log.lines("run"))
     assert [(line["method"], line["seed"], line["lr"]) for line in runs] == [
@@ -69,7 +69,7 @@ def test_a_table_is_trained_scored_and_kept_in_the_log_alone(
     assert "state.safetensors" not in left
 
     count = len(lab.log.path.read_text().splitlines())
-    assert work(lab, [table], Clock(math.inf), open_source)
+    assert work(lab, tables, Clock(math.inf), open_source)
     assert len(lab.log.path.read_text().splitlines()) == count
 
 

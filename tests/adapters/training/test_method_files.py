@@ -11,7 +11,9 @@ from tests.adapters import reading_oracle
 from tests.adapters.training.method_cases import CASES, Trial, fresh
 from tests.e2e.serving_logits import Made, serve, wrong
 
+from shoal.adapters.formats.keys import module_path
 from shoal.adapters.spec import Target
+from shoal.adapters.training.methods.adalora import AdaloraLinear
 from shoal.adapters.training.methods.attaching import find_linears
 from shoal.server.config import ServeConfig
 
@@ -34,6 +36,17 @@ OF_PEFT = [
 ]
 LENGTH = 16
 IDS = torch.randint(3, 200, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+
+# What PEFT calls a factor.
+PEFTS_NAMES = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "E": "lora_E",
+    "m": "lora_magnitude_vector",
+    "D": "miss_block",
+    "b": "vera_lambda_b",
+    "d": "vera_lambda_d",
+}
 
 # Reader's name of the format, and the family it is served as.
 SERVED: dict[str, tuple[str, str]] = {
@@ -151,6 +164,39 @@ def test_peft_reads_it_as_it_was_trained(
         logits = model(input_ids=IDS).logits
     expected = of_second_lane(trial, IDS)
     torch.testing.assert_close(logits, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["lora", "rslora", "dora", "pissa exact", "miss", "miss mini", "vera", "adalora"]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following rank_pattern:RuntimeWarning")
+def test_its_gradients_are_pefts(
+    name: str, trained: dict[str, tuple[Trial, Path]], base: Path
+) -> None:
+    trial, folder = trained[name]
+    trial.optimizer.zero_grad()
+    trial.model(input_ids=IDS.repeat(2, 1)).logits[len(IDS) :].logsumexp(-1).sum().backward()
+    model = PeftModel.from_pretrained(fresh(base), folder, is_trainable=True)
+    model(input_ids=IDS).logits.logsumexp(-1).sum().backward()
+    compared = 0
+    for target, linear in trial.adapted.items():
+        theirs = {
+            key.removeprefix(f"base_model.model.{module_path(target)}.").split(".")[0]: p.grad
+            for key, p in model.named_parameters()
+            if f".{module_path(target)}." in key and p.grad is not None
+        }
+        for kind, factor in linear.factors().items():
+            expected = theirs[PEFTS_NAMES[kind]]
+            assert factor.grad is not None
+            own = factor.grad[1]
+            if isinstance(linear, AdaloraLinear):  # without what is not in the file
+                own = own[:, linear.kept[1]] if kind == "B" else own[linear.kept[1]]
+            own = own.reshape(expected.shape)
+            tolerance = 1e-4 * float(expected.norm())
+            torch.testing.assert_close(own, expected, atol=tolerance, rtol=0)
+            compared += 1
+    assert compared == sum(p.grad is not None for p in model.parameters())
 
 
 def test_adalora_writes_what_allocation_left(trained: dict[str, tuple[Trial, Path]]) -> None:

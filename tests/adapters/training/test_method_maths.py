@@ -2,13 +2,16 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tests.adapters.training.method_cases import Trial
+from peft import LoraConfig, get_peft_model
+from tests.adapters.training.method_cases import Trial, fresh
 from torch import Tensor, nn
 
-from shoal.adapters.spec import Target
+from shoal.adapters.spec import MODULES, Target
+from shoal.adapters.spectral_basis import thin_svd
 from shoal.adapters.training.methods.adalora import Adalora, AdaloraLinear
 from shoal.adapters.training.methods.contract import AdaptedLinear
 from shoal.adapters.training.methods.dora import DoraLinear
@@ -67,6 +70,31 @@ def test_lora_xs_keeps_neither_input_nor_output_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         adapted(torch.randn(3, 7, 10, requires_grad=True))
     assert [t.shape for t in kept if t.shape[0] == 21] == [(21, 2)]
+
+
+def kept_bytes(model: Any, ids: Tensor) -> int:
+    """What a forward pass keeps for the backward pass beside the model, each storage once."""
+    resident = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum()
+    loss.backward()
+    sizes = {at: tensor.untyped_storage().nbytes() for at, tensor in kept.items()}
+    return sum(size for at, size in sizes.items() if at not in resident)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by an old name
+def test_a_step_of_lora_xs_keeps_less_than_one_of_pefts_lora(base: Path, tmp_path: Path) -> None:
+    ids = torch.randint(3, 200, (4, 32))
+    config = LoraConfig(r=4, target_modules=list(MODULES))
+    theirs = kept_bytes(get_peft_model(fresh(base), config), ids)
+    ours = kept_bytes(Trial(base, tmp_path, "lora-xs official").model, ids)
+    assert ours < 0.9 * theirs
 
 
 def test_dora_scales_rows_to_their_magnitude() -> None:
@@ -131,8 +159,6 @@ def test_what_is_computed_of_a_base_is_kept_for_its_next_run(base: Path, tmp_pat
 def test_svft_trains_as_many_entries_as_its_pattern_has(
     pattern: str, width: int, count: int
 ) -> None:
-    from shoal.adapters.spectral_basis import thin_svd
-
     svd = thin_svd(linear_with_bias().weight, TARGET)
     place = places(pattern, width, svd, torch.Generator().manual_seed(0))
     assert len(set(place.tolist())) == len(place) == count

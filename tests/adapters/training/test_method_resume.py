@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tests.adapters.training.method_cases import options_of
 
 from shoal.adapters.training.method_options import METHOD_NAMES
+from shoal.adapters.training.metrics import read_steps
 from shoal.adapters.training.trainer import OnStep, TrainResult
 
 # Beside the methods as they are by default: where more than factors and moments must be kept.
@@ -40,3 +41,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name: str, lab: L
         whole, parts = (load_file(lab.root / run / file) for run in ("whole", "parts"))
         assert whole.keys() == parts.keys()
         assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_the_loss_that_is_logged_is_that_of_the_data_alone(lab: Lab) -> None:
+    # Neither adapter changes anything before the first update, but one has a penalty.
+    for name in ("lora", "adalora"):
+        lab.train(name, **options_of(name) | {"steps": 1})
+    lora, adalora = (read_steps(lab.root / x / "metrics.jsonl") for x in ("lora", "adalora"))
+    assert adalora[0].loss == pytest.approx(lora[0].loss, rel=1e-5)

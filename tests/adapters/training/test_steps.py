@@ -295,7 +295,14 @@ def test_recording_alone_changes_nothing(base: Path, tmp_path: Path) -> None:
     step = make_step(base, tmp_path)
     step.optimizer.active[1] = False
     before = {name: tensor.clone() for name, tensor in step.optimizer.state().items()}
+
+    def fails(work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        raise RuntimeError("not while capturing")
+
     CapturedRunner(step, Replayed())
+    with pytest.raises(RuntimeError, match="not while capturing"):
+        CapturedRunner(step, fails)
     after = step.optimizer.state()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from shoal.adapters.training.data import Batch, Example, collate, fill_of, join, row_order
+from shoal.adapters.training.data.batches import packed_mask
 from shoal.adapters.training.data.packing import plan_rows
 
 CPU = torch.device("cpu")
@@ -28,7 +29,13 @@ def random_examples(count: int, seed: int) -> list[Example]:
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    logits = model(**batch.inputs(), use_cache=False).logits[:, :-1]
+    packed: dict[str, Tensor | None] = {}
+    if batch.segments is not None:
+        seen = packed_mask(batch.segments)
+        # To be added: transformers' own attention in Python takes no other.
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        packed = {"attention_mask": mask, "position_ids": batch.position_ids}
+    logits = model(input_ids=batch.input_ids, use_cache=False, **packed).logits[:, :-1]
     wanted = batch.supervised[:, 1:]
     return F.cross_entropy(logits[wanted], batch.input_ids[:, 1:][wanted], reduction="sum")
 
@@ -70,8 +77,7 @@ def test_the_mask_is_block_diagonal_and_causal() -> None:
     assert batch.position_ids[0].tolist() == [0, 1, 0, 1, 2, 0, 0, 0]
     assert batch.segments.tolist() == [[1, 1, 2, 2, 2, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
     assert batch.supervised[0].tolist() == [False, True, False, True, True, False, False, False]
-    mask = batch.attention_mask()
-    assert mask is not None
+    mask = packed_mask(batch.segments)
     for query in range(8):
         seen = mask[0, 0, query].nonzero().flatten().tolist()
         start = 0 if query < 2 else 2 if query < 5 else 5
