@@ -57,8 +57,8 @@ TASKS: Mapping[str, TaskSource] = {
     ),
     "strings": TaskSource(
         "spell_backward",
-        {"min_word_len": 3, "max_word_len": 6},
-        "string manipulation: spell a word backward",
+        {"min_word_len": 3, "max_word_len": 4},
+        "string manipulation: spell a word of three or four letters backward",
         12,
     ),
     "lists": TaskSource(
@@ -113,7 +113,7 @@ def splits_of(
         DataRejected: there are too few.
     """
     wanted = sum(sizes.values())
-    spec = source.spec(2 * wanted, seed)
+    spec = source.spec(4 * wanted, seed)
     different = {record.messages[0][1]: record for record in read_records(spec)}
     if len(different) < wanted:
         raise DataRejected(spec, None, f"has {len(different)} questions, {wanted} are needed")
