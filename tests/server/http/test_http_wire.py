@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from shoal.server.http import wire
@@ -24,9 +24,34 @@ async def _echo(request: Request) -> PlainTextResponse:
     return PlainTextResponse(f"{len(await request.body())}")
 
 
+async def _names(request: Request) -> PlainTextResponse:
+    await request.body()
+    return PlainTextResponse(" ".join(name.decode() for name, _ in request.scope["headers"]))
+
+
+async def _early(_: Request) -> PlainTextResponse:
+    return PlainTextResponse("no", 413)
+
+
+async def _stream(_: Request) -> Response:
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield b"x"
+            await asyncio.sleep(0.1)
+
+    return StreamingResponse(parts())
+
+
 @asynccontextmanager
 async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    app = Starlette(routes=[Route("/{path:path}", _echo, methods=["GET", "POST"])])
+    app = Starlette(
+        routes=[
+            Route("/names", _names, methods=["POST"]),
+            Route("/early", _early, methods=["POST"]),
+            Route("/stream", _stream),
+            Route("/{path:path}", _echo, methods=["GET", "POST"]),
+        ]
+    )
     server = uvicorn.Server(uvicorn.Config(app, http=Wire, ws="none", log_config=None))
     server.config.load()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -107,3 +132,100 @@ async def test_what_is_not_http_is_refused() -> None:
     async with connected() as (reader, writer):
         writer.write(b"\x16\x03\x01\x00\xa5\x01\x00\x00")
         assert (await answer(reader))[0].split()[1] == b"400"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    ("framing", "body"),
+    [
+        (b"content-length: 4", b"abcd"),
+        (b"transfer-encoding: chunked", b"4\r\nabcd\r\n0\r\n\r\n"),
+    ],
+)
+async def test_who_offers_another_protocol_is_answered_in_this_one(
+    framing: bytes, body: bytes, apart: bool
+) -> None:
+    """Java's client asks for HTTP/2 with its first request; the body was taken for that."""
+    head = (
+        b"POST / HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
+        b"http2-settings: AA\r\n%b\r\n\r\n" % framing
+    )
+    async with connected() as (reader, writer):
+        for _ in range(2):
+            for part in (head, body) if apart else (head + body,):
+                writer.write(part)
+                await asyncio.sleep(0.05)
+            assert (await answer(reader)) == (b"HTTP/1.1 200 OK", b"4")
+
+
+async def test_what_comes_behind_a_body_is_no_header() -> None:
+    async with connected() as (reader, writer):
+        writer.write(b"POST /names HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        writer.write(b"1\r\nx\r\n0\r\nauthorization: y\r\n\r\n")
+        assert (await answer(reader))[1] == b"host transfer-encoding"
+
+
+async def test_what_comes_behind_a_body_is_limited_like_a_head() -> None:
+    async with connected() as (_, writer):
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        writer.write(b"1\r\nx\r\n0\r\n")
+        sent = 0
+        with suppress(OSError):
+            for number in range(2000):
+                writer.write(b"x-%05d: %b\r\n" % (number, b"a" * 9990))
+                await writer.drain()
+                sent += 10_000
+                await asyncio.sleep(0.001)
+        # Apart from what the sockets hold.
+        assert sent < 10_000_000
+
+
+@pytest.mark.parametrize("path", [b"/", b"/early"])
+async def test_who_asks_nothing_more_is_hung_up_on(
+    path: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte behind an answer, of its request's body or between two, kept the connection."""
+    monkeypatch.setattr(wire, "HEAD_S", 0.2)
+    async with connected() as (reader, writer):
+        length = 0 if path == b"/" else 100
+        writer.write(b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path, length))
+        await answer(reader)
+        writer.write(b"x" if length else b"\r\n")
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+
+
+@pytest.mark.parametrize("begun", [b"G", b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET / HT"])
+async def test_an_answer_is_not_cut_short_by_a_head_that_is_late(
+    begun: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "HEAD_S", 0.2)
+    async with connected() as (reader, writer):
+        writer.write(b"GET /stream HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"x\r\n")
+        writer.write(begun)
+        rest = await asyncio.wait_for(reader.readuntil(b"\r\n0\r\n\r\n"), PATIENCE_S)
+        assert rest.count(b"x\r\n") == 4
+
+
+async def test_requests_ahead_of_their_answers_are_limited() -> None:
+    async with connected() as (reader, writer):
+        few = 8
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * few)
+        for _ in range(few):
+            assert (await answer(reader)) == (b"HTTP/1.1 200 OK", b"0")
+        writer.write(b"GET /stream HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"x\r\n")
+        with suppress(OSError):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
+            await asyncio.wait_for(reader.readuntil(b"400 Bad Request"), PATIENCE_S)
+
+
+async def test_an_old_client_gets_a_stream_without_chunks() -> None:
+    async with connected() as (reader, writer):
+        writer.write(b"GET /stream HTTP/1.0\r\n\r\n")
+        head, body = (await asyncio.wait_for(reader.read(), PATIENCE_S)).split(b"\r\n\r\n", 1)
+        assert b"transfer-encoding" not in head
+        assert body == b"xxxxx"
+    async with connected() as (reader, writer):
+        writer.write(b"GET / HTTP/1.0\r\n\r\n")
+        assert (await answer(reader)) == (b"HTTP/1.1 200 OK", b"0")
