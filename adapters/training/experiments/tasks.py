@@ -51,7 +51,7 @@ class TaskSource:
 TASKS: Mapping[str, TaskSource] = {
     "words": TaskSource(
         "leg_counting",
-        {"min_animals": 1, "max_animals": 3, "max_instances": 9},
+        {"min_animals": 1, "max_animals": 2, "max_instances": 6},
         "arithmetic word problem: how many legs have 3 spiders and 2 humans?",
         6,
     ),
