@@ -52,7 +52,7 @@ class Served:
         formats: those of the registry that read it.
         how: the family, and what else is applied.
         example: what is packed for it.
-        method: what ``shoal train --method`` calls it; None where it is not trained here.
+        methods: what ``shoal train --method`` calls it; none where it is not trained here.
         test: where its agreement with its origin is tested.
     """
 
@@ -61,7 +61,7 @@ class Served:
     how: str
     example: Example
     test: str
-    method: str | None = None
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ ROWS: tuple[Served, ...] = (
         "`core`: `R` on a shared basis",
         core,
         "tests/adapters/test_format_lora_xs.py",
-        method="lora-xs",
+        methods=("lora-xs",),
     ),
     Served("TinyLoRA (PEFT)", ("tinylora",), "`core`", core, "tests/adapters/test_peft_parity.py"),
     Served(
@@ -168,7 +168,7 @@ ROWS: tuple[Served, ...] = (
         "`fold`: `S_r(x) D`",
         fold,
         "tests/adapters/test_format_miss.py",
-        method="miss",
+        methods=("miss",),
     ),
     Served(
         'MiSS with output shards (its paper\'s equation 3; our `shard: "output"`)',
@@ -184,7 +184,7 @@ ROWS: tuple[Served, ...] = (
         "`lora`",
         lora(),
         "tests/adapters/test_peft_parity.py",
-        method="lora",
+        methods=("lora", "rslora", "lora-plus"),
     ),
     Served(
         "PiSSA, OLoRA (PEFT); MiLoRA and others that say `base_correction`",
@@ -192,6 +192,7 @@ ROWS: tuple[Served, ...] = (
         "`lora`, and `core` for what training took out of the base",
         corrected("pissa"),
         "tests/adapters/test_corrections.py",
+        methods=("pissa", "milora"),
     ),
     Served(
         "DoRA (PEFT), also on PiSSA's and OLoRA's bases",
@@ -199,9 +200,15 @@ ROWS: tuple[Served, ...] = (
         "`lora`, and a factor per output",
         dora,
         "tests/adapters/test_format_dora.py",
+        methods=("dora",),
     ),
     Served(
-        "AdaLoRA (PEFT)", ("adalora",), "`lora`", lora(), "tests/adapters/test_format_adalora.py"
+        "AdaLoRA (PEFT)",
+        ("adalora",),
+        "`lora`",
+        lora(),
+        "tests/adapters/test_format_adalora.py",
+        methods=("adalora",),
     ),
     Served(
         "VeRA, with and without saved projections (PEFT), r = 256",
@@ -209,6 +216,7 @@ ROWS: tuple[Served, ...] = (
         "`lora`",
         lora(256),
         "tests/adapters/test_format_vera.py",
+        methods=("vera",),
     ),
     Served(
         "LoHa (PEFT), r = 4: r² columns",
@@ -230,6 +238,7 @@ ROWS: tuple[Served, ...] = (
         "`spectral`: a diagonal between singular vectors",
         spectral(lambda k: k),
         "tests/adapters/test_format_svf.py",
+        methods=("svf",),
     ),
     Served(
         "SVFT: plain, banded, random, top-k; here banded with one off-diagonal on each side",
@@ -237,6 +246,7 @@ ROWS: tuple[Served, ...] = (
         "`spectral`: a sparse matrix between them",
         spectral(lambda k: 3 * k - 2),
         "tests/adapters/test_format_svft.py",
+        methods=("svft",),
     ),
 )
 
@@ -311,11 +321,11 @@ def _served(row: Served) -> str:
     bound = _time(cost.own)
     if cost.shared:
         bound += f" (+ {_time(cost.shared)})"
-    method = f"`{row.method}`" if row.method else "–"
+    methods = ", ".join(f"`{name}`" for name in row.methods) or "–"
     formats = ", ".join(f"`{name}`" for name in row.formats)
     size = _size(spec.packed_elements * DTYPE.itemsize)
     return (
-        f"| {row.name} | {method} | {formats} | {row.how} | {size} | {bound} | {_link(row.test)} |"
+        f"| {row.name} | {methods} | {formats} | {row.how} | {size} | {bound} | {_link(row.test)} |"
     )
 
 

@@ -38,10 +38,10 @@ DEFAULT_LR: Mapping[MethodName, float] = {
     "milora": 5e-4,
     "lora-xs": 2e-3,
     "miss": 2e-4,
-    "adalora": 2e-3,
-    "vera": 5e-3,
+    "adalora": 5e-3,
+    "vera": 2e-2,
     "svf": 2e-2,
-    "svft": 2e-3,
+    "svft": 1e-2,
 }
 
 # Methods whose delta has no factor alpha / rank, and those that have no rank.

@@ -58,7 +58,7 @@ CASES = (
     ),
     Case("large core", owners=(1, 0), length=18, k=96, n=96, scale=0.25),
     Case(
-        "fleet", owners=tuple(range(256)), length=256, k=16, n=4096, lanes=256, add=True,
+        "fleet", owners=tuple(range(64)), length=128, k=16, n=4096, lanes=64, add=True,
         gpu_only=True,
     ),
     Case(

@@ -52,7 +52,7 @@ CASES = (
     Case("fold", owners=(2, 0, -1), length=19, m=8, n=150, padded=True),
     Case("large core", owners=(1, 0, 0), length=18, m=66, n=70),
     Case(
-        "fleet", owners=tuple(range(256)), length=256, m=16, n=4096, lanes=256, gpu_only=True
+        "fleet", owners=tuple(range(64)), length=128, m=16, n=4096, lanes=64, gpu_only=True
     ),
     Case(
         "few lanes", owners=(0,) * 100 + (1,) * 28, length=512, m=64, n=64, gpu_only=True

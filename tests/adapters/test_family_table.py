@@ -27,7 +27,7 @@ def test_the_readme_holds_the_table() -> None:
 
 def test_every_format_and_every_method_has_a_row() -> None:
     assert {name for row in ROWS for name in row.formats} == set(FORMATS.names())
-    assert sorted(row.method for row in ROWS if row.method) == sorted(METHOD_NAMES)
+    assert sorted(name for row in ROWS for name in row.methods) == sorted(METHOD_NAMES)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name[:20])
@@ -44,8 +44,9 @@ def test_rows_are_what_they_say(row: Served) -> None:
 def test_sizes_are_those_of_the_design() -> None:
     lines = {line.split(" | ")[0].strip("| "): line for line in table().splitlines()}
     sizes = {row.name: lines[row.name].split(" | ")[4] for row in ROWS}
-    by_method = {row.method: sizes[row.name] for row in ROWS if row.method}
-    assert by_method == {"lora-xs": "115 KB", "miss": "44 MB", "lora": "84 MB"}
+    by_method = {name: sizes[row.name] for row in ROWS for name in row.methods}
+    wanted = {"lora-xs": "115 KB", "miss": "44 MB", "lora": "84 MB"}
+    assert wanted.items() <= by_method.items()
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name[:20])

@@ -87,7 +87,7 @@ def test_the_matmul_kernel_equals_the_reference(
     lane_matmul(x, bank, owners, expected, scale=case.scale, add=case.add)
     odd = [LaneMatmulConfig(16, 32, 32)] if dtype == torch.float32 else []
     for config in (None, *odd):
-        out = inputs.out.clone()
+        out = matmul_cases.make_inputs(case, dtype, DEVICE, seed=2).out
         launch_lane_matmul(*inputs[:3], out, scale=case.scale, add=case.add, config=config)
         assert_close(out.cpu(), expected, dtype, case.slack)
 
@@ -107,7 +107,7 @@ def test_the_outer_kernel_equals_the_reference(case: outer_cases.Case, dtype: to
     lane_outer(inputs.a.cpu(), inputs.b.cpu(), to_cpu(inputs.rows), expected, scale=case.scale)
     odd = [LaneOuterConfig(32, 32, 32, 3)] if dtype == torch.float32 else []
     for config in (None, *odd):
-        grads = inputs.grads.clone()
+        grads = outer_cases.make_inputs(case, (dtype, dtype), DEVICE, seed=2).grads
         launch_lane_outer(*inputs[:3], grads, scale=case.scale, config=config)
         # The sums stay float32; only where the matrix units round a mixture is it coarser.
         assert_close(grads.cpu(), expected, torch.float32, 3 * case.slack)

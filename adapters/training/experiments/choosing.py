@@ -1,10 +1,13 @@
 """Which learning rate a sweep chose, and which runs of the log belong to a setting. No torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shoal.adapters.training.experiments.log import Line, Log
 from shoal.adapters.training.experiments.settings import Group, Setting, run_id, sweep_of
+
+# Whether the adapter of a run (its line) is still there.
+Present = Callable[[Line], bool]
 
 
 def best_rate(log: Log, setting: Setting, steps: int) -> float | None:
@@ -33,12 +36,25 @@ def main_group(setting: Setting, task: str, rate: float, seeds: Sequence[int], s
     return Group(setting, task, tuple((seed, rate) for seed in seeds), steps)
 
 
-def missing_of(log: Log, group: Group) -> Group | None:
-    """The lanes of a group that are not in the log; None when all are."""
+def missing_of(log: Log, group: Group, present: Present | None = None) -> Group | None:
+    """The lanes of a group that are still to be trained; None when there are none.
+
+    Args:
+        log: what was done.
+        group: what is wanted.
+        present: whether a run's adapter is still there; None: it is not needed. One that was lost
+            before it had its score, with the machine it was on, is trained again.
+    """
     done = log.by_id("run")
-    lanes = tuple(
-        lane for lane, run in zip(group.lanes, group.runs, strict=True) if run not in done
-    )
+    scored = log.by_id("score")
+
+    def kept(run: str) -> bool:
+        if run not in done:
+            return False
+        needed = present is not None and run not in scored and not done[run].get("diverged")
+        return not needed or (present is not None and present(done[run]))
+
+    lanes = tuple(lane for lane, run in zip(group.lanes, group.runs, strict=True) if not kept(run))
     return Group(group.setting, group.task, lanes, group.steps) if lanes else None
 
 
@@ -55,13 +71,16 @@ def run_of(log: Log, setting: Setting, task: str, seed: int, steps: int) -> Line
     return {**score, **line}
 
 
-def unscored(log: Log, seeds: Sequence[int]) -> list[str]:
+def unscored(log: Log, seeds: Sequence[int], present: Present) -> list[str]:
     """Runs that count and have no score; those of sweeps are chosen among by their loss."""
     scored = log.by_id("score")
     return [
         run
         for run, line in log.by_id("run").items()
-        if run not in scored and line["seed"] in seeds and not line.get("diverged")
+        if run not in scored
+        and line["seed"] in seeds
+        and not line.get("diverged")
+        and present(line)
     ]
 
 

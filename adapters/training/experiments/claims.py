@@ -114,7 +114,7 @@ _PISSA_SET = dict(zip(("lora", "pissa", "milora"), hyperparameter_sets()[3:], st
 
 def _initialisation_claims() -> list[Claim]:
     claims = []
-    for rank in (16, 4):
+    for rank, table in ((16, "lora-xs-init"), (4, "lora-xs-init-4")):
         svd, random, svd_of_random, bottom, no_sigma = initialisations(rank)
         for source, text, other in (
             ("Table 4", "SVD of W beats random factors", random),
@@ -123,9 +123,9 @@ def _initialisation_claims() -> list[Claim]:
             ("Appendix I", "with Σ beats without", no_sigma),
         ):
             text = f"{text} (r={rank})"
-            claims.append(Claim("lora-xs-init", f"LoRA-XS, {source}", text, svd, other))
+            claims.append(Claim(table, f"LoRA-XS, {source}", text, svd, other))
         text = f"SVD of W learns faster early than random factors (r={rank})"
-        claims.append(Claim("lora-xs-init", "LoRA-XS, Table 16", text, svd, random, "early_loss"))
+        claims.append(Claim(table, "LoRA-XS, Table 16", text, svd, random, "early_loss"))
     return claims
 
 

@@ -14,7 +14,6 @@ from shoal.adapters.training.experiments.choosing import (
     best_rate,
     main_group,
     missing_of,
-    unscored,
 )
 from shoal.adapters.training.experiments.running import Lab, run_group
 from shoal.adapters.training.experiments.scoring import OpenSource, score_all
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # Seconds, before anything was measured: loading the base and recording graphs; a row of a step;
 # opening the engine; scoring one adapter. Generous, for an H100.
-FIXED_S, ROW_S = 12.0, 0.0008
+FIXED_S, ROW_S = 16.0, 0.0009
 ENGINE_S, SCORE_S = 40.0, 2.0
 
 
@@ -37,9 +36,9 @@ class Clock:
     row_s: float = ROW_S
     score_s: float = SCORE_S
 
-    def trains(self, group: Group, unscored: int) -> bool:
-        """Whether a group and the scores of all that has none then would be done in time."""
-        after = unscored + len(group.lanes)
+    def trains(self, group: Group, unscored: int, *, scored: bool) -> bool:
+        """Whether a group, and the scores of all that has none then, would be done in time."""
+        after = unscored + len(group.lanes) if scored else 0
         return self.left() > self.training_s(group) + self.scoring_s(after)
 
     def training_s(self, group: Group) -> float:
@@ -68,7 +67,7 @@ def work(
     limit: int | None = None,
     keep: bool = False,
 ) -> bool:
-    """Run and score what is missing.
+    """Train what is missing, and score it with one engine at the end.
 
     Args:
         lab: where.
@@ -81,37 +80,42 @@ def work(
     Returns:
         Whether everything is there now.
     """
-    complete = True
+    complete = _train(lab, tables, clock, scored=open_source is not None)
+    if open_source is not None:
+        complete &= score(lab, open_source, clock, limit=limit, keep=keep)
+    return complete
+
+
+def _train(lab: Lab, tables: Iterable[Table], clock: Clock, *, scored: bool) -> bool:
+    """Train what is missing; False when time ran out. ``scored``: leave time for scoring."""
     for table in tables:
         for group in _missing(lab, table):
-            waiting = len(unscored(lab.log, lab.seeds)) if open_source is not None else 0
-            if not clock.trains(group, waiting):
+            waiting = len(lab.unscored()) if scored else 0
+            if not clock.trains(group, waiting, scored=scored):
                 log.info("out of time table=%s left=%.0fs", table.name, clock.left())
-                complete = False
-                break
+                return False
             _run(lab, table, group, clock)
-        if open_source is not None:
-            complete &= score(lab, open_source, clock, limit=limit, keep=keep)
-        if not complete:
-            break
-    return complete
+    return True
 
 
 def score(
     lab: Lab, open_source: OpenSource, clock: Clock, *, limit: int | None, keep: bool
 ) -> bool:
     """Score what has no score; True when everything has one."""
-    before = unscored(lab.log, lab.seeds)
+    before = lab.unscored()
     started = time.monotonic()
     left = score_all(lab, open_source, clock.deadline, limit)
     done = len(before) - left
     if done:
         clock.score_s = max(clock.score_s, (time.monotonic() - started - ENGINE_S) / done)
     if not keep:
-        scored = set(before) - set(unscored(lab.log, lab.seeds))
+        scored = set(before) - set(lab.unscored())
         lines = lab.log.by_id("run")
         for run in scored:
-            shutil.rmtree(lab.out / lines[run]["directory"], ignore_errors=True)
+            directory = lab.out / lines[run]["directory"]
+            shutil.rmtree(directory, ignore_errors=True)
+            if not any(path.is_dir() for path in directory.parent.glob("*")):
+                shutil.rmtree(directory.parent, ignore_errors=True)
     return not left
 
 
@@ -126,7 +130,8 @@ def _missing(lab: Lab, table: Table) -> Iterator[Group]:
             log.warning("every rate diverged setting=%s", setting.label)
             continue
         for task in tasks:
-            group = missing_of(lab.log, main_group(setting, task, rate, lab.seeds, lab.steps))
+            wanted = main_group(setting, task, rate, lab.seeds, lab.steps)
+            group = missing_of(lab.log, wanted, lab.present)
             if group is not None:
                 yield group
 

@@ -14,7 +14,7 @@ from shoal.adapters.training.experiments.tables import Table
 PADDED = {"words": 128, "strings": 64, "lists": 192, "classes": 128}
 # Foreseen on an H100: tokens through forward and backward a second with a 135M base in bfloat16;
 # seconds around a group's steps (loading, tokenising, recording, writing); seconds a score.
-TOKENS_S, AROUND_S, SCORE_S = 350_000, 9.0, 1.5
+TOKENS_S, AROUND_S, SCORE_S = 230_000, 14.0, 1.5
 
 
 def plan(tables: Iterable[Table], steps: int = STEPS) -> str:

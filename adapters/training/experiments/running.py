@@ -13,7 +13,8 @@ import torch
 
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.errors import Diverged
-from shoal.adapters.training.experiments.log import Log
+from shoal.adapters.training.experiments.choosing import unscored
+from shoal.adapters.training.experiments.log import Line, Log
 from shoal.adapters.training.experiments.place import place
 from shoal.adapters.training.experiments.settings import Group
 from shoal.adapters.training.experiments.tasks import path_of
@@ -48,6 +49,14 @@ class Lab:
     steps: int
     seeds: tuple[int, ...]
     log: Log
+
+    def present(self, line: Line) -> bool:
+        """Whether a run's adapter is still there."""
+        return (self.out / str(line["directory"])).is_dir()
+
+    def unscored(self) -> list[str]:
+        """Runs that can be scored and were not."""
+        return unscored(self.log, self.seeds, self.present)
 
     def directory(self, group: Group) -> Path:
         """Where a group's runs lie, one folder a lane."""

@@ -16,7 +16,6 @@ from shoal.adapters.training.evaluation.results import Results, Score
 from shoal.adapters.training.evaluation.source import BASE, AnswerSource
 from shoal.adapters.training.evaluation.spec import TaskSpec
 from shoal.adapters.training.evaluation.tasks import Task, read_task
-from shoal.adapters.training.experiments.choosing import unscored
 from shoal.adapters.training.experiments.place import place
 from shoal.adapters.training.experiments.running import Lab, forget_peak
 from shoal.adapters.training.experiments.tasks import FORGETTING, TASKS, path_of
@@ -63,7 +62,7 @@ def score_all(lab: Lab, open_source: OpenSource, deadline: float, limit: int | N
     Returns:
         How many runs are without a score.
     """
-    todo = list(_by_task(lab, unscored(lab.log, lab.seeds)))
+    todo = list(_by_task(lab, lab.unscored()))
     if not todo:
         return 0
     forget_peak()  # the engine takes what memory there is
@@ -76,7 +75,7 @@ def score_all(lab: Lab, open_source: OpenSource, deadline: float, limit: int | N
                 break
             _score(lab, source, task, runs, results, limit)
             longest = max(longest, time.monotonic() - started)
-    return len(unscored(lab.log, lab.seeds))
+    return len(lab.unscored())
 
 
 def _by_task(lab: Lab, runs: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -98,9 +97,15 @@ def _score(
 ) -> None:
     lines = lab.log.by_id("run")
     tests = [_test(lab, task, limit), _text(lab, limit)]
+    added = []
     for run in runs:
-        source.add(run, lab.out / lines[run]["directory"])
-    digests = source.digests
+        try:
+            source.add(run, lab.out / lines[run]["directory"])
+        except Exception as problem:  # whatever the source raises: the others have their scores
+            log.warning("not scored run=%s: %s", run, problem)
+        else:
+            added.append(run)
+    runs, digests = added, source.digests
     try:
         adapters = {run: digests[run] for run in runs}
         done = evaluate(source, adapters, tests, metrics=METRICS, results=results)

@@ -29,7 +29,7 @@ BATCH = 16
 MAX_LENGTH = 256
 SEEDS = (1, 2, 3)
 SWEEP_SEED = 0
-SWEEP_TASK = "lists"
+SWEEP_TASK = "words"
 SHARED: Mapping[str, Any] = {
     "batch_size": BATCH,
     "max_length": MAX_LENGTH,

@@ -4,6 +4,8 @@
 ratio     a fleet of LoRA-XS tenants, one record each a step, against one tenant after the
           other at batch size 1 with the plain trainer: whole runs on disk, with the time of
           a step and of a whole run
+same      what tenants of a fleet got, against what some of them get alone: weights, losses and
+          gradient norms, in the dtype asked for (float32 is what has to agree)
 gradient  what the adapters add to the base's own backward pass, and the kernels' share
 capacity  how many tenants fit beside a base, with activation checkpointing
 all       those of ``PLANS``, one after the other; what the file of ``--json`` has already is left
@@ -30,6 +32,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,11 +98,13 @@ class Options:
     dtype: str = "auto"
 
 
-# What is worth knowing of a large GPU, the most important first.
+# What is worth knowing of a large GPU. What needs its memory comes before what records graphs,
+# since those are kept.
 PLANS = (
-    Options("ratio", length=64),
     Options("capacity", "llama-3.1-8b", tenants=512, steps=3),
     Options("gradient", "llama-3.1-8b", layers=4, tenants=128),
+    Options("ratio", length=64),
+    Options("same", length=64, dtype="float32"),
     Options("ratio", length=128),
     Options("gradient", "llama-3.1-8b", layers=4, tenants=128, method="miss"),
     Options("gradient"),
@@ -261,6 +266,42 @@ def _tasks(options: Options, root: Path) -> Path:
     tasks = root / "tasks.jsonl"
     tasks.write_text("\n".join(lines) + "\n")
     return tasks
+
+
+def same(options: Options, device: torch.device) -> dict[str, Any]:
+    """Differences after ``steps`` steps of a learning rate that moves the weights."""
+    alone = range(0, options.tenants, max(1, options.tenants // 8))
+    with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder:
+        root = Path(folder)
+        common: dict[str, Any] = {
+            "method": options.method, "base": _saved_base(options, root, device),
+            "rank": options.rank, "batch_size": 1, "steps": options.steps,
+            "save_every": 10 * options.steps, "device": options.device, "dtype": options.dtype,
+            "max_length": options.length, "lr": 0.01 if options.method == "lora-xs" else 1e-3,
+        }  # fmt: skip
+        quiet: dict[str, Any] = {"cache_dir": root / "bases", "progress": False}
+        tasks = _tasks(options, root)
+        config = TrainConfig(**{**common, "data": tasks, "out": root / "fleet"})
+        train_fleet(FleetConfig(common=config, fleet=tasks, rows=options.tenants), **quiet)
+        weights, moved, losses, norms = [], [], [], []
+        for number in alone:
+            own = {"data": root / f"t{number}.jsonl", "out": root / f"a{number}", "seed": number}
+            train(TrainConfig(**{**common, **own}), **quiet)
+            pair = [root / f"fleet/t{number}", root / f"a{number}"]
+            mine, theirs = (load_file(path / "adapter_model.safetensors") for path in pair)
+            trained = [name for name in theirs if not name.endswith("probe")]
+            weights.append(max(float((mine[n] - theirs[n]).abs().max()) for n in trained))
+            moved.append(max(float(theirs[n].abs().max()) for n in trained))
+            steps = [read_steps(path / "metrics.jsonl") for path in pair]
+            losses += [abs(a.loss / b.loss - 1) for a, b in zip(*steps, strict=True)]
+            norms.append(abs(steps[0][0].grad_norm / steps[1][0].grad_norm - 1))
+    return {
+        "compared": len(weights),
+        "weights_differ": max(weights),
+        "weights_moved": max(moved),
+        "losses_differ_relative": max(losses),
+        "first_gradient_norm_differs_relative": max(norms),
+    }
 
 
 # ---------------------------------------------------------------------------------- gradient
@@ -483,7 +524,7 @@ def _inputs(options: Options) -> FleetInputs:
     return fleet_inputs(parts, options.tenants, rates=[1e-4] * options.tenants)
 
 
-MEASURES = {"ratio": ratio, "gradient": gradient, "capacity": capacity}
+MEASURES = {"ratio": ratio, "same": same, "gradient": gradient, "capacity": capacity}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -156,6 +156,6 @@ def loss_by_lane(inputs: FleetInputs, nll: Tensor) -> dict[int, float]:
         nll: ``(places,)`` on the CPU.
     """
     parts = nll.double().numpy() * inputs.weights.double().numpy()
-    sums = np.zeros(len(inputs.active))
-    np.add.at(sums, inputs.place_lanes.numpy(), parts)
+    lanes = inputs.place_lanes.numpy()
+    sums = np.bincount(lanes, weights=parts, minlength=len(inputs.active))
     return {int(lane): float(sums[lane]) for lane in np.flatnonzero(inputs.active.numpy())}

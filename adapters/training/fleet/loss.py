@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from shoal.adapters.training.errors import BaseRejected
@@ -54,14 +55,14 @@ class Head:
         Without gradient.
         """
         parts = zip(torch.split(hidden, self.piece), torch.split(labels, self.piece), strict=True)
-        return torch.cat([_nll(self.logits(h), label)[0] for h, label in parts])
+        return torch.cat([_nll(_log_softmax(self.logits(h)), label) for h, label in parts])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``(places, vocabulary)`` float32."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        """``(places, vocabulary)`` in the weight's dtype; float32 with a softcap."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.softcap is None:
+            return logits
+        return torch.tanh(logits.float() / self.softcap) * self.softcap
 
 
 def weighted_nll(
@@ -96,15 +97,18 @@ class _WeightedNll(torch.autograd.Function):
         for start in range(0, len(positions), head.piece):
             part = slice(start, start + head.piece)
             logits = head.logits(picked[part])
-            nll[part], log_sum = _nll(logits, labels[part])
+            logs = _log_softmax(logits)
+            nll[part] = _nll(logs, labels[part])
             scale = weights[part, None]
             if head.softcap is not None:
                 scale = scale * (1 - (logits / head.softcap).square_())
-            # In place, since a pass over all logits is what takes time here.
-            slope = logits.sub_(log_sum[:, None]).exp_()
+            # In place and rounded while it is scaled: passes over logits are what takes time here.
+            slope = logs.exp_()
             slope.scatter_add_(1, labels[part, None], slope.new_full((len(slope), 1), -1.0))
-            slope.mul_(scale)
-            torch.mm(slope.to(picked.dtype), head.weight, out=gradient[part])
+            same = picked.dtype == slope.dtype
+            rounded = slope if same else torch.empty_like(slope, dtype=picked.dtype)
+            torch.mul(slope, scale, out=rounded)
+            torch.mm(rounded, head.weight, out=gradient[part])
         ctx.save_for_backward(positions, gradient)
         ctx.shape = hidden.shape
         ctx.mark_non_differentiable(nll)
@@ -120,7 +124,11 @@ class _WeightedNll(torch.autograd.Function):
         return hidden, None, None, None, None
 
 
-def _nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Per place: negative log-likelihood, and the logarithm of the sum of exponentials."""
-    log_sum = torch.logsumexp(logits, dim=1)
-    return log_sum - logits.gather(1, labels[:, None]).squeeze(1), log_sum
+def _log_softmax(logits: Tensor) -> Tensor:
+    """``(places, vocabulary)`` float32."""
+    return F.log_softmax(logits, dim=1, dtype=torch.float32)
+
+
+def _nll(logs: Tensor, labels: Tensor) -> Tensor:
+    """``(places,)`` of log-probabilities."""
+    return -logs.gather(1, labels[:, None]).squeeze(1)

@@ -4,6 +4,7 @@ Everything between the batch and the updated values lies on the device, so that 
 the host, and be recorded in a CUDA graph for each shape that occurs.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,6 +19,8 @@ from shoal.adapters.training.fleet.linears import BankLinear, groups_of
 from shoal.adapters.training.fleet.loss import Head, weighted_nll
 from shoal.adapters.training.fleet.products import Step
 from shoal.adapters.training.optimizer import LaneAdamW
+
+log = logging.getLogger(__name__)
 
 # Shapes recorded at most; others run call by call. Each costs about a step's time and some memory.
 MAX_GRAPHS = 24
@@ -186,14 +189,21 @@ class FleetStep:
             return None
         known = self._recordings.get(inputs.key)
         if known is None and len(self._recordings) < MAX_GRAPHS:
-            known = self._recordings[inputs.key] = self._record(inputs, self._recorder)
+            known = self._record(inputs, self._recorder)
+            if known is not None:
+                self._recordings[inputs.key] = known
         return known
 
-    def _record(self, inputs: FleetInputs, recorder: Recorder) -> _Recording:
+    def _record(self, inputs: FleetInputs, recorder: Recorder) -> _Recording | None:
         # Copies: what is recorded reads these very tensors.
         fixed = FleetInputs(*(tensor.clone() for tensor in inputs.to(self.device).tensors()))
         nll: list[Tensor] = []
-        # Runs to warm up write gradients of this very step, which the replay writes again.
-        replay = recorder(lambda: nll.append(self.gradients(fixed)))
+        try:
+            # Runs to warm up write gradients of this very step, which the replay writes again.
+            replay = recorder(lambda: nll.append(self.gradients(fixed)))
+        except RuntimeError as error:  # some decoder's forward cannot be recorded
+            log.warning("steps run call by call: recording failed: %s", error)
+            self._recorder = None
+            return None
         del nll[:-1]
         return _Recording(fixed, replay, nll)

@@ -209,12 +209,17 @@ class Adalora(Method):
         return tensors
 
     def write(self, directory: Path, adapted: Adapted, lane: int, source: Source) -> None:
-        """PEFT's layout, without what allocation dropped."""
-        triplets: dict[Target, Triplets] = {}
-        for target, linear in adapted.items():
-            assert isinstance(linear, AdaloraLinear)
-            own = linear.values(lane)
-            triplets[target] = Triplets(own["A"], own["E"], own["B"], linear.kept[lane].cpu())
+        """PEFT's layout, without the triplets whose value is zero.
+
+        After the last allocation those are what it dropped; and none of a lane whose best values
+        are older than that. A fresh adapter is written whole: no tool reads one without ranks.
+        """
+        values = {target: linear.values(lane) for target, linear in adapted.items()}
+        fresh = not any(bool(own["E"].any()) for own in values.values())
+        triplets = {
+            target: Triplets(own["A"], own["E"], own["B"], (own["E"] != 0) | fresh)
+            for target, own in values.items()
+        }
         write_adalora(
             directory,
             triplets,

@@ -11,7 +11,8 @@ import pytest
 
 from shoal.adapters.training.config import METHOD_NAMES, TrainConfig
 from shoal.adapters.training.experiments import driver
-from shoal.adapters.training.experiments.choosing import at_edge, best_rate, unscored
+from shoal.adapters.training.experiments.__main__ import main
+from shoal.adapters.training.experiments.choosing import at_edge, best_rate
 from shoal.adapters.training.experiments.claims import CLAIMS, answer
 from shoal.adapters.training.experiments.costs import SETTINGS
 from shoal.adapters.training.experiments.driver import Clock, work
@@ -33,7 +34,7 @@ from shoal.adapters.training.experiments.tasks import (
 
 SEEDS = (1, 2, 3)
 LORA = Setting("LoRA", "lora", {"rank": 2})
-TINY = Table("tiny", "Tiny", ((LORA, ("lists", "words")),))
+TINY = Table("tiny", "Tiny", ((LORA, ("words", "lists")),))
 
 
 @pytest.fixture
@@ -68,6 +69,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
     def run(lab: Lab, table: str, group: Group) -> None:
         done.append(group)
         log_group(lab, table, group)
+        for name in group.runs:
+            (lab.out / name).mkdir(exist_ok=True)
 
     monkeypatch.setattr(driver, "run_group", run)
     return done
@@ -122,10 +125,10 @@ def test_a_table_is_swept_then_trained_and_not_again(lab: Lab, trained: list[Gro
     sweep, *main = trained
     assert sweep == sweep_of(LORA)
     assert [(group.task, group.lanes) for group in main] == [
-        (task, tuple((seed, LORA.grid[1]) for seed in SEEDS)) for task in ("lists", "words")
+        (task, tuple((seed, LORA.grid[1]) for seed in SEEDS)) for task in ("words", "lists")
     ]
     assert best_rate(lab.log, LORA, 300) == LORA.grid[1]
-    assert len(unscored(lab.log, SEEDS)) == 6  # those of the sweep need none
+    assert len(lab.unscored()) == 6  # those of the sweep need none
 
     trained.clear()
     again = replace(lab, log=Log(lab.log.path))
@@ -134,6 +137,19 @@ def test_a_table_is_swept_then_trained_and_not_again(lab: Lab, trained: list[Gro
     more = replace(again, seeds=(1, 2, 3, 4))
     assert work(more, [TINY], Clock(math.inf), None)
     assert [group.lanes for group in trained] == [((4, LORA.grid[1]),)] * 2
+
+
+def test_an_adapter_lost_before_it_was_scored_is_trained_again(
+    lab: Lab, trained: list[Group]
+) -> None:
+    assert work(lab, [TINY], Clock(math.inf), None)
+    scored, lost = trained[1].runs[:2]
+    lab.log.append("score", id=scored)
+    for run in (scored, lost):
+        (lab.out / run).rmdir()
+    trained.clear()
+    assert work(lab, [TINY], Clock(math.inf), None)
+    assert [group.runs for group in trained] == [(lost,)]
 
 
 def test_nothing_is_begun_that_the_time_left_does_not_hold(
@@ -243,6 +259,20 @@ def test_the_costs_are_reported_as_shares_and_ratios(lab: Lab) -> None:
     assert "LoRA's (LoRA-XS, Table 6): step ms × 0.50, **holds** (one run)" in text
     assert "MiSS is faster than DoRA: not measured" in text
     assert "Measured on: H100, torch 2." in text
+
+
+def test_the_command_line_says_what_it_lacks_and_plans_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path)]
+    assert main(["miss", *out]) == 2
+    assert "miss needs --base" in capsys.readouterr().err
+    assert main(["miss", "--base", str(tmp_path), *out]) == 2
+    assert "words.train.jsonl; make it with `data`" in capsys.readouterr().err
+    assert main(["plan", *out]) == 0
+    assert "| `lora-xs-init` | 20 |" in capsys.readouterr().out
+    assert main(["report", *out, "--to", str(tmp_path / "to")]) == 0
+    assert (tmp_path / "to" / "RESULTS.md").is_file()
 
 
 def test_splits_share_no_question_and_are_always_the_same() -> None:

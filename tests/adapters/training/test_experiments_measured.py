@@ -46,7 +46,7 @@ def test_tables_are_trained_scored_and_kept_in_the_log_alone(
     monkeypatch.setitem(GRIDS, "miss", (1e-3, 0.02))  # type: ignore[arg-type]
     settings = Setting("MiSS", "miss", SMALL), Setting("LoRA", "lora", SMALL, lr=1e-3)
     tables = [Table(each.label, each.label, ((each, ("words",)),)) for each in settings]
-    assert work(lab, tables, Clock(math.inf), open_source)  # trains again after having scored
+    assert work(lab, tables, Clock(math.inf), open_source)
 
     runs = list(lab.log.lines("run"))
     assert [(line["method"], line["seed"], line["lr"]) for line in runs] == [
@@ -64,13 +64,21 @@ def test_tables_are_trained_scored_and_kept_in_the_log_alone(
         assert score["forgetting_loss"] >= score["base_entropy"] - 1e-4
     assert scores["base-words"]["kl"] == pytest.approx(0, abs=1e-6)
     assert scores[runs[2]["id"]]["kl"] > 0
-    left = {path.name for path in (lab.out / "runs").rglob("*") if path.is_file()}
-    assert "adapter_model.safetensors" not in left
-    assert "state.safetensors" not in left
+    assert not list((lab.out / "runs").iterdir())
 
     count = len(lab.log.path.read_text().splitlines())
     assert work(lab, tables, Clock(math.inf), open_source)
     assert len(lab.log.path.read_text().splitlines()) == count
+
+
+def test_an_adapter_that_cannot_be_served_costs_the_others_nothing(lab: Lab) -> None:
+    setting = Setting("LoRA", "lora", SMALL, lr=1e-3)
+    table = Table("tiny", "Tiny", ((setting, ("words",)),))
+    assert work(lab, [table], Clock(math.inf), None)
+    broken, whole = lab.log.by_id("run").values()
+    (lab.out / broken["directory"] / "adapter_config.json").write_text("{}")
+    assert not work(lab, [table], Clock(math.inf), open_source)
+    assert set(lab.log.by_id("score")) == {whole["id"], "base-words"}
 
 
 def test_lanes_that_diverge_are_logged_and_the_others_counted(lab: Lab) -> None:

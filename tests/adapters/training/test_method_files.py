@@ -199,6 +199,25 @@ def test_its_gradients_are_pefts(
     assert compared == sum(p.grad is not None for p in model.parameters())
 
 
+def test_adalora_writes_values_that_are_older_than_the_last_allocation(
+    base: Path, tmp_path: Path
+) -> None:
+    trial = Trial(base, tmp_path / "cache", "adalora early")
+    trial.method.write(tmp_path / "fresh", trial.adapted, 0, trial.source)
+    trial.train(1)
+    early = {target: linear.values(0)["E"] for target, linear in trial.adapted.items()}
+    trial.train(7)
+    for target, linear in trial.adapted.items():  # as early stopping puts back the best ones
+        linear.factors()["E"].data[0] = early[target]
+    trial.method.write(tmp_path / "early", trial.adapted, 0, trial.source)
+    for folder in ("fresh", "early"):
+        tensors = load_file(tmp_path / folder / "adapter_model.safetensors")
+        values = sum(len(tensor) for key, tensor in tensors.items() if key.endswith("lora_E"))
+        whole = folder == "fresh"
+        expected = sum(8 if whole else int((e != 0).sum()) for e in early.values())
+        assert values == expected > 4 * len(early)
+
+
 def test_adalora_writes_what_allocation_left(trained: dict[str, tuple[Trial, Path]]) -> None:
     trial, folder = trained["adalora early"]
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from shoal.adapters.training.fleet import bench
 from shoal.adapters.training.fleet.bench import Options, main
@@ -39,3 +40,12 @@ def test_all_measurements_are_appended_once_and_failures_are_repeated(
     [*_, ratio] = records(path)
     assert len(records(path)) == 4
     assert float(str(ratio["ratio"])) > 0
+
+
+@pytest.mark.parametrize("method", ["lora-xs", "miss"])
+def test_tenants_get_the_same_as_alone_by_its_measure(tmp_path: Path, method: str) -> None:
+    options = Options("same", **{**TINY, "steps": 6}, **CPU, method=method)  # type: ignore[arg-type]
+    found = bench.same(options, torch.device("cpu"))
+    assert found["compared"] == 4
+    assert found["weights_differ"] < 1e-3 < 10 * found["weights_moved"]
+    assert found["first_gradient_norm_differs_relative"] < 1e-4

@@ -51,6 +51,20 @@ def test_it_is_cross_entropy_of_the_wanted_places(softcap: float | None, bias: b
     torch.testing.assert_close(head.nll(hidden.detach()[places], labels), nll)
 
 
+def test_16_bit_logits_are_summed_in_float32() -> None:
+    decoder = model()
+    decoder.head.to(torch.bfloat16)
+    hidden = torch.randn(TOKENS, D).to(torch.bfloat16).requires_grad_()
+    places, labels = torch.arange(9), torch.randint(0, VOCABULARY, (9,))
+    total, nll = weighted_nll(hidden, places, labels, torch.rand(9), Head(decoder))
+    total.backward()
+    with torch.no_grad():
+        logits = decoder.head(hidden[places]).float()
+    torch.testing.assert_close(nll, F.cross_entropy(logits, labels, reduction="none"))
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+
+
 def test_a_place_that_is_not_finite_changes_no_other_gradient() -> None:
     head = Head(model())
     hidden = torch.randn(TOKENS, D)
