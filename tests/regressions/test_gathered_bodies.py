@@ -25,7 +25,11 @@ async def test_what_is_gathered_takes_about_its_bytes() -> None:
             most = max(most, tracemalloc.get_traced_memory()[0])
         if sent > PIECES:
             return {"type": "http.disconnect"}
-        return {"type": "http.request", "body": (sent % 65_536).to_bytes(2, "big"), "more_body": True}
+        return {
+            "type": "http.request",
+            "body": (sent % 65_536).to_bytes(2, "big"),
+            "more_body": True,
+        }
 
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
     request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
