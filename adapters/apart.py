@@ -29,6 +29,7 @@ import contextlib
 import logging
 import os
 import pickle
+import select
 import subprocess
 import sys
 import threading
@@ -56,6 +57,8 @@ log = logging.getLogger(__name__)
 BYTES_MAX = 32 << 20
 # Helpers that died in a row before anything was answered: then there will be no others.
 DEATHS_MAX = 3
+# For a helper to publish: meanwhile nobody else here writes. More than it waits for the database.
+PUBLISHED_S = 60.0
 
 
 # What a helper is told when it waits.
@@ -297,7 +300,7 @@ class _Helper:
         self._ask(GO)
         self.at_rest = False
         with published:
-            info: AdapterInfo = self._ask(GO)
+            info: AdapterInfo = self._ask(GO, within_s=PUBLISHED_S)
         return info
 
     def _send(self, message: object) -> None:
@@ -306,10 +309,15 @@ class _Helper:
         except OSError as problem:
             raise Died(problem) from problem
 
-    def _ask(self, message: object) -> Any:
+    def _ask(self, message: object, *, within_s: float | None = None) -> Any:
         """The answer; raises it if it is a refusal or a failure, which end the upload."""
         self.at_rest = False
         self._send(message)
+        if within_s is not None:
+            answered = select.poll()
+            answered.register(self._from, select.POLLIN)
+            if not answered.poll(within_s * 1000):
+                raise Died(f"it has not answered in {within_s:.0f} s")
         try:
             answer = pickle.load(self._from)
         except (OSError, EOFError, pickle.UnpicklingError) as problem:

@@ -37,7 +37,10 @@ class Address:
 
     @property
     def reachable(self) -> bool:
-        """Whether another process can: not of a database in this one's memory."""
+        """Whether another process can: not of a database or a store in this one's memory."""
+        # fsspec's filesystems may stand on one another.
+        if any(part.startswith("memory:") for part in self.store_url.split("::")):
+            return False
         backend = self.registry_url.partition(":")[0].partition("+")[0]
         return backend != "sqlite" or sqlite_file(self.registry_url) is not None
 

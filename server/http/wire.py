@@ -35,6 +35,8 @@ class Wire(HttpToolsProtocol):
         self._patience: asyncio.TimerHandle | None = None
         # A request that offers another protocol, as it would be without that.
         self._plain: bytes | None = None
+        # The request that is being answered: `cycle` is that which came last.
+        self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,6 +45,10 @@ class Wire(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+        running, self._running = self._running, None
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -62,6 +68,8 @@ class Wire(HttpToolsProtocol):
             raise ValueError("too many requests ahead of their answers")  # a 400 like all others
         self._stop_waiting()
         super().on_headers_complete()
+        if not self.pipeline:
+            self._running = self.cycle
         if version == "1.0":
             _send_unchunked(self.cycle)
         self.headers = []  # what comes behind the body is none of the request's
@@ -73,6 +81,11 @@ class Wire(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self._plain is None:
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._running = self.pipeline[-1][0]
+        super().on_response_complete()
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -274,6 +275,31 @@ def test_a_process_that_dies_half_way_publishes_nothing(
     assert world.uploaded(files, "second").version == 1
 
 
+def test_a_process_that_says_nothing_does_not_keep_others_from_writing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "PUBLISHED_S", 0.5)
+    files = adapter_files(compact(world.golden, tmp_path / "a"))
+    world.uploaded(files, "first")
+    (helper,) = world.helpers._helpers
+
+    @contextmanager
+    def stopped() -> Iterator[None]:
+        os.kill(helper.pid, signal.SIGSTOP)
+        yield
+
+    rescue = threading.Timer(START_S, os.kill, (helper.pid, signal.SIGKILL))
+    rescue.start()
+    try:
+        assert world.upload(files, "second", published=stopped()) is None
+        assert rescue.is_alive(), "it was waited for"
+    finally:
+        rescue.cancel()
+    assert world.names() == ["first"]
+    assert world.helpers._helpers == set()
+    assert world.uploaded(files, "second").version == 1
+
+
 def test_a_failure_while_it_is_published_costs_the_process_not_the_next_upload(
     world: World, tmp_path: Path
 ) -> None:
@@ -331,6 +357,15 @@ def test_a_registry_in_memory_is_the_servers_alone() -> None:
     assert not replace(address, registry_url="sqlite+pysqlite:///:memory:").reachable
     assert replace(address, registry_url="sqlite:////data/registry.db").reachable
     assert replace(address, registry_url="postgresql+psycopg://host/name").reachable
+
+
+@pytest.mark.parametrize("store", ["memory://store", "simplecache::memory://store"])
+def test_a_store_in_memory_is_the_servers_alone(store: str) -> None:
+    """A helper kept the record in its own memory: the name was there, its bytes were not."""
+    address = Address("sqlite:////data/registry.db", store, "", frozenset())
+    assert not address.reachable
+    assert replace(address, store_url="s3://bucket/memory").reachable
+    assert replace(address, store_url="/data/memory").reachable
 
 
 def test_one_that_cannot_start_is_not_tried_for_ever(

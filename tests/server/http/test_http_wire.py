@@ -42,6 +42,16 @@ async def _stream(_: Request) -> Response:
     return StreamingResponse(parts())
 
 
+LEFT = asyncio.Event()
+
+
+async def _wait(request: Request) -> Response:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    LEFT.set()
+    return Response()
+
+
 @asynccontextmanager
 async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     app = Starlette(
@@ -49,6 +59,7 @@ async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.Strea
             Route("/names", _names, methods=["POST"]),
             Route("/early", _early, methods=["POST"]),
             Route("/stream", _stream),
+            Route("/wait", _wait),
             Route("/{path:path}", _echo, methods=["GET", "POST"]),
         ]
     )
@@ -229,3 +240,12 @@ async def test_an_old_client_gets_a_stream_without_chunks() -> None:
     async with connected() as (reader, writer):
         writer.write(b"GET / HTTP/1.0\r\n\r\n")
         assert (await answer(reader)) == (b"HTTP/1.1 200 OK", b"0")
+
+
+async def test_a_client_that_leaves_with_requests_ahead_is_noticed() -> None:
+    LEFT.clear()
+    async with connected() as (_, writer):
+        writer.write(b"GET /wait HTTP/1.1\r\nhost: x\r\n\r\nGET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.sleep(0.1)
+        writer.close()
+        await asyncio.wait_for(LEFT.wait(), 20)
