@@ -14,7 +14,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 ARGS   ?=
 # A worker a core; one file's tests stay together, because they share what is slow to make.
-WORKERS ?= -n auto --dist loadfile
+WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 BIN    := $(VENV)/bin
 BASE   := $(VENV)/.base-installed
