@@ -165,7 +165,8 @@ def main() -> None:
         worker = Worker(setup, source, sink)
         send(sink, True)
         worker.serve()
-    except (EOFError, BrokenPipeError, Gone, KeyboardInterrupt):
+    # Half a message: the server ended while it said it.
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError, Gone, KeyboardInterrupt):
         os._exit(0)  # nothing to tidy, and nobody to tell
 
 
