@@ -79,8 +79,8 @@ def test_a_consumer_that_fell_behind_gets_what_came_as_one_event() -> None:
         async with engine() as (client, runner):
             async with aclosing(client.generate(request("a", 20), merge=True)) as events:
                 first = await anext(events)
-                await until_idle(client)  # all of it has been made meanwhile
-                await asyncio.sleep(0.01)
+                while client._queues["a"].qsize() + len(first.token_ids) < 20:
+                    await asyncio.sleep(0.001)
                 rest = [event async for event in events]
             assert len(rest) == 1
             tokens = [*first.token_ids, *rest[0].token_ids]
@@ -92,11 +92,14 @@ def test_a_consumer_that_fell_behind_gets_what_came_as_one_event() -> None:
 
 
 def test_tokens_made_before_a_failure_are_not_lost_with_it() -> None:
-    steps = threading.Event()
+    may_fail, failed = threading.Event(), threading.Event()
+    steps: list[StepPlan] = []
 
     def fail_later(plan: StepPlan) -> None:
         time.sleep(1e-4)
-        if steps.is_set():
+        steps.append(plan)
+        if may_fail.is_set():
+            failed.set()
             raise RuntimeError("the device went away")
 
     async def test() -> None:
@@ -105,9 +108,11 @@ def test_tokens_made_before_a_failure_are_not_lost_with_it() -> None:
             aclosing(client.generate(request("a", 1000), merge=True)) as events,
         ):
             await anext(events)
-            time.sleep(0.05)  # the event loop stands still, the engine does not
-            steps.set()
-            time.sleep(0.05)
+            enough = len(steps) + 5
+            while len(steps) < enough:  # the event loop stands still, the engine does not
+                time.sleep(0.001)
+            may_fail.set()
+            assert failed.wait(30)
             assert (await anext(events)).token_ids
             with pytest.raises(EngineFailure):
                 async for _ in events:
