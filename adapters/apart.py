@@ -123,7 +123,7 @@ class Helpers:
 
     def __init__(self, setup: Setup, most: int) -> None:
         """Args:
-        most: processes. see ``README.md`` for what each takes and does.
+        most: processes. Each has torch and the registry in memory, some hundred MB.
         """
         self._setup = setup
         self._most = most

@@ -28,8 +28,8 @@ _FLUSH_S = 5
 _FORCED_FLUSH_S = 1
 FORCED_EXIT_CODE = 1
 # How long one thread may go on while others want the interpreter's lock. With the usual 5 ms the
-# engine and the streams wait for each upload's and look-up's turn: on a GPU, where a step is as
-# long, that costs a fifth of the tokens.
+# engine and the streams may wait a whole step of a GPU for each upload's and look-up's turn (the
+# README has two rounds to compare).
 _SWITCH_S = 0.0005
 
 

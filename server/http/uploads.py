@@ -124,7 +124,7 @@ async def _receive(request: Request, boundary: bytes, form: "_Form", max_bytes: 
     gathered = bytearray()
 
     async def parse() -> None:
-        # In a thread: it writes to disk. A switch to one and back costs as much as parsing 100 KB.
+        # In a thread: it writes to disk. Not for each chunk, since switching to one takes time too.
         data = bytes(gathered)
         gathered.clear()
         with _disk_failures():

@@ -1,7 +1,7 @@
 """HTTP/1.1 on the wire: uvicorn's protocol on httptools, with limits on what is not a body.
 
-httptools parses in C, and what it costs to send a part of an answer is a third of what the parser
-in Python takes: with hundreds of streams that is what decides how many tokens a second leave.
+httptools parses in C, and its protocol sends a part of an answer without a state machine in Python:
+with hundreds of streams, what one part costs decides how many tokens a second leave.
 """
 
 import asyncio

@@ -49,8 +49,8 @@ OUTPUT_RING = 4
 # Which mixes of families and ranks are asked for is up to the clients; each takes memory for good.
 # Mixes that come later run their kernels one by one.
 GRAPHS_MAX = 1024
-# Recording a graph stops everybody for a quarter of a second, running its kernels one by one for a
-# few milliseconds: while others wait, only what comes again and again is recorded.
+# Recording a graph stops everybody for 0.2 s and more, running its kernels one by one only for as
+# long as their launches take: while others wait, only what comes again and again is recorded.
 RECORD_AFTER = 8
 NO_FAMILIES = ActiveFamilies()
 
