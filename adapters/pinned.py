@@ -1,8 +1,8 @@
 """Page-locked memory in small pieces, asked of the driver in large ones.
 
 Locking pages takes the driver up to milliseconds a call, in which launches may have to wait. So
-what is small is cut from slabs, 64 adapters of 100 KB from one. Pieces are powers of two, and one is used
-again when the tensor over it has died; slabs are never given back.
+what is small is cut from slabs, 64 adapters of 100 KB from one. Pieces are powers of two, and one
+is used again when the tensor over it has died; slabs are never given back.
 """
 
 import threading
