@@ -4,6 +4,7 @@ It knows nothing of adapters or data.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.adapters.base import base_digest
 from shoal.adapters.spec import Target
-from shoal.adapters.training.errors import BaseRejected
+from shoal.adapters.training.data import Example
+from shoal.adapters.training.errors import BaseRejected, OptionRejected
 from shoal.adapters.training.methods.attaching import weight_reader
 from shoal.adapters.weights import WeightOf
 
@@ -74,7 +76,8 @@ def load_base(path: Path, device: torch.device, dtype: str) -> Base:
         dtype: ``float32``, ``bfloat16``, or ``auto``: float32 on a CPU, bfloat16 on CUDA.
 
     Raises:
-        BaseRejected: transformers cannot read it as a decoder with a tokenizer.
+        BaseRejected: transformers cannot read it as a decoder with a tokenizer, or finds no value
+            for some of its weights.
     """
     if not path.exists():
         raise BaseRejected(f"base {path} does not exist")
@@ -86,12 +89,51 @@ def load_base(path: Path, device: torch.device, dtype: str) -> Base:
     try:
         digest = base_digest(path)
         tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=getattr(torch, dtype), local_files_only=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    # Readers of damaged files raise whatever they come upon, struct.error and SafetensorError too.
+    except Exception as error:
         raise BaseRejected(f"base {path} cannot be loaded: {error}") from error
+    _refuse_random_weights(path, report)
     return Base(path, digest, model.to(device).eval(), tokenizer)
+
+
+def _refuse_random_weights(path: Path, report: dict[str, Any]) -> None:
+    """Transformers draws at random what a checkpoint lacks: nobody serves such a model."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        rule = f"lacks {len(missing)} of the model's weights, such as {missing[0]}"
+        raise BaseRejected(f"base {path} {rule}")
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        rule = f"has {name} of {tuple(stored)}, where its config says {tuple(wanted)}"
+        raise BaseRejected(f"base {path} {rule}")
+
+
+def check_length(base: Base, max_length: int) -> None:
+    """OptionRejected when records might be longer than what the base was made for."""
+    context = getattr(base.model.config, "max_position_embeddings", None)
+    if isinstance(context, int) and max_length > context:
+        rule = f"must not exceed {context}, the base's context"
+        raise OptionRejected("max-length", max_length, rule)
+
+
+def check_tokens(base: Base, examples: Sequence[Example]) -> None:
+    """BaseRejected when the tokenizer gave the examples tokens that the model does not have."""
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    if len(base.tokenizer) <= rows:
+        return
+    largest = max(max(example.input_ids) for example in examples)
+    if largest >= rows:
+        token = base.tokenizer.convert_ids_to_tokens(largest)
+        rule = f"the data has token {largest} ({token!r}), and the model {rows} tokens"
+        raise BaseRejected(f"base {base.path} has a tokenizer that is not the model's: {rule}")
 
 
 def exact_weights(base: Base) -> WeightOf:

@@ -14,7 +14,13 @@ from shoal.adapters.training.data import TOO_LONG, Example, load_examples, read_
 from shoal.adapters.training.environment import peak_bytes
 from shoal.adapters.training.errors import OptionRejected
 from shoal.adapters.training.lanes import Lane, LaneRun, check_lanes
-from shoal.adapters.training.loading import device_of, exact_weights, load_base
+from shoal.adapters.training.loading import (
+    check_length,
+    check_tokens,
+    device_of,
+    exact_weights,
+    load_base,
+)
 from shoal.adapters.training.loop import OnStep, TrainingLoop
 from shoal.adapters.training.methods.attaching import shape_of
 from shoal.adapters.training.methods.source import Source
@@ -116,6 +122,7 @@ class _Training:
         for path in dict.fromkeys(filter(None, (*sources, config.eval_data))):
             read_records(path)
         self.base = load_base(config.base, device, config.dtype)
+        check_length(self.base, config.max_length)
         examples = functools.cache(self._examples)
         evaluation = [] if config.eval_data is None else examples(config.eval_data)
         self.lanes = [
@@ -208,7 +215,10 @@ class _Training:
     def _examples(self, path: Path) -> list[Example]:
         config = self.config
         too_long = next(choice for choice in TOO_LONG if choice == config.too_long)
-        return load_examples(path, self.base.tokenizer, config.max_length, too_long=too_long)
+        tokenizer = self.base.tokenizer
+        found = load_examples(path, tokenizer, config.max_length, too_long=too_long)
+        check_tokens(self.base, found)
+        return found
 
     def _runner(self) -> StepRunner:
         config, world = self.config, self.world
@@ -232,11 +242,11 @@ class _Training:
         )
 
     def _batching(self, runner: StepRunner, rows: slice) -> Batching:
-        pad_id = self.base.tokenizer.pad_token_id
         return Batching(
             self.config,
-            # What the padding is does not matter (see LaneLoss), only that it is a token.
-            0 if pad_id is None else int(pad_id),
+            # What the padding is does not matter (see LaneLoss), only that it is a token: some
+            # tokenizers have a padding token that the model lacks.
+            pad_id=0,
             fixed_shapes=runner.fixed_shapes,
             pinned=self.device.type == "cuda",
             rows=rows if self.world.size > 1 else None,

@@ -42,6 +42,10 @@ def load_examples(
         except RecordRejected as rejected:
             problems.add(record.line, str(rejected))
     problems.raise_if_any()
+    if tokenizer.eos_token_id is None and any(not record.messages for record in records):
+        log.warning(
+            "the base has no end token: completions are learnt without an end path=%s", path
+        )
     for record, whole in zip(records, tokenised(parts, tokenizer), strict=True):
         try:
             examples.append(_fitted(whole, max_length, too_long))

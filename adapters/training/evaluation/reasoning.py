@@ -7,6 +7,7 @@ generator. The default seed is not that of training data.
 
 import ast
 import json
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from typing import Any
 from shoal.adapters.training.errors import DataRejected
 from shoal.adapters.training.evaluation.spec import TaskSpec
 from shoal.adapters.training.evaluation.tasks import AnswerItem, Prompt, Task, make_task
+
+log = logging.getLogger(__name__)
 
 PREFIX = "reasoning-gym:"
 _OURS = ("name", "limit", "max_tokens", "extract", "length")
@@ -46,7 +49,13 @@ def read_reasoning_task(spec: TaskSpec) -> Task:
 
     def grade(index: int, answer: str) -> float:
         with _own_randomness():
-            return float(dataset.score_answer(answer, entries[index]))
+            try:
+                return float(dataset.score_answer(answer, entries[index]))
+            # Some scorers read answers without checking them (prime_factorization wants integers):
+            # whatever it is that they cannot read, it is not the answer.
+            except Exception as error:
+                log.debug("scorer failed task=%s item=%d: %s", name, index + 1, error)
+                return 0.0
 
     graded_by = f"reasoning-gym {version('reasoning-gym')} {name} {json.dumps(asked)}"
     if "extract" not in spec.options:

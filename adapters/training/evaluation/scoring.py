@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from shoal.adapters.training.evaluation.extraction import RULES, normalised
+from shoal.adapters.training.evaluation.extraction import RULES, normalised, wanted
 from shoal.adapters.training.evaluation.source import Divergence
 from shoal.adapters.training.evaluation.tasks import AnswerItem, ChoiceItem, Task
 
@@ -21,7 +21,8 @@ def grade(task: Task, index: int, text: str) -> float:
         return task.grader(index, found)
     item = task.items[index]
     assert isinstance(item, AnswerItem)
-    return float(normalised(found) in {normalised(answer) for answer in item.answers})
+    right = {normalised(wanted(task.extract, answer)) for answer in item.answers}
+    return float(normalised(found) in right)
 
 
 def exact_values(grades: Sequence[float], finished: Sequence[bool]) -> Values:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal.adapters.training.errors import DataRejected
-from shoal.adapters.training.evaluation.extraction import RULES
+from shoal.adapters.training.evaluation.extraction import REVISIONS, RULES
 from shoal.adapters.training.evaluation.spec import TaskSpec
 
 Kind = Literal["answer", "choice", "text"]
@@ -164,7 +164,8 @@ def make_task(
     items = items[:limit]
     plain: Any = [_plain(item) for item in items]
     windows = limit if kind == "text" else None
-    decides = json.dumps([kind, plain, max_tokens, extract, graded_by, windows], sort_keys=True)
+    rule = f"{extract} {REVISIONS[extract]}" if extract in REVISIONS else extract
+    decides = json.dumps([kind, plain, max_tokens, rule, graded_by, windows], sort_keys=True)
     digest = hashlib.sha256(decides.encode()).hexdigest()
     return Task(name, source, kind, items, digest, max_tokens, limit, extract, grader)
 

@@ -31,7 +31,14 @@ from shoal.adapters.training.fleet.step import FleetStep, Recorder
 from shoal.adapters.training.fleet.tenants import Tenant, read_tenants
 from shoal.adapters.training.fleet.turns import Turns
 from shoal.adapters.training.interrupt import StopRequest
-from shoal.adapters.training.loading import Base, device_of, exact_weights, load_base
+from shoal.adapters.training.loading import (
+    Base,
+    check_length,
+    check_tokens,
+    device_of,
+    exact_weights,
+    load_base,
+)
 from shoal.adapters.training.methods.attaching import shape_of
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.metrics import keep_until
@@ -109,6 +116,7 @@ def train_fleet(
     for path in dict.fromkeys(sources):
         read_records(path)
     base = load_base(common.base, device_of(common.device), common.dtype)
+    check_length(base, common.max_length)
     members = _members(config, tenants, base)
     shape = shape_of(base.model, common.base.stem, base.digest)
     source = Source(
@@ -202,6 +210,7 @@ def _members(config: FleetConfig, tenants: Sequence[Tenant], base: Base) -> dict
         examples: list[Example] = load_examples(
             path, base.tokenizer, common.max_length, too_long=too_long
         )
+        check_tokens(base, examples)
         digest = hashlib.sha256()
         for example in examples:
             digest.update(repr(example).encode())

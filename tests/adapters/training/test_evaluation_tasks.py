@@ -151,6 +151,13 @@ def test_a_bad_option_is_refused(write_lines: Write, options: dict[str, str], ru
         ("last-number", "2 and 1,234.50 euro", "1234.5"),
         ("last-number", "so -7.", "-7"),
         ("last-number", "none", ""),
+        ("last-number", "the items 1,2,3", "3"),
+        ("last-number", "from 3-5", "5"),
+        ("last-number", "x = -5", "-5"),
+        ("last-number", "12,345,678", "12345678"),
+        ("last-number", "half: .50", "0.5"),
+        ("last-number", "+7.00", "7"),
+        ("last-number", "-0.0", "0"),
         ("answer-tag", "<answer>1</answer> x <answer> 2\n</answer>", "2"),
         ("answer-tag", " <answer>1", "<answer>1"),
     ],
@@ -164,6 +171,24 @@ def test_equal_answers_may_differ_in_white_space_alone(write_lines: Write) -> No
     task = read(write_lines(*lines({"prompt": "p", "answer": ["x y", "3"]})), extract="first-line")
     graded = [grade(task, 0, text) for text in ("x  y\nmore", "3", "X y", "3.")]
     assert graded == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_numbers_of_the_data_are_compared_as_numbers(write_lines: Write) -> None:
+    task = read(
+        write_lines(*lines({"prompt": "p", "answer": ["1,200", "2.50", "none"]})),
+        extract="last-number",
+    )
+    texts = ("it is 1200.", "1,200", "so 2.5", "2.50", "3", "no number")
+    assert [grade(task, 0, text) for text in texts] == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_an_answer_that_a_scorer_cannot_read_is_wrong() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = read_reasoning_task(TaskSpec("reasoning-gym:prime_factorization", {"size": "2"}))
+    item = task.items[0]
+    assert isinstance(item, AnswerItem)
+    assert grade(task, 0, "no idea") == 0.0
+    assert grade(task, 0, item.answers[0]) == 1.0
 
 
 def test_a_reasoning_task_is_graded_by_its_own_scorer() -> None:
