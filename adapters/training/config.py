@@ -33,6 +33,8 @@ DTYPES = ("auto", "float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "constant")
 TOO_LONG = ("cut", "refuse")
 GRAPHS = ("auto", "off")
+SEEDS = 1 << 63  # as many as generators take
+_SEED_RULE = "must not be negative, and below 2^63"
 
 _LR_HELP = (
     "peak learning rate (default: "
@@ -193,8 +195,10 @@ class TrainConfig:
         self._require(
             "patience", self.patience is None or self.eval_data is not None, "needs eval-data"
         )
-        self._require("seed", self.seed >= 0, "must not be negative")
-        self._require("seeds", all(seed >= 0 for seed in self.seeds), "must not be negative")
+        self._require("seed", 0 <= self.seed < SEEDS, _SEED_RULE)
+        self._require("seeds", all(0 <= seed < SEEDS for seed in self.seeds), _SEED_RULE)
+        drawn = self.projection_seed
+        self._require("projection_seed", drawn is None or drawn < SEEDS, _SEED_RULE)
         distinct = len(set(self.seeds)) == len(self.seeds)
         self._require("seeds", distinct, "names a seed twice")
         for name in ("alpha", "lr", "clip"):

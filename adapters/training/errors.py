@@ -82,7 +82,7 @@ class Diverged(TrainingError):
 
     def __init__(self, step: int, loss: float) -> None:
         super().__init__(
-            f"the loss at step {step} is {loss}: it must stay finite; lower lr, "
-            "or resume from the last checkpoint with other data"
+            f"the loss at step {step} is {loss}: it must stay finite; "
+            "start again with a lower lr, or other data"
         )
         self.step = step

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import overload
 
@@ -27,7 +28,7 @@ from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import attach_all, method_of
 from shoal.adapters.training.metrics import plot_lanes, plot_loss, read_evals, read_steps
 from shoal.adapters.training.record import RunRecord, TrainResult, fingerprint_of, result_of
-from shoal.adapters.training.rundir import RunDirectory
+from shoal.adapters.training.rundir import RunDirectory, claimed
 from shoal.adapters.training.runner import StepRunner, runner_for
 from shoal.adapters.training.step import TrainStep
 from shoal.adapters.training.world import World
@@ -162,6 +163,16 @@ class _Training:
 
     def run(self, on_step: OnStep | None) -> list[TrainResult]:
         """Make the steps and write what they lead to."""
+        with ExitStack() as stack:
+            if self.world.writes:
+                stack.enter_context(claimed(self.config.out))
+                # Another process may have been here since.
+                RunDirectory(self.config.out).check(
+                    resume=self.config.resume, overwrite=self.config.overwrite
+                )
+            return self._run(on_step)
+
+    def _run(self, on_step: OnStep | None) -> list[TrainResult]:
         if self.config.resume:
             self.loop.restore()
         if self.world.writes:
@@ -173,6 +184,7 @@ class _Training:
         finally:
             results = [self._result(lane, finished) for lane in self.lanes]
             if self.world.writes:
+                self._drop_stale_adapters()
                 self.record.write(self.lanes, results)
         self.loop.take_best()
         if self.world.writes:
@@ -189,15 +201,23 @@ class _Training:
             root.clear()
         for lane in self.lanes:
             if self.config.resume:
+                lane.run.sweep()
                 lane.cut_logs(self.loop.step)
             else:
                 lane.run.clear()
         self.record.write(self.lanes)
 
+    def _drop_stale_adapters(self) -> None:
+        """A lane that diverged leaves none, also none of when it was interrupted before that."""
+        for lane in self.lanes:
+            if lane.fate == "diverged":
+                lane.run.drop_adapter()
+
     def _write_adapters(self) -> None:
         for index, lane in enumerate(self.lanes):
             if lane.fate != "diverged":
                 self.method.write(lane.run.path, self.adapted, index, self.source)
+        for lane in self.lanes:
             plot_loss(read_steps(lane.run.metrics), read_evals(lane.run.evals), lane.run.plot)
         if len(self.lanes) > 1:
             curves = {lane.lane.name: read_steps(lane.run.metrics) for lane in self.lanes}

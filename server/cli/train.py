@@ -39,8 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as asked; 0 when finished, 130 when interrupted, 2 when something was refused."""
+    """Train as asked.
+
+    Returns:
+        0 when finished, 130 when interrupted, 2 when something was refused, 1 when the disk or the
+        memory failed.
+    """
     # Imported here: torch and transformers take seconds that `--help` should not.
+    import torch
+
     from shoal.adapters.errors import AdapterError
     from shoal.adapters.training.errors import TrainingError
     from shoal.server.model.config import ModelError
@@ -51,6 +58,21 @@ def run(args: argparse.Namespace) -> int:
     except (TrainingError, AdapterError, ModelError) as error:
         print(f"shoal train: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"shoal train: {error}", file=sys.stderr)
+        print(
+            "hint: once that is mended, --resume goes on from the last checkpoint if there is one",
+            file=sys.stderr,
+        )
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"shoal train: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(
+            "hint: lower --batch-size (with --fleet: --rows) or --max-length, or give "
+            "--checkpoint-activations",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("shoal train: interrupted; what follows the last checkpoint is lost", file=sys.stderr)
         return INTERRUPTED
@@ -101,7 +123,11 @@ def _report(out: Path, method: str, result: "TrainResult") -> None:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        rule = f"{text!r} is not a list of whole numbers separated by commas"
+        raise argparse.ArgumentTypeError(rule) from None
 
 
 def _converter(name: str, kind: Any) -> Any:

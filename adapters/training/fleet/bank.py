@@ -48,6 +48,7 @@ class Bank:
         for state in (self._optimizer.exp_avg, self._optimizer.exp_avg_sq):
             state[slot] = 0.0
         self._optimizer.steps[slot] = 0
+        self.keep(slot)  # whatever becomes of its evaluations, nobody else's are its best
 
     @torch.no_grad()
     def keep(self, slot: int) -> None:
@@ -78,9 +79,14 @@ class Bank:
 
     @torch.no_grad()
     def load(self, slots: list[int], state: Mapping[str, Tensor]) -> None:
-        """Take what ``state`` gave, into any slots. KeyError when something is missing."""
+        """Take what ``state`` gave, into any slots. KeyError when something is missing.
+
+        A fleet that nobody had joined yet who stops early kept no best values: those who were in
+        it do not ask for them.
+        """
         for name, tensor in self._tensors().items():
-            tensor[slots] = state[name].to(tensor.device)
+            held = state.get("best", state["values"]) if name == "best" else state[name]
+            tensor[slots] = held.to(tensor.device)
 
     def _tensors(self) -> dict[str, Tensor]:
         of = self._optimizer

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shoal.adapters.formats.container import write_atomically
 from shoal.adapters.training.errors import RunDirectoryError
+from shoal.adapters.training.rundir import check_place, sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +57,23 @@ class FleetDirectory:
             RunDirectoryError: it is a file; it is not empty and neither option was given; or
                 there is no checkpoint to resume.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RunDirectoryError(f"out {self.path} is a file: must be a directory")
-        if resume:
-            if not self.checkpoint.is_file():
-                raise RunDirectoryError(f"{self.path} has no fleet's checkpoint to resume")
-        elif not overwrite and self.path.is_dir() and any(self.path.iterdir()):
-            raise RunDirectoryError(
-                f"out {self.path} is not empty: must be new or empty; "
-                "give --resume to go on, or --overwrite to replace the fleet in it"
-            )
+        check_place(self.path, self.checkpoint, "fleet", resume=resume, overwrite=overwrite)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of the fleet's own; its tenants have theirs."""
+        return self.checkpoint, self.options, self.steps, self.results
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half written."""
+        sweep(self.files)
 
     def clear(self) -> None:
         """Make the directory, and remove the files named above from it; others stay."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        for path in (self.checkpoint, self.options, self.steps, self.results):
+        for path in self.files:
             path.unlink(missing_ok=True)
+        self.sweep()
 
     def save(self, state: Mapping[str, Tensor], head: Mapping[str, Any]) -> None:
         """Replace the checkpoint; durable when it returns."""

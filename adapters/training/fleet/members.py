@@ -129,5 +129,6 @@ class Member:
         self.step = self.issued = progress["step"]
         self.loss = progress["loss"]
         self.eval_loss, self.best = progress["eval_loss"], BestSoFar(**progress["best"])
+        self.directory.sweep()
         keep_until(self.directory.metrics, self.step)
         keep_until(self.directory.evals, self.step)

@@ -16,7 +16,7 @@ from shoal.adapters.training.activations import checkpoint_activations
 from shoal.adapters.training.attention import use_causal_attention
 from shoal.adapters.training.data import Example, load_examples, read_records
 from shoal.adapters.training.environment import describe
-from shoal.adapters.training.errors import OptionRejected, ResumeMismatch
+from shoal.adapters.training.errors import OptionRejected, ResumeMismatch, RunDirectoryError
 from shoal.adapters.training.fleet.bank import Bank
 from shoal.adapters.training.fleet.config import FleetConfig
 from shoal.adapters.training.fleet.finishing import Finished, Finishing, Publisher
@@ -42,6 +42,7 @@ from shoal.adapters.training.loading import (
 from shoal.adapters.training.methods.attaching import shape_of
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.metrics import keep_until
+from shoal.adapters.training.rundir import claimed
 from shoal.adapters.training.runner import CudaRecorder
 from shoal.adapters.training.world import World
 
@@ -105,11 +106,28 @@ def train_fleet(
         TrainingError: an option, a tenant, its data, the base or the run directory breaks a rule.
             What is refused leaves the run directory as it was.
     """
-    common, directory = config.common, FleetDirectory(config.common.out)
+    common = config.common
     processes = World.of_environment().size
     if processes > 1:
         raise OptionRejected("fleet", config.fleet, f"is trained by one process, not {processes}")
+    directory = FleetDirectory(common.out)
     directory.check(resume=common.resume, overwrite=common.overwrite)
+    with ExitStack() as stack:
+        if common.resume:
+            stack.enter_context(claimed(directory.path))
+        return _train(config, cache_dir, progress, on_step, publisher, stack)
+
+
+def _train(
+    config: FleetConfig,
+    cache_dir: Path,
+    progress: bool,
+    on_step: OnFleetStep | None,
+    publisher: OpenPublisher | None,
+    stack: ExitStack,
+) -> FleetResult:
+    """What is entered on the stack stays until the fleet has ended."""
+    common, directory = config.common, FleetDirectory(config.common.out)
     tenants = read_tenants(config)
     # Loading the base takes a while: what is wrong with the records is said before it.
     sources = (path for t in tenants for path in (t.config.data, t.config.eval_data) if path)
@@ -148,34 +166,42 @@ def train_fleet(
         _check_same(resumed[1], _fingerprint(config, base, capacity), members, directory)
         for result in before:
             members[result.reference].step = result.steps
-        loop.restore(*resumed)
+        try:
+            loop.restore(*resumed)
+        except (KeyError, RuntimeError) as error:
+            rule = f"{directory.checkpoint} is not a fleet's checkpoint: {error}"
+            raise RunDirectoryError(rule) from error
         keep_until(directory.steps, loop.step)
-    with ExitStack() as stack:
-        target = None if publisher is None else publisher(source)
-        if not common.resume:
-            directory.clear()
-        _write_options(directory, config, tenants, base, size, capacity)
-        bar = stack.enter_context(
-            tqdm(
-                total=sum(tenant.config.steps for tenant in tenants),
-                initial=sum(member.step for member in members.values()),
-                unit="step",
-                disable=not progress,
-            )
+    target = None if publisher is None else publisher(source)
+    if common.resume:
+        directory.sweep()
+    else:
+        stack.enter_context(claimed(directory.path))
+        # Another process may have been here since.
+        directory.check(resume=False, overwrite=common.overwrite)
+        directory.clear()
+    _write_options(directory, config, tenants, base, size, capacity)
+    bar = stack.enter_context(
+        tqdm(
+            total=sum(tenant.config.steps for tenant in tenants),
+            initial=sum(member.step for member in members.values()),
+            unit="step",
+            disable=not progress,
         )
-        stop = stack.enter_context(StopRequest())
-        finishing = stack.enter_context(Finishing(directory.results, target))
-        finishing.adopt(before, {name: member.tenant for name, member in members.items()})
+    )
+    stop = stack.enter_context(StopRequest())
+    finishing = stack.enter_context(Finishing(directory.results, target))
+    finishing.adopt(before, {name: member.tenant for name, member in members.items()})
 
-        def report(done: FleetStepMetrics) -> None:
-            rate = done.tokens / max(done.seconds, 1e-9)
-            bar.set_postfix(loss=f"{done.loss:.3f}", tokens_s=f"{rate:.0f}", finished=done.finished)
-            bar.update(done.tenants)
-            if on_step is not None:
-                on_step(done)
+    def report(done: FleetStepMetrics) -> None:
+        rate = done.tokens / max(done.seconds, 1e-9)
+        bar.set_postfix(loss=f"{done.loss:.3f}", tokens_s=f"{rate:.0f}", finished=done.finished)
+        bar.update(done.tenants)
+        if on_step is not None:
+            on_step(done)
 
-        finished = loop.run(finishing, lambda: stop.requested, report)
-        results = finishing.settle()
+    finished = loop.run(finishing, lambda: stop.requested, report)
+    results = finishing.settle()
     return FleetResult(finished, loop.step, results, size, capacity)
 
 

@@ -97,7 +97,7 @@ def test_a_lane_that_diverges_stops_alone_and_says_so(lab: Lab) -> None:
     assert [result.fate for result in results] == ["finished", "diverged", "finished"]
     assert all(result.finished for result in results)
     assert bad.error is not None
-    assert "lower lr" in bad.error
+    assert "a lower lr" in bad.error
     assert bad.steps < good.steps == 6
     text = (lab.root / "run" / "bad" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(text[-1], parse_constant=pytest.fail)  # NaN is no JSON

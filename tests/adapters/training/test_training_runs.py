@@ -354,7 +354,7 @@ def test_a_damaged_checkpoint_is_refused(lab: Lab) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(lab: Lab) -> None:
-    with pytest.raises(Diverged, match="lower lr"):
+    with pytest.raises(Diverged, match="a lower lr"):
         lab.train("run", method="lora", lr=1e30, warmup=0.0, steps=20)
 
 

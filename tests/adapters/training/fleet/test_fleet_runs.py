@@ -1,6 +1,7 @@
 """Whole fleets on the tiny base: each tenant gets the adapter that it would get alone."""
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,10 @@ from shoal.adapters.training.errors import (
 )
 from shoal.adapters.training.fleet import loop
 from shoal.adapters.training.fleet.loop import FleetStepMetrics
+from shoal.adapters.training.fleet.members import Member
 from shoal.adapters.training.fleet.trainer import FleetResult
 from shoal.adapters.training.metrics import read_evals, read_steps
+from shoal.adapters.training.rundir import claimed
 
 
 class FleetLab(Protocol):
@@ -217,6 +220,43 @@ def test_tenants_may_be_added_to_an_interrupted_fleet_but_not_changed(fleet_lab:
     assert [end.reference for end in result.tenants] == ["a", "b", "c"]
 
 
+def test_a_tenant_with_evaluations_may_join_a_fleet_that_had_none(fleet_lab: FleetLab) -> None:
+    first = [{"name": "a", "steps": 9}, {"name": "b"}]
+    fleet_lab.fleet(fleet_lab.tasks(*first), "parts", on_step=interrupt_after(3), patience=2)
+    third = {"name": "c", "eval_data": "a.jsonl"}
+    tasks = fleet_lab.tasks(*first, third)
+    fleet_lab.fleet(tasks, "parts", patience=2, resume=True)
+    # Again with nobody left in a slot, and with a tenant more.
+    tasks = fleet_lab.tasks(*first, third, {"name": "d", "eval_data": "b.jsonl"})
+    result = fleet_lab.fleet(tasks, "parts", patience=2, resume=True)
+    assert [end.reference for end in result.tenants] == ["b", "a", "c", "d"]
+    fleet_lab.fleet(tasks, "whole", patience=2, resident=2)
+    for name in "abcd":
+        parts, whole = fleet_lab.root / "parts" / name, fleet_lab.root / "whole" / name
+        for key, values in adapter(whole).items():
+            torch.testing.assert_close(adapter(parts)[key], values, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tenant_never_gets_the_best_values_of_the_one_before_it(
+    fleet_lab: FleetLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when none of its own evaluations is a number."""
+    tenants = [{"name": n, "eval_data": "a.jsonl", "seed": i} for i, n in enumerate("ab")]
+    tasks = fleet_lab.tasks(*tenants)
+    offer = Member.note_evaluation
+
+    def nan_for_b(self: Member, loss: float) -> bool:
+        return offer(self, math.nan if self.tenant.name == "b" else loss)
+
+    monkeypatch.setattr(Member, "note_evaluation", nan_for_b)
+    result = fleet_lab.fleet(tasks, resident=1, patience=50, lr=0.1, eval_every=2)
+    assert [end.reference for end in result.tenants] == ["a", "b"]
+    fleet_lab.fleet(fleet_lab.tasks(tenants[1], name="b.tasks"), "one", steps=1, lr=1e-12)
+    start, mine = (adapter(fleet_lab.root / out / "b") for out in ("one", "out"))
+    for name, values in start.items():
+        torch.testing.assert_close(mine[name], values, atol=1e-9, rtol=0)
+
+
 def test_a_tenant_that_gets_no_better_stops_early_with_its_best_values(
     fleet_lab: FleetLab,
 ) -> None:
@@ -249,7 +289,7 @@ def test_a_tenant_that_diverges_stops_alone(fleet_lab: FleetLab) -> None:
     ends = {end.reference: end for end in result.tenants}
     assert (ends["wild"].fate, ends["good"].fate) == ("diverged", "finished")
     assert not (fleet_lab.root / "out/wild/adapter_model.safetensors").exists()
-    assert "lower lr" in (fleet_lab.root / "out/wild/metrics.jsonl").read_text()
+    assert "a lower lr" in (fleet_lab.root / "out/wild/metrics.jsonl").read_text()
     fleet_lab.fleet(fleet_lab.tasks(good, name="one.jsonl"), "one", method="miss", warmup=0.0)
     mine, alone = (adapter(fleet_lab.root / out / "good") for out in ("out", "one"))
     for name, values in alone.items():
@@ -328,7 +368,15 @@ def test_a_directory_in_use_is_refused_and_overwritten_when_asked_to(fleet_lab: 
     tasks = fleet_lab.tasks({"name": "a"})
     with pytest.raises(RunDirectoryError, match="no fleet's checkpoint"):
         fleet_lab.fleet(tasks, resume=True)
+    with claimed(fleet_lab.root / "out"), pytest.raises(RunDirectoryError, match="is in use"):
+        fleet_lab.fleet(tasks)
     fleet_lab.fleet(tasks, lr=0.01)
+    with claimed(fleet_lab.root / "out"), pytest.raises(RunDirectoryError, match="is in use"):
+        fleet_lab.fleet(tasks, resume=True, lr=0.01)
+    torn = fleet_lab.root / "out/_fleet/.state.safetensors.x1"
+    torn.write_bytes(b"half")
+    fleet_lab.fleet(tasks, resume=True, lr=0.01)
+    assert not torn.exists()
     first = adapter_bytes(fleet_lab.root / "out/a")
     with pytest.raises(TrainingError, match="is not empty"):
         fleet_lab.fleet(tasks)

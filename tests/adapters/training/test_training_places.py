@@ -1,0 +1,196 @@
+"""The run directory when things go wrong: in use, not writable, full, left by a killed process."""
+
+import errno
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from shoal.adapters.training import checkpoint
+from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.errors import Diverged, OptionRejected, RunDirectoryError
+from shoal.adapters.training.lanes import Lane
+from shoal.adapters.training.metrics import StepMetrics, read_steps
+from shoal.adapters.training.rundir import RunDirectory, claimed
+from shoal.adapters.training.trainer import TrainResult
+from shoal.server.__main__ import main
+
+
+class Lab(Protocol):
+    """The fixture of this folder's conftest.py."""
+
+    base: Path
+    data: Path
+    root: Path
+
+    def config(self, name: str, **options: Any) -> TrainConfig: ...
+    def train(self, name: str, on_step: Any = None, **options: Any) -> TrainResult: ...
+    def train_lanes(
+        self, name: str, lanes: list[Lane], on_step: Any = None, **options: Any
+    ) -> list[TrainResult]: ...
+
+
+def interrupt_after(last: int) -> Callable[[StepMetrics], None]:
+    sent: list[int] = []
+
+    def on_step(done: StepMetrics) -> None:
+        if done.step == last and not sent:  # once, of however many lanes
+            sent.append(last)
+            signal.raise_signal(signal.SIGTERM)
+
+    return on_step
+
+
+def command(lab: Lab, *options: str) -> list[str]:
+    paths = ["--base", str(lab.base), "--data", str(lab.data), "--out", str(lab.root / "run")]
+    return ["train", "--method", "lora-xs", *paths, "--rank", "4", "--device", "cpu", *options]
+
+
+def _claim(path: Path, told: Any) -> None:
+    try:
+        with claimed(path):
+            told.put("mine")
+    except RunDirectoryError as error:
+        told.put(str(error))
+
+
+def test_a_directory_is_of_one_process_at_a_time(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    answers: list[str] = []
+
+    def ask() -> None:
+        told = context.SimpleQueue()
+        other = context.Process(target=_claim, args=(tmp_path / "run", told))
+        other.start()
+        other.join()
+        answers.append(told.get())
+
+    with claimed(tmp_path / "run"):
+        ask()
+    ask()
+    assert "is in use by another process" in answers[0]
+    assert answers[1] == "mine"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_in_progress_is_left_alone(resume: bool, lab: Lab) -> None:
+    if resume:
+        lab.train("run", interrupt_after(1))
+    with (
+        claimed(lab.root / "run"),
+        pytest.raises(RunDirectoryError, match="is in use by another process"),
+    ):
+        lab.train("run", resume=resume)
+    names = {path.name for path in (lab.root / "run").iterdir()}
+    assert ("metrics.jsonl" in names) == resume
+
+
+def test_what_came_into_the_directory_meanwhile_is_not_replaced(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may have begun and ended there while this one loaded its base."""
+    checks: list[None] = []
+    check = RunDirectory.check
+
+    def then_another(self: RunDirectory, **options: bool) -> None:
+        check(self, **options)
+        if not checks:
+            (lab.root / "run").mkdir()
+            (lab.root / "run/adapter_model.safetensors").write_text("theirs")
+        checks.append(None)
+
+    monkeypatch.setattr(RunDirectory, "check", then_another)
+    with pytest.raises(RunDirectoryError, match="is not empty"):
+        lab.train("run")
+    assert (lab.root / "run/adapter_model.safetensors").read_text() == "theirs"
+
+
+def test_a_place_that_allows_no_new_files_is_refused_before_the_base_is_loaded(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lab.root / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="allows no new files"):
+        lab.train("file/below", base=lab.root / "nowhere")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(RunDirectoryError, match="allows no new files"):
+        lab.train("new", base=lab.root / "nowhere")
+
+
+def test_a_full_disk_ends_the_run_in_a_line_and_loses_no_checkpoint(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--steps", "6", "--save-every", "2", "--batch-size", "2")
+    write = checkpoint.write_atomically
+    written: list[Path] = []
+
+    def full_after_two(path: Path, chunks: Any) -> None:
+        written.append(path)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, chunks)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full_after_two)
+    assert main(command(lab, *options)) == 1
+    said = capsys.readouterr().err
+    assert "shoal train: [Errno 28] No space left on device" in said
+    assert "--resume" in said
+    monkeypatch.undo()
+    assert main(command(lab, *options, "--resume")) == 0
+    lab.train("whole", steps=6)
+    mine, whole = lab.root / "run", lab.root / "whole"
+    assert [s.loss for s in read_steps(mine / "metrics.jsonl")] == [
+        s.loss for s in read_steps(whole / "metrics.jsonl")
+    ]
+    name = "adapter_model.safetensors"
+    assert (mine / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_lane_that_diverges_after_an_interruption_keeps_no_adapter(lab: Lab) -> None:
+    lanes = [Lane("good", 1), Lane("bad", 2, lr=1e30)]
+    # The first rate is a sixth of the peak, and large all the same.
+    lab.train_lanes("run", lanes, interrupt_after(1), method="lora", steps=8)
+    assert (lab.root / "run/bad/adapter_model.safetensors").is_file()
+    results = lab.train_lanes("run", lanes, method="lora", steps=8, resume=True)
+    assert [result.fate for result in results] == ["finished", "diverged"]
+    assert not list((lab.root / "run/bad").glob("adapter_*"))
+    assert (lab.root / "run/good/adapter_model.safetensors").is_file()
+
+    lab.train("alone", interrupt_after(1), method="lora", steps=8, lr=1e30)
+    with pytest.raises(Diverged):
+        lab.train("alone", method="lora", steps=8, lr=1e30, resume=True)
+    assert not list((lab.root / "alone").glob("adapter_*"))
+
+
+def test_half_written_files_of_a_killed_process_are_removed(lab: Lab) -> None:
+    lab.train("run", interrupt_after(2))
+    torn = [
+        lab.root / "run/checkpoint/.state.safetensors.x1",
+        lab.root / "run/.adapter_model.safetensors.x2",
+        lab.root / "run/.training.json.x3",
+    ]
+    for path in torn:
+        path.write_bytes(b"half")
+    lab.train("run", resume=True)
+    assert not any(path.exists() for path in torn)
+
+
+def test_seeds_are_what_generators_take(lab: Lab) -> None:
+    for options in ({"seed": 1 << 63}, {"seeds": (1, 1 << 70)}, {"seed": -1}):
+        with pytest.raises(OptionRejected, match=r"below 2\^63"):
+            lab.config("run", **options)
+    with pytest.raises(OptionRejected, match=r"below 2\^63"):
+        lab.config("run", method="vera", projection_seed=1 << 64)
+    assert lab.train("run", seed=(1 << 63) - 1, steps=1).finished
+
+
+def test_a_checkpoint_that_is_not_there_says_what_to_do(lab: Lab) -> None:
+    with pytest.raises(RunDirectoryError, match=r"leave --resume out$"):
+        lab.train("run", resume=True)
+    (lab.root / "run").mkdir()
+    (lab.root / "run/training.json").write_text(json.dumps({}))
+    with pytest.raises(RunDirectoryError, match="give --overwrite"):
+        lab.train("run", resume=True)
