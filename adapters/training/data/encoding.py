@@ -8,6 +8,7 @@ first supervised token is exactly the first one the model will have to produce.
 """
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from jinja2 import TemplateError
 from shoal.adapters.training.data.example import Example
 from shoal.adapters.training.data.records import Record, RecordRejected
 from shoal.adapters.training.errors import DataRejected
+
+# What templates that write today's date write: Llama's own, where there is no clock. With a clock a
+# run would learn something else every day, and could not be resumed on the next.
+_TODAY = datetime(2024, 7, 26)
 
 # A text, whether it is to be learnt, and whether it begins a row as the tokenizer has rows begin.
 Part = tuple[str, bool, bool]
@@ -90,11 +95,20 @@ def _render(record: Record, tokenizer: Any, count: int, *, add_generation_prompt
     messages = [{"role": role, "content": text} for role, text in record.messages[:count]]
     try:
         rendered: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=_today,
         )
-    except TemplateError as error:
+    # A template is the model author's program: whatever it trips over, it is the messages.
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise RecordRejected(f"the chat template refuses it: {error}") from error
     return rendered
+
+
+def _today(form: str) -> str:
+    # A function: the templates' sandbox cannot call a datetime's own method.
+    return _TODAY.strftime(form)
 
 
 def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:

@@ -39,6 +39,8 @@ def _reader(path: Path) -> Iterable[Record]:
 
 
 def _is_parquet(path: Path) -> bool:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataRejected(path, None, "is no regular file: it is read more than once")
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC or path.suffix == ".parquet"

@@ -1,6 +1,7 @@
 """Records, masks and batches."""
 
 import json
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -142,6 +143,35 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
     rewriting.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
     with pytest.raises(DataRejected, match="as an addition"):
         load_examples(write_lines(chat(("user", "a"), ("assistant", "b"))), rewriting, 100)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(
+    base: Path, write_lines: WriteLines
+) -> None:
+    from transformers import AutoTokenizer
+
+    dated = AutoTokenizer.from_pretrained(base)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}|" + dated.chat_template
+    [example] = load_examples(write_lines(chat(("user", "a"), ("assistant", "b"))), dated, 100)
+    assert dated.decode(example.input_ids).startswith("26 Jul 2024|")
+
+
+@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{{ messages[9].content | int(0) + x }}"])
+def test_a_template_that_trips_over_a_chat_is_a_bad_record(
+    template: str, base: Path, write_lines: WriteLines
+) -> None:
+    from transformers import AutoTokenizer
+
+    tripping = AutoTokenizer.from_pretrained(base)
+    tripping.chat_template = template
+    with pytest.raises(DataRejected, match="line 1: the chat template refuses it"):
+        load_examples(write_lines(chat(("user", "a"), ("assistant", "b"))), tripping, 100)
+
+
+def test_a_pipe_is_refused_since_data_is_read_twice(tokenizer: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataRejected, match="no regular file"):
+        load_examples(tmp_path / "pipe", tokenizer, 100)
 
 
 def test_the_order_is_a_new_permutation_every_epoch_decided_by_the_seed() -> None:
