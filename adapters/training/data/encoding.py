@@ -8,7 +8,6 @@ first supervised token is exactly the first one the model will have to produce.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,17 @@ from shoal.adapters.training.data.example import Example
 from shoal.adapters.training.data.records import Record, RecordRejected
 from shoal.adapters.training.errors import DataRejected
 
-# What templates that write today's date write: Llama's own, where there is no clock. With a clock a
-# run would learn something else every day, and could not be resumed on the next.
-_TODAY = datetime(2024, 7, 26)
+# What templates that write today's date write: what Llama's does where there is no clock. With a
+# clock a run would learn something else every day, and could not be resumed on the next. (A macro,
+# since transformers hands templates nothing that can be called.)
+_TODAY = {"%Y": "2024", "%y": "24", "%m": "07", "%d": "26", "%B": "July", "%b": "Jul"} | {
+    "%A": "Friday", "%a": "Fri", "%H": "00", "%I": "12", "%p": "AM", "%M": "00", "%S": "00",
+}  # fmt: skip
+_NO_CLOCK = (
+    "{%- macro strftime_now(form) -%}{{ form"
+    + "".join(f"|replace('{code}', '{text}')" for code, text in _TODAY.items())
+    + " }}{%- endmacro -%}"
+)
 
 # A text, whether it is to be learnt, and whether it begins a row as the tokenizer has rows begin.
 Part = tuple[str, bool, bool]
@@ -94,21 +101,17 @@ def _split_at_end(text: str, tokenizer: Any) -> tuple[str, str]:
 def _render(record: Record, tokenizer: Any, count: int, *, add_generation_prompt: bool) -> str:
     messages = [{"role": role, "content": text} for role, text in record.messages[:count]]
     try:
+        template = tokenizer.get_chat_template()
         rendered: str = tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            strftime_now=_today,
+            chat_template=_NO_CLOCK + template if "strftime_now" in template else None,
         )
     # A template is the model author's program: whatever it trips over, it is the messages.
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise RecordRejected(f"the chat template refuses it: {error}") from error
     return rendered
-
-
-def _today(form: str) -> str:
-    # A function: the templates' sandbox cannot call a datetime's own method.
-    return _TODAY.strftime(form)
 
 
 def _ids(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
