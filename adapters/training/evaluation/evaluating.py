@@ -222,10 +222,13 @@ class _Exact(_Run):
     def add(self, task: Task) -> None:
         self.tasks.append(task)
         prompts = self._prompts[task.name] = []
+        most = self.source.max_length - task.max_tokens
+        if most < 1:
+            rule = f"must be below {self.source.max_length}, the tokens that the model takes"
+            raise OptionRejected("max_tokens", f"{task.max_tokens} of {task.name}", rule)
         for item in task.items:
             assert isinstance(item, AnswerItem)
             ids = self._encode(task, item.line, item.prompt)
-            most = self.source.max_length - task.max_tokens
             if len(ids) > most:
                 rule = f"has {len(ids)} tokens; with {task.max_tokens} to generate at most {most}"
                 raise DataRejected(task.source, item.line, f"{rule} fit the model")

@@ -94,7 +94,10 @@ def unique_names(directories: list[Path], reserved: str) -> list[str]:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    value = json.loads(path.read_bytes())
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:  # damaged: what would be told of the training is not known
+        return {}
     return value if isinstance(value, dict) else {}
 
 
@@ -102,9 +105,12 @@ def _step_seconds(path: Path) -> list[float]:
     """Seconds of each step, or nothing where they were not noted."""
     if not path.is_file():
         return []
-    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    lines = [json.loads(line) for line in complete.splitlines()]
-    return [float(line["seconds"]) for line in lines if line.get("seconds") is not None]
+    try:
+        complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
+        lines = [json.loads(line) for line in complete.splitlines()]
+        return [float(line["seconds"]) for line in lines if line.get("seconds") is not None]
+    except (ValueError, AttributeError, TypeError):  # not what the trainer writes
+        return []
 
 
 def _trained(path: Path) -> int:

@@ -183,8 +183,13 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_asked(
         path = tmp_path / "bad.jsonl"
         path.write_text(line + "\n")
         options = {"length": "4"} if "text" in line else {}
+        options |= {"max_tokens": "8"} if '"answer": "a"' in line else {}
         with pytest.raises(DataRejected, match=f"line 1: .*{rule}"):
             evaluate(source, ADAPTERS, [*tasks, read_task(TaskSpec(str(path), options))])
+    path.write_text('{"prompt": "a", "answer": "a"}\n')
+    long = read_task(TaskSpec(str(path), {"max_tokens": "40"}))
+    with pytest.raises(OptionRejected, match="40 of bad: must be below 40"):
+        evaluate(source, ADAPTERS, [*tasks, long])
     assert source.asked == []
 
 
@@ -246,6 +251,10 @@ def test_facts_come_from_the_run_directory(lab: object, tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     timed = adapter_facts(run)
     assert (timed.train_seconds, timed.step_seconds) == (1.75, 0.5)
+    # What is damaged is not known, and stops nothing.
+    for name in ("metrics.jsonl", "training.json"):
+        (run / name).write_text("{torn\n")
+    assert adapter_facts(run) == bare
 
 
 def test_a_score_survives_the_file(tmp_path: Path) -> None:
