@@ -11,6 +11,7 @@
     └── Diverged            the loss is no longer a finite number
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,11 +79,12 @@ class ResumeMismatch(TrainingError):
 
 
 class Diverged(TrainingError):
-    """The loss became infinite or not a number."""
+    """The loss, or its gradient, became infinite or not a number."""
 
     def __init__(self, step: int, loss: float) -> None:
-        super().__init__(
-            f"the loss at step {step} is {loss}: it must stay finite; "
-            "start again with a lower lr, or other data"
-        )
+        if math.isfinite(loss):
+            what = f"the gradient at step {step} is not finite: it must be"
+        else:
+            what = f"the loss at step {step} is {loss}: it must stay finite"
+        super().__init__(f"{what}; start again with a lower lr, or other data")
         self.step = step

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class TrainResult:
         name: of the lane; empty for a plain run.
         steps: updates made, those before a resumption included.
         finished: False when the run was interrupted; ``--resume`` goes on.
-        loss: loss of the last step.
+        loss: loss of the last step; NaN before the first, in the file null where not finite.
         parameters: number of trained values.
         fate: ``finished``, ``running`` (interrupted), ``patience`` or ``diverged``.
         error: what happened when it diverged; such a lane leaves no adapter.
@@ -155,8 +156,9 @@ class RunRecord:
                 "lane": {"name": lane.lane.name, "seed": lane.lane.seed, "lr": lane.lr},
             }
             if results:
-                record["result"] = asdict(results[index])
-            text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+                result = asdict(results[index])
+                record["result"] = {name: _plain(value) for name, value in result.items()}
+            text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
             write_atomically(lane.run.options, [text.encode()])
 
 
@@ -168,7 +170,9 @@ def _digest(examples: Sequence[Example]) -> str:
 
 
 def _plain(value: Any) -> object:
-    """The value as JSON can say it."""
+    """The value as JSON can say it; what is not a finite number it cannot."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -1,6 +1,7 @@
 """Adapters trained side by side: each is what it would be alone, and ends alone."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,8 +111,14 @@ def test_a_run_whose_lanes_have_all_diverged_fails(lab: Lab) -> None:
     lanes = [Lane("one", 1), Lane("two", 2)]
     with pytest.raises(Diverged):
         lab.train_lanes("run", lanes, method="lora", lr=EXPLODING, warmup=0.0, steps=9)
-    record = json.loads((lab.root / "run" / "two" / "training.json").read_text())
+    text = (lab.root / "run" / "two" / "training.json").read_text()
+    record = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
     assert record["result"]["fate"] == "diverged"
+
+
+def test_divergence_says_what_is_not_finite() -> None:
+    assert str(Diverged(3, math.inf)).startswith("the loss at step 3 is inf: it must stay finite")
+    assert str(Diverged(3, 2.5)).startswith("the gradient at step 3 is not finite")
 
 
 def test_early_stopping_keeps_the_best_values_of_each_lane(

@@ -149,6 +149,20 @@ def test_a_full_disk_ends_the_run_in_a_line_and_loses_no_checkpoint(
     assert (mine / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_run_that_dies_in_its_first_step_can_be_resumed(lab: Lab) -> None:
+    def die(done: StepMetrics) -> None:
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        lab.train("run", die)
+    lab.train("run", resume=True)
+    lab.train("whole")
+    name = "adapter_model.safetensors"
+    mine, whole = lab.root / "run", lab.root / "whole"
+    assert (mine / name).read_bytes() == (whole / name).read_bytes()
+    assert [s.step for s in read_steps(mine / "metrics.jsonl")] == list(range(1, 7))
+
+
 def test_a_lane_that_diverges_after_an_interruption_keeps_no_adapter(lab: Lab) -> None:
     lanes = [Lane("good", 1), Lane("bad", 2, lr=1e30)]
     # The first rate is a sixth of the peak, and large all the same.
