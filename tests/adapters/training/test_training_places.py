@@ -149,6 +149,18 @@ def test_a_full_disk_ends_the_run_in_a_line_and_loses_no_checkpoint(
     assert (mine / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_crash_loses_no_more_steps_than_lie_between_checkpoints(lab: Lab) -> None:
+    def die(done: StepMetrics) -> None:
+        if done.step == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        lab.train("run", die, save_every=2)
+    seen: list[int] = []
+    lab.train("run", lambda done: seen.append(done.step), save_every=2, resume=True)
+    assert seen == [5, 6]
+
+
 def test_a_run_that_dies_in_its_first_step_can_be_resumed(lab: Lab) -> None:
     def die(done: StepMetrics) -> None:
         raise RuntimeError("power cut")
