@@ -5,6 +5,7 @@ is one stream of questions, adapter after adapter, so that a source which runs m
 always has enough of them, and they use different adapters.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,9 +120,12 @@ def evaluate(
             if task.metric == run.metric:
                 run.add(task)
 
+    # The tokens too decide a score: a base's files do not tell its tokenizer and chat template.
+    digests = {task.name: run.digest(task) for run in runs for task in run.tasks}
+
     def key(task: Task, adapter: str) -> Key:
         digest = names[adapter]
-        return Key(source.base_digest, source.dtype, digest, task.digest, task.metric)
+        return Key(source.base_digest, source.dtype, digest, digests[task.name], task.metric)
 
     throughput = []
     for run in runs:
@@ -146,7 +150,7 @@ def evaluate(
                     adapter,
                     where.digest,
                     task.name,
-                    task.digest,
+                    where.task_digest,
                     task.metric,
                     items,
                     values,
@@ -198,6 +202,15 @@ class _Run:
         """Items of a task, for one adapter."""
         return len(task.items)
 
+    def tokens(self, task: Task) -> object:
+        """All that is put to the model, as token ids."""
+        raise NotImplementedError
+
+    def digest(self, task: Task) -> str:
+        """sha256 over everything that decides a score of an added task."""
+        whole = f"{task.digest} {self.tokens(task)!r}"
+        return hashlib.sha256(whole.encode()).hexdigest()
+
     def scores(self, todo: _Todo, count: _Count, tell: Callable[[], None]) -> _Done:
         """Task, adapter, items and values as they become known."""
         raise NotImplementedError
@@ -233,6 +246,9 @@ class _Exact(_Run):
                 rule = f"has {len(ids)} tokens; with {task.max_tokens} to generate at most {most}"
                 raise DataRejected(task.source, item.line, f"{rule} fit the model")
             prompts.append(ids)
+
+    def tokens(self, task: Task) -> object:
+        return self._prompts[task.name]
 
     def scores(self, todo: _Todo, count: _Count, tell: Callable[[], None]) -> _Done:
         plan = [
@@ -287,6 +303,9 @@ class _Choice(_Run):
                 rule = f"{rule} {self.source.max_scored} can be scored at once"
                 raise DataRejected(task.source, item.line, rule)
             encoded.append((prompt, choices))
+
+    def tokens(self, task: Task) -> object:
+        return self._items[task.name]
 
     def scores(self, todo: _Todo, count: _Count, tell: Callable[[], None]) -> _Done:
         plan = [
@@ -347,6 +366,9 @@ class _Forgetting(_Run):
             parts = [ids[start : start + size] for start in range(0, len(ids), size)]
             windows += [part for part in parts if len(part) >= 2]
         self._windows[task.name] = windows[: task.limit]
+
+    def tokens(self, task: Task) -> object:
+        return self._windows[task.name]
 
     def size(self, task: Task) -> int:
         return len(self._windows[task.name])

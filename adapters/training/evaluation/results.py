@@ -15,7 +15,10 @@ from shoal.adapters.training.errors import RunDirectoryError
 
 
 class Key(NamedTuple):
-    """What a score is of. Two runs with the same key would measure the same thing."""
+    """What a score is of. Two runs with the same key would measure the same thing.
+
+    ``task_digest`` is of the task and of the tokens that it became.
+    """
 
     base_digest: str
     dtype: str

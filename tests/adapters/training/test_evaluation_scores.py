@@ -141,6 +141,20 @@ def test_what_is_in_the_results_is_not_asked_again(tasks: list[Task], tmp_path: 
     assert {name for _, name in source.asked} == {BASE}
 
 
+def test_another_template_or_tokenizer_is_measured_anew(tasks: list[Task], tmp_path: Path) -> None:
+    """The digest of a base is of its weights: what prompts become is not in it."""
+
+    class Shifted(Letters):
+        def encode(self, prompt: Prompt) -> tuple[int, ...]:
+            return (0, *super().encode(prompt))
+
+    path = tmp_path / "results.jsonl"
+    evaluate(Letters(), {}, tasks, results=Results(path))
+    source = Shifted()
+    evaluate(source, {}, tasks, results=Results(path))
+    assert {metric for metric, _ in source.asked} == {"exact", "choice"}  # texts are the same
+
+
 def test_scores_are_on_disk_as_soon_as_they_are_known(tasks: list[Task], tmp_path: Path) -> None:
     class Dies(Letters):
         def likelihoods(self, continuations: Iterable[Continuation]) -> Iterator[Likelihood]:
