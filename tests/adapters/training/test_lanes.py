@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +62,30 @@ def test_a_lane_among_others_learns_what_it_learns_alone(method: MethodName, lab
     together, apart = lab.root / "together" / "b", lab.root / "alone"
     assert losses(together) == pytest.approx(losses(apart), rel=1e-4)
     assert_same_adapter(together, apart)
+
+
+def test_lanes_are_measured_and_stopped_as_they_would_be_alone(
+    lab: Lab, write_lines: Callable[..., Path]
+) -> None:
+    # Packed rows to learn, separate ones to measure; each lane's measurements differ.
+    measured = write_lines(
+        '{"prompt": "ab", "completion": "zzzzzz"}', '{"prompt": "a", "completion": "xyz"}'
+    )
+    options: dict[str, Any] = {
+        "method": "lora", "steps": 16, "schedule": "constant", "warmup": 0.0, "eval_every": 2,
+        "patience": 2, "eval_data": measured, "pack": True, "max_length": 64,
+    }  # fmt: skip
+    lanes = [Lane("slow", 1, lr=0.002), Lane("fast", 2, lr=0.05)]
+    together = lab.train_lanes("together", lanes, **options)
+    assert len({result.best_loss for result in together}) == 2
+    for lane, result in zip(lanes, together, strict=True):
+        alone = lab.train(f"alone-{lane.name}", seed=lane.seed, **options | {"lr": lane.lr})
+        assert (result.fate, result.steps) == (alone.fate, alone.steps)
+        assert result.best_step == alone.best_step
+        ours, theirs = lab.root / "together" / lane.name, lab.root / f"alone-{lane.name}"
+        evals = [[e.loss for e in read_evals(run / "eval.jsonl")] for run in (ours, theirs)]
+        assert evals[0] == pytest.approx(evals[1], rel=1e-4)
+        assert_same_adapter(ours, theirs)
 
 
 def test_lanes_have_data_results_and_records_of_their_own(
@@ -145,6 +170,30 @@ def test_early_stopping_keeps_the_best_values_of_each_lane(
     lab.train_lanes("short", lanes, steps=best.step, **options)
     kept, short = (lab.root / run / "fast" / TENSORS for run in ("run", "short"))
     assert kept.read_bytes() == short.read_bytes()
+
+
+def test_the_best_values_survive_an_interruption(
+    lab: Lab, write_lines: Callable[..., Path]
+) -> None:
+    options: dict[str, Any] = {
+        "method": "lora", "steps": 30, "schedule": "constant", "warmup": 0.0, "eval_every": 2,
+        "patience": 2, "eval_data": write_lines('{"prompt": "ab", "completion": "zzzzzz"}'),
+    }  # fmt: skip
+    lanes = [Lane("fast", 1, lr=0.05)]
+    [whole] = lab.train_lanes("whole", lanes, **options)
+    assert whole.best_step is not None
+    later = whole.best_step + 1
+
+    def interrupt(done: StepMetrics) -> None:
+        if done.step == later:
+            signal.raise_signal(signal.SIGTERM)
+
+    [stopped] = lab.train_lanes("parts", lanes, interrupt, **options)
+    assert (stopped.finished, stopped.steps) == (False, later)
+    [resumed] = lab.train_lanes("parts", lanes, resume=True, **options)
+    assert (resumed.fate, resumed.steps) == ("patience", whole.steps)
+    kept = [(lab.root / run / "fast" / TENSORS).read_bytes() for run in ("whole", "parts")]
+    assert kept[0] == kept[1]
 
 
 def test_best_so_far_counts_what_is_no_better() -> None:
