@@ -61,7 +61,8 @@ def _head(log: Log, seeds: Sequence[int], steps: int) -> str:
         if f"base-{task}" in base
     )
     tasks = "\n".join(
-        f"| `{name}` | `{task.generator}` | {task.about} |" for name, task in TASKS.items()
+        f"| `{name}` | {', '.join(f'`{each}`' for each in task.generators)} | {task.about} |"
+        for name, task in TASKS.items()
     )
     minutes = sum(line["seconds"] / line["lanes"] for line in runs) / 60
     return f"""# The papers' claims, measured again in small

@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Learning rates tried on one task, by method. Where the best is an end of its row, the sweep goes
-# on beyond it (`choosing.sweep_left`), so a row need only be near.
+# on beyond it (`choosing.sweep_left`), so a row need only be near, and few rates do.
 GRIDS: Mapping[str, tuple[float, ...]] = {
-    "lora": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
-    "rslora": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
-    "lora-plus": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
-    "dora": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
-    "pissa": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
-    "milora": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    "lora": (5e-4, 1e-3, 2e-3, 5e-3),
+    "rslora": (5e-4, 1e-3, 2e-3, 5e-3),
+    "lora-plus": (1e-4, 2e-4, 5e-4, 1e-3),
+    "dora": (5e-4, 1e-3, 2e-3, 5e-3),
+    "pissa": (2e-4, 5e-4, 1e-3, 2e-3),
+    "milora": (5e-4, 1e-3, 2e-3, 5e-3),
     # Large ranks with Σ want the small ones, random factors and those without Σ the large ones.
     "lora-xs": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "miss": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
-    "adalora": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
-    "vera": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "svf": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "svft": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+    "miss": (5e-4, 1e-3, 2e-3, 5e-3),
+    "adalora": (5e-3, 1e-2, 2e-2, 5e-2),
+    "vera": (1e-2, 3e-2, 1e-1, 3e-1),
+    "svf": (1e-2, 3e-2, 1e-1, 3e-1),
+    "svft": (5e-3, 1e-2, 2e-2, 5e-2),
 }
 # Rates tried beyond the ends of a row, at most.
 BEYOND = 2
