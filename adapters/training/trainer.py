@@ -1,7 +1,7 @@
 """``train``: a run from its options to the adapters it leaves."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import overload
@@ -35,6 +35,9 @@ from shoal.adapters.training.world import World
 
 __all__ = ["Lane", "OnStep", "TrainResult", "train"]
 
+# As `load_examples`.
+LoadExamples = Callable[..., list[Example]]
+
 
 @overload
 def train(
@@ -44,6 +47,8 @@ def train(
     progress: bool = True,
     on_step: OnStep | None = None,
     world: World | None = None,
+    load: LoadExamples = load_examples,
+    plots: bool = True,
 ) -> TrainResult: ...
 
 
@@ -56,6 +61,8 @@ def train(
     progress: bool = True,
     on_step: OnStep | None = None,
     world: World | None = None,
+    load: LoadExamples = load_examples,
+    plots: bool = True,
 ) -> list[TrainResult]: ...
 
 
@@ -67,6 +74,8 @@ def train(
     progress: bool = True,
     on_step: OnStep | None = None,
     world: World | None = None,
+    load: LoadExamples = load_examples,
+    plots: bool = True,
 ) -> TrainResult | list[TrainResult]:
     """Train adapters as ``config`` says and write them to the run directory.
 
@@ -78,6 +87,9 @@ def train(
         progress: draw progress bars on standard error.
         on_step: called after every optimiser step, once for each lane that made it.
         world: the processes that train together; None: as torchrun says.
+        load: reads and tokenises a source of data; who trains on the same data many times may keep
+            what it returns, which is not changed.
+        plots: draw each lane's loss, and all of them in one.
 
     Returns:
         How it ended; with lanes, how each did. SIGINT or SIGTERM ends a run after the current
@@ -97,8 +109,8 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with world.joined(device):
-        training = _Training(config, lanes, cache_dir, progress, world, rows, device)
-        results = training.run(on_step)
+        training = _Training(config, lanes, cache_dir, progress, world, rows, device, load)
+        results = training.run(on_step, plots=plots)
     return results if lanes else results[0]
 
 
@@ -114,7 +126,9 @@ class _Training:
         world: World,
         rows: slice,
         device: torch.device,
+        load: LoadExamples,
     ) -> None:
+        self.load = load
         self.config, self.world, self.device = config, world, device
         self.progress = progress and world.writes
         asked = list(lanes) or [Lane("", config.seed)]
@@ -161,7 +175,7 @@ class _Training:
         self.parameters = runner.step.optimizer.values.shape[1]
         self.record = RunRecord(config, fingerprint, self.parameters, device, world.size)
 
-    def run(self, on_step: OnStep | None) -> list[TrainResult]:
+    def run(self, on_step: OnStep | None, *, plots: bool) -> list[TrainResult]:
         """Make the steps and write what they lead to."""
         with ExitStack() as stack:
             if self.world.writes:
@@ -170,9 +184,9 @@ class _Training:
                 RunDirectory(self.config.out).check(
                     resume=self.config.resume, overwrite=self.config.overwrite
                 )
-            return self._run(on_step)
+            return self._run(on_step, plots=plots)
 
-    def _run(self, on_step: OnStep | None) -> list[TrainResult]:
+    def _run(self, on_step: OnStep | None, *, plots: bool) -> list[TrainResult]:
         if self.config.resume:
             self.loop.restore()
         if self.world.writes:
@@ -189,6 +203,8 @@ class _Training:
         self.loop.take_best()
         if self.world.writes:
             self._write_adapters()
+            if plots:
+                self._draw()
         self.world.wait()
         return results
 
@@ -217,6 +233,8 @@ class _Training:
         for index, lane in enumerate(self.lanes):
             if lane.fate != "diverged":
                 self.method.write(lane.run.path, self.adapted, index, self.source)
+
+    def _draw(self) -> None:
         for lane in self.lanes:
             plot_loss(read_steps(lane.run.metrics), read_evals(lane.run.evals), lane.run.plot)
         if len(self.lanes) > 1:
@@ -236,7 +254,7 @@ class _Training:
         config = self.config
         too_long = next(choice for choice in TOO_LONG if choice == config.too_long)
         tokenizer = self.base.tokenizer
-        found = load_examples(path, tokenizer, config.max_length, too_long=too_long)
+        found = self.load(path, tokenizer, config.max_length, too_long=too_long)
         check_tokens(self.base, found)
         return found
 

@@ -243,6 +243,8 @@ def test_metrics_have_a_line_for_each_step_and_the_curve_is_a_png(lab: Lab) -> N
     lines = [json.loads(x) for x in (lab.root / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(line["tokens_s"] > 0 and math.isfinite(line["loss"]) for line in lines)
+    config = lab.config("run", steps=5)
+    assert [line["lr"] for line in lines] == [learning_rate(config, step) for step in range(5)]
     assert [point.step for point in read_evals(lab.root / "run" / "eval.jsonl")] == [0, 2, 4, 5]
     assert (lab.root / "run" / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
