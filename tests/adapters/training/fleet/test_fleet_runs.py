@@ -168,8 +168,9 @@ def test_an_interrupted_fleet_goes_on_bit_for_bit(fleet_lab: FleetLab) -> None:
 
 
 def test_a_crashed_fleet_goes_on_from_its_last_checkpoint(fleet_lab: FleetLab) -> None:
-    tasks = fleet_lab.tasks(*({"name": f"t{i}", "steps": 3 + i} for i in range(4)))
-    options = {"rows": 4, "resident": 2, "lr": 0.05, "save_every": 3}
+    measured = {"eval_data": "t0.jsonl"}
+    tasks = fleet_lab.tasks(*({"name": f"t{i}", "steps": 3 + i, **measured} for i in range(4)))
+    options = {"rows": 4, "resident": 2, "lr": 0.05, "save_every": 3, "eval_every": 2}
     fleet_lab.fleet(tasks, "whole", **options)
     with pytest.raises(RuntimeError, match="power cut"):
         fleet_lab.fleet(tasks, "parts", **options, on_step=crash_after(8))
@@ -179,6 +180,7 @@ def test_a_crashed_fleet_goes_on_from_its_last_checkpoint(fleet_lab: FleetLab) -
         assert adapter_bytes(parts) == adapter_bytes(whole)
         steps = [step.step for step in read_steps(parts / "metrics.jsonl")]
         assert steps == list(range(1, 4 + i))
+        assert read_evals(parts / "eval.jsonl") == read_evals(whole / "eval.jsonl")
 
 
 def test_looking_at_a_step_late_changes_nothing(
@@ -192,7 +194,17 @@ def test_looking_at_a_step_late_changes_nothing(
     options |= {"warmup": 0.0, "eval_every": 3, "save_every": 4}
     fleet_lab.fleet(tasks, "whole", **options)
     monkeypatch.setattr(loop, "lag_of", lambda device: 1)
-    late = fleet_lab.fleet(tasks, "late", **options)
+    saved: list[int] = []
+    save = loop.FleetLoop.save
+
+    def noting(self: loop.FleetLoop, finishing: Any) -> None:
+        saved.append(self.step)
+        save(self, finishing)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.FleetLoop, "save", noting)
+        late = fleet_lab.fleet(tasks, "late", **options)
+    assert saved[:-1] == list(range(4, saved[-1], 4))  # none is passed over
     assert {e.reference: e.fate for e in late.tenants}.pop("wild") == "diverged"
     stopped = fleet_lab.fleet(tasks, "parts", **options, on_step=interrupt_after(5))
     assert not stopped.finished
