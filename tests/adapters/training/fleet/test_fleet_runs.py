@@ -194,17 +194,7 @@ def test_looking_at_a_step_late_changes_nothing(
     options |= {"warmup": 0.0, "eval_every": 3, "save_every": 4}
     fleet_lab.fleet(tasks, "whole", **options)
     monkeypatch.setattr(loop, "lag_of", lambda device: 1)
-    saved: list[int] = []
-    save = loop.FleetLoop.save
-
-    def noting(self: loop.FleetLoop, finishing: Any) -> None:
-        saved.append(self.step)
-        save(self, finishing)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.FleetLoop, "save", noting)
-        late = fleet_lab.fleet(tasks, "late", **options)
-    assert saved[:-1] == list(range(4, saved[-1], 4))  # none is passed over
+    late = fleet_lab.fleet(tasks, "late", **options)
     assert {e.reference: e.fate for e in late.tenants}.pop("wild") == "diverged"
     stopped = fleet_lab.fleet(tasks, "parts", **options, on_step=interrupt_after(5))
     assert not stopped.finished
@@ -216,6 +206,22 @@ def test_looking_at_a_step_late_changes_nothing(
             assert losses(other) == losses(whole)
     whole, other = (read_evals(fleet_lab.root / o / "t2/eval.jsonl") for o in ("whole", "late"))
     assert whole == other
+
+
+def test_no_checkpoint_is_passed_over_when_steps_are_looked_at_late(
+    fleet_lab: FleetLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "lag_of", lambda device: 1)
+    saved: list[int] = []
+    save = loop.FleetLoop.save
+
+    def noting(self: loop.FleetLoop, finishing: Any) -> None:
+        saved.append(self.step)
+        save(self, finishing)
+
+    monkeypatch.setattr(loop.FleetLoop, "save", noting)
+    fleet_lab.fleet(fleet_lab.tasks({"name": "a"}, {"name": "b"}), steps=12, save_every=4)
+    assert saved == [4, 8, 12]
 
 
 def test_tenants_may_be_added_to_an_interrupted_fleet_but_not_changed(fleet_lab: FleetLab) -> None:
