@@ -15,6 +15,9 @@ TooLong = Literal["cut", "refuse"]
 # What may be done with a record longer than the limit: it loses its end, or the data is refused.
 TOO_LONG: tuple[TooLong, ...] = ("cut", "refuse")
 
+# Records that take seconds to tokenise (half a millisecond each): whoever waits is told.
+_MANY = 10_000
+
 
 def load_examples(
     path: Path, tokenizer: Any, max_length: int, *, too_long: TooLong = "cut"
@@ -34,6 +37,8 @@ def load_examples(
     examples = []
     num_cut = 0
     records = read_records(path)
+    if len(records) >= _MANY:
+        log.info("tokenising records=%d path=%s", len(records), path)
     problems = Problems(path, place_of(path))
     parts = []
     for record in records:
