@@ -238,6 +238,22 @@ def test_tenants_may_be_added_to_an_interrupted_fleet_but_not_changed(fleet_lab:
     assert [end.reference for end in result.tenants] == ["a", "b", "c"]
 
 
+def test_what_decides_who_stops_early_must_stay(fleet_lab: FleetLab) -> None:
+    fleet_lab.data("other", 3)
+    tenant = {"name": "a", "steps": 9, "eval_data": "other.jsonl"}
+    tasks = fleet_lab.tasks(tenant, {"name": "b"})
+    options: dict[str, Any] = {"patience": 2, "eval_every": 2}
+    fleet_lab.fleet(tasks, on_step=interrupt_after(2), **options)
+    for changed in ({"patience": 3}, {"eval_every": 3}):
+        with pytest.raises(ResumeMismatch, match="tenant a has other options or data"):
+            fleet_lab.fleet(tasks, resume=True, **options | changed)
+    fleet_lab.data("other", 4)
+    with pytest.raises(ResumeMismatch, match="tenant a has other options or data"):
+        fleet_lab.fleet(tasks, resume=True, **options)
+    fleet_lab.data("other", 3)
+    assert fleet_lab.fleet(tasks, resume=True, **options).finished
+
+
 def test_a_tenant_with_evaluations_may_join_a_fleet_that_had_none(fleet_lab: FleetLab) -> None:
     first = [{"name": "a", "steps": 9}, {"name": "b"}]
     fleet_lab.fleet(fleet_lab.tasks(*first), "parts", on_step=interrupt_after(3), patience=2)

@@ -1,5 +1,6 @@
 """One step of a fleet: its gradients are the plain model's, and recorded steps are the same."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from shoal.adapters.training.config import TrainConfig
-from shoal.adapters.training.fleet import trainer
+from shoal.adapters.training.fleet import step, trainer
 from shoal.adapters.training.fleet.config import FleetConfig
 from shoal.adapters.training.fleet.inputs import Row, fleet_inputs, loss_by_lane
 from shoal.adapters.training.fleet.trainer import FleetResult, fleet_step
@@ -106,6 +107,38 @@ def test_every_lanes_gradient_is_that_of_the_plain_model(
             expected = grads[f"{target}.{name}"]
             error = (bank.gradient()[lane] - expected).abs().max()
             assert error <= 1e-5 * max(1.0, float(expected.abs().max())), target
+
+
+@pytest.mark.parametrize("fixed", [None, 16])
+@pytest.mark.parametrize("what", ["values", "loss"])
+def test_a_lane_that_is_not_finite_stays_as_it_is_and_alone(
+    fleet_lab: FleetLab, what: str, fixed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lane of the first row, to which everything that fills up belongs."""
+    config = FleetConfig(common=fleet_lab.common("out"), fleet=fleet_lab.root)
+    base = load_base(fleet_lab.base, torch.device("cpu"), "float32")
+    shape = shape_of(base.model, "base", base.digest)
+    source = Source(exact_weights(base), shape, fleet_lab.root / "bases")
+    core = fleet_step(config, base, source, 4)
+    inputs = fleet_inputs(PARTS, 4, rates=[0.1] * 3, most_rows=fixed)
+    broken = PARTS[0][0]
+    if what == "values":
+        core.optimizer.values[broken, 5] = math.inf
+    else:  # its gradient is finite all the same
+        weighted = step.weighted_nll
+
+        def spoilt(*arguments: Any) -> tuple[Tensor, Tensor]:
+            total, nll = weighted(*arguments)
+            return total, nll.masked_fill(inputs.place_lanes == broken, math.nan)
+
+        monkeypatch.setattr(step, "weighted_nll", spoilt)
+    before = core.optimizer.values.clone()
+    outcome = core.run(inputs)
+    outcome.wait()
+    assert outcome.updated.tolist() == [True, False, False, True]
+    moved = (core.optimizer.values != before).any(dim=1)
+    assert moved.tolist() == [True, False, False, True]
+    assert torch.isfinite(core.optimizer.values[[0, 3]]).all()
 
 
 def test_evaluation_measures_without_a_trace(fleet_lab: FleetLab) -> None:
