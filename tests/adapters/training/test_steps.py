@@ -202,6 +202,19 @@ def test_a_lane_that_is_not_finite_leaves_the_others_loss_alone(base: Path, tmp_
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+def test_a_lane_whose_loss_alone_is_not_finite_is_not_updated(base: Path, tmp_path: Path) -> None:
+    step = make_step(base, tmp_path)
+    [inputs] = inputs_of(batch_of(SHORT, LONG, OTHER, SHORT))
+    step.begin()
+    step.accumulate(inputs)
+    step.loss[1] = float("inf")  # the gradient is finite
+    before = step.optimizer.values.clone()
+    step.update()
+    moved = (step.optimizer.values != before).any(dim=1)
+    assert moved.tolist() == [True, False]
+    assert step.record[2].tolist() == [1.0, 0.0]
+
+
 def _parameter(linear: Any) -> torch.nn.Parameter:
     factor: torch.nn.Parameter = linear.factors()["B"]
     return factor

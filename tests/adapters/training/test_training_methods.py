@@ -1,5 +1,6 @@
 """What each method adds to a linear."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from shoal.adapters.training.config import METHOD_NAMES, MethodName, TrainConfig
 from shoal.adapters.training.errors import BaseRejected, OptionRejected
-from shoal.adapters.training.method_options import RANKLESS
+from shoal.adapters.training.method_options import RANKLESS, UNSCALED
 from shoal.adapters.training.methods.attaching import shape_of, weight_reader
 from shoal.adapters.training.methods.contract import AdaptedLinear
 from shoal.adapters.training.methods.lora import LoraLinear
 from shoal.adapters.training.methods.lora_xs import CoreLinear
 from shoal.adapters.training.methods.miss import FoldLinear
 from shoal.adapters.training.methods.source import Source
-from shoal.adapters.training.methods.table import attach_all
+from shoal.adapters.training.methods.table import attach_all, method_of
 
 # Those that always start at the same values.
 SEEDLESS = ("miss", "pissa", "milora", "vera", "svf", "svft")
@@ -197,3 +198,42 @@ def test_options_that_break_a_rule_are_refused_by_name(
     asked = {"method": "lora-xs", "rank": 4, **paths, **options}
     with pytest.raises(OptionRejected, match=message):
         TrainConfig(**asked)  # type: ignore[arg-type]
+
+
+# Another value of every option that belongs to methods, by method.
+OPTIONS: dict[MethodName, dict[str, object]] = {
+    "lora-plus": {"lr_ratio": 3.0},
+    "pissa": {"svd": "exact"},
+    "milora": {"format": "converted"},
+    "lora-xs": {
+        "format": "official", "init": "random", "vectors": "bottom", "no_sigma": True,
+        "svd": "randomised", "basis_rank": 32,
+    },
+    "miss": {"shard": "output", "mini_r": 2},
+    "adalora": {
+        "init_rank": 40, "tinit": 3, "tfinal": 4, "delta_t": 2, "orthogonality": 0.1,
+        "beta1": 0.5, "beta2": 0.5,
+    },
+    "vera": {"projection_seed": 5, "d_initial": 0.3},
+    "svf": {"svf_vector": "z"},
+    "svft": {"pattern": "random", "off_diagonals": 2},
+}  # fmt: skip
+
+
+def test_every_option_reaches_its_method(tmp_path: Path) -> None:
+    known = {spec.name for spec in fields(TrainConfig) if spec.metadata.get("methods")}
+    assert {name for options in OPTIONS.values() for name in options} == known
+    for method, options in OPTIONS.items():
+        plain = method_of(config_for(method, tmp_path))
+        for name, value in options.items():
+            # The basis is the base's, not the method's.
+            same = name == "basis_rank"
+            asked = method_of(config_for(method, tmp_path, **{name: value}))
+            assert (asked == plain) == same, name
+    for method in METHOD_NAMES:
+        if method not in RANKLESS:
+            ranks = [method_of(config_for(method, tmp_path, rank=rank)) for rank in (4, 8)]
+            assert ranks[0] != ranks[1]
+        if method not in UNSCALED:
+            scales = [method_of(config_for(method, tmp_path, alpha=alpha)) for alpha in (1.0, 2.0)]
+            assert scales[0] != scales[1]

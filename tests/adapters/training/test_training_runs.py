@@ -346,6 +346,21 @@ def test_a_run_is_not_resumed_into_another(lab: Lab) -> None:
     assert len(losses(lab.root / "run")) == 1
 
 
+def test_what_is_measured_may_change_unless_it_decides_when_to_stop(lab: Lab) -> None:
+    other = lab.root / "other.jsonl"
+    other.write_text('{"prompt": "a", "completion": "b"}\n')
+    options: dict[str, Any] = {"eval_data": lab.config("run").data, "eval_every": 2, "patience": 3}
+    lab.train("run", interrupt_after(1), **options)
+    for changed in ({"eval_every": 3}, {"eval_data": other}, {"patience": 4}):
+        with pytest.raises(ResumeMismatch, match=r"^(eval_every|eval_digest|patience) is"):
+            lab.train("run", resume=True, **options | changed)
+    assert lab.train("run", resume=True, **options).finished
+
+    free = {"eval_data": other, "eval_every": 4, "save_every": 3}
+    lab.train("free", interrupt_after(1), eval_data=lab.config("run").data)
+    assert lab.train("free", resume=True, **free).finished
+
+
 def test_a_damaged_checkpoint_is_refused(lab: Lab) -> None:
     lab.train("run", interrupt_after(1))
     checkpoint = lab.root / "run" / "checkpoint" / "state.safetensors"
