@@ -335,7 +335,8 @@ def canonical_basis(
     """The base's canonical basis from ``cache_dir``, computed and stored there the first time.
 
     The file is ``basis-<first 16 of the base digest>-r<rank>.safetensors``. One that is damaged or
-    belongs to another base is computed again.
+    belongs to another base is computed again. A place that cannot be written costs time at the
+    next start, nothing else.
     """
     path = canonical_path(cache_dir, shape, rank)
     if path.exists():
@@ -344,7 +345,10 @@ def canonical_basis(
         except AdapterRejected as error:
             log.warning("computing the basis again: %s is unusable: %s", path, error)
     basis = compute_basis(weight_of, shape, rank, progress)
-    save_basis(basis, path)
+    try:
+        save_basis(basis, path)
+    except OSError as error:
+        log.warning("the basis is not kept for the next start: %s", error)
     return basis
 
 

@@ -160,7 +160,10 @@ class SpectralBasis:
         if found is None:
             found = thin_svd(weight, target)
             tensors = {"U": found.u, "S": found.sigma, "V": found.v}
-            write_atomically(path, tensor_chunks(tensors, self._metadata(target)))
+            try:
+                write_atomically(path, tensor_chunks(tensors, self._metadata(target)))
+            except OSError as error:  # it costs time at the next start, nothing else
+                log.warning("an SVD is not kept for the next start: %s", error)
         # Every time: the file may be another than it was, and what is told is of what is given.
         self._sigmas[target] = found.sigma
         self._probes[target] = probe(found.u, target)

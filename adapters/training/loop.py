@@ -283,7 +283,8 @@ class _Reporter:
         if done:
             loss = sum(step.loss for step in done) / len(done)
             tokens = sum(step.tokens_s for step in done)
-            self._bar.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{tokens:.0f}")
+            # Drawn by `update`, which knows how often is often enough.
+            self._bar.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{tokens:.0f}", refresh=False)
         self._bar.update()
         if self._on_step is not None:
             for step in done:

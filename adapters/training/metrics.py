@@ -4,6 +4,7 @@ It owns these files' form and nothing of the training.
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from shoal.adapters.formats.container import write_atomically
+
+log = logging.getLogger(__name__)
 
 _NAMED_LANES = 12  # a legend of more would hide the curves
 
@@ -171,5 +174,19 @@ def _numbers(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in complete.splitlines()]
+    """The lines up to the first that is not whole.
+
+    A power cut leaves anything at a log's end, behind the last checkpoint; whoever goes on from
+    that makes those steps again.
+    """
+    lines = []
+    for number, raw in enumerate(path.read_bytes().rpartition(b"\n")[0].splitlines(), 1):
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            log.warning("what follows is left out: line %d of %s is damaged", number, path)
+            break
+        lines.append(line)
+    return lines

@@ -152,7 +152,7 @@ class FleetLoop:
         return self._turns.over
 
     def save(self, finishing: Finishing) -> None:
-        """Write a checkpoint; what is finished is written before, and logs are on disk."""
+        """Write a checkpoint; what is finished, and logs up to here, are written before."""
         finished = finishing.settle()
         names = list(self._turns.order)
         for name in names:

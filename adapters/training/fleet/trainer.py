@@ -195,7 +195,9 @@ def _train(
 
     def report(done: FleetStepMetrics) -> None:
         rate = done.tokens / max(done.seconds, 1e-9)
-        bar.set_postfix(loss=f"{done.loss:.3f}", tokens_s=f"{rate:.0f}", finished=done.finished)
+        # Drawn by `update`, which knows how often is often enough.
+        shown = {"loss": f"{done.loss:.3f}", "tokens_s": f"{rate:.0f}", "finished": done.finished}
+        bar.set_postfix(shown, refresh=False)
         bar.update(done.tenants)
         if on_step is not None:
             on_step(done)

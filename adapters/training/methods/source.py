@@ -131,7 +131,10 @@ class Source:
                 factors[target] = compute(self.weight_of(target), target)
                 report(done, len(targets))
         basis = make_basis(factors, kind=kind, base_digest=self.shape.digest)
-        save_basis(basis, path)
+        try:
+            save_basis(basis, path)
+        except OSError as error:  # it costs time at the next start, nothing else
+            log.warning("%s singular vectors are not kept for the next start: %s", what, error)
         return basis
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Bases that cannot be trained on, or not with these options: refused before anything is written."""
+"""Bases that cannot be trained on, or not with these options: refused before a file is written."""
 
 import json
 import logging
@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import pytest
 from safetensors.torch import load_file, save_file
 
+from shoal.adapters.training.config import MethodName, TrainConfig
 from shoal.adapters.training.errors import BaseRejected, OptionRejected
+from shoal.adapters.training.trainer import train
 
 
 class Lab(Protocol):
@@ -20,6 +22,7 @@ class Lab(Protocol):
     data: Path
     root: Path
 
+    def config(self, name: str, **options: Any) -> TrainConfig: ...
     def train(self, name: str, **options: Any) -> Any: ...
 
 
@@ -114,3 +117,17 @@ def test_completions_for_a_base_without_an_end_token_are_warned_about(
     with caplog.at_level(logging.WARNING, "shoal"):
         assert lab.train("run", base=base, steps=1).finished
     assert "no end token" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["lora-xs", "pissa", "svf"])
+def test_a_home_that_cannot_be_written_costs_time_and_nothing_else(
+    method: MethodName, lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    lab.train("usual", method=method, steps=2)
+    (lab.root / "file").write_text("")
+    with caplog.at_level(logging.WARNING, "shoal"):
+        config = lab.config("run", method=method, steps=2)
+        assert train(config, cache_dir=lab.root / "file/bases", progress=False).finished
+    assert "kept for the next start" in caplog.text
+    name = "adapter_model.safetensors"
+    assert (lab.root / "run" / name).read_bytes() == (lab.root / "usual" / name).read_bytes()

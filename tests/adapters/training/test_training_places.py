@@ -14,7 +14,7 @@ from shoal.adapters.training import checkpoint
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.errors import Diverged, OptionRejected, RunDirectoryError
 from shoal.adapters.training.lanes import Lane
-from shoal.adapters.training.metrics import StepMetrics, read_steps
+from shoal.adapters.training.metrics import StepMetrics, read_evals, read_steps
 from shoal.adapters.training.rundir import RunDirectory, claimed
 from shoal.adapters.training.trainer import TrainResult
 from shoal.server.__main__ import main
@@ -202,6 +202,16 @@ def test_half_written_files_of_a_killed_process_are_removed(lab: Lab) -> None:
         path.write_bytes(b"half")
     lab.train("run", resume=True)
     assert not any(path.exists() for path in torn)
+
+
+def test_logs_torn_by_a_power_cut_are_written_again(lab: Lab) -> None:
+    lab.train("run", interrupt_after(3), eval_data=lab.data, eval_every=1)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        with (lab.root / "run" / name).open("ab") as file:
+            file.write(b"\0" * 64 + b"\n" + b'{"step": 99, "loss": 1.0}\n' + b'{"st')
+    lab.train("run", resume=True, eval_data=lab.data, eval_every=1)
+    assert [s.step for s in read_steps(lab.root / "run/metrics.jsonl")] == list(range(1, 7))
+    assert [e.step for e in read_evals(lab.root / "run/eval.jsonl")] == list(range(7))
 
 
 def test_seeds_are_what_generators_take(lab: Lab) -> None:
