@@ -207,6 +207,15 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_asked(
     assert source.asked == []
 
 
+def test_a_window_of_one_token_has_nothing_to_compare(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("abcdefghi")
+    task = read_task(TaskSpec(str(tmp_path / "t.txt"), {"length": "4"}))
+    source = Letters()
+    [score] = evaluate(source, {}, [task]).scores
+    assert source.asked == [("forgetting", BASE)] * 2
+    assert score.items == 6  # tokens that have one before them in their window
+
+
 def test_the_numbers_of_a_metric() -> None:
     exact = exact_values([1.0, 0.5, 0.0, 1.0], [True, True, False, True])
     assert exact["accuracy"] == 0.5
