@@ -13,15 +13,13 @@ from shoal.adapters.training.methods.attaching import find_linears
 from shoal.adapters.training.methods.contract import AdaptedLinear, Start
 from shoal.adapters.training.methods.lora_xs import CORE_STD, CoreLinear
 from shoal.adapters.training.methods.miss import FoldLinear
+from shoal.adapters.training.methods.sharing import SharedInput
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import method_of
 
 
-class Group:
-    """Linears that a decoder gives one input, one after the other: q, k and v; gate and up.
-
-    All outputs are made when the first is asked for. A decoder that gives them different inputs
-    gets what it asks for too, only slower.
+class Group(SharedInput):
+    """Linears of one input, and their banks.
 
     Attributes:
         step: what the running step is about; one for all groups of a model.
@@ -29,23 +27,9 @@ class Group:
     """
 
     def __init__(self, frozen: Sequence[Frozen], step: Step) -> None:
+        super().__init__()
         self.step = step
         self.frozen = frozen
-        self._x: Tensor | None = None
-        self._ready: dict[int, Tensor] = {}
-
-    def output(self, x: Tensor, index: int) -> Tensor:
-        """Of linear ``index``; ``(rows, length, d_in)`` -> ``(rows, length, d_out)``."""
-        if self._x is not x or index not in self._ready:
-            self._x, self._ready = x, dict(enumerate(self.outputs(x)))
-        y = self._ready.pop(index)
-        if not self._ready:
-            self._x = None
-        return y
-
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Of all linears."""
-        raise NotImplementedError
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained; a lane's values in the order of the linears."""
