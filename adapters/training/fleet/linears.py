@@ -44,17 +44,16 @@ class CoreGroup(Group):
     """LoRA-XS: ``R (lanes, linears, r, r)``."""
 
     def __init__(self, plain: Sequence[CoreLinear], lanes: int, step: Step) -> None:
-        """Takes the place of what a plain run puts on the linears.
-
-        ``A``, which takes x to what R is multiplied by, is computed of the weights as they are
-        here.
-        """
-        frozen = [Frozen(p.linear.weight, p.linear.bias, p.basis) for p in plain]
+        """Takes the place of what a plain run puts on the linears."""
+        factors = [p.frozen_factors() for p in plain]
+        frozen = [
+            Frozen(p.linear.weight, p.linear.bias, b)
+            for p, (_, b) in zip(plain, factors, strict=True)
+        ]
         super().__init__(frozen, step)
         self._scale = plain[0].scale
         weight = plain[0].linear.weight
-        down = [p.into.float().T @ p.linear.weight.detach().float() for p in plain]
-        self._down = torch.cat(down).to(weight.dtype)
+        self._down = torch.cat([a for a, _ in factors])
         shape = (lanes, len(plain), *plain[0].core.shape[1:])
         self.cores = nn.Parameter(torch.zeros(shape, device=weight.device))
 

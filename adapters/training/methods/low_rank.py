@@ -53,7 +53,7 @@ def low_rank_linears(
         x: ``(lanes·rows, …, d_in)``, the input of all.
         weights: of each linear ``W (d_out, d_in)``, frozen; at least one.
         a: of each ``A (lanes, r, d_in)``, usually float32; products are in x's dtype.
-        b: of each ``B (lanes, d_out, r)``.
+        b: of each ``B (lanes, d_out, r)``; may be frozen.
         scale: ``s``.
         biases: of each ``(d_out,)`` or None, frozen; None: none has one.
 
@@ -119,14 +119,19 @@ class _LowRank(torch.autograd.Function):
         lanes = len(down)
         dys = [dy.reshape(lanes, -1, dy.shape[-1]) for dy in grads]
         dh = torch.empty_like(h)
-        db = []
         for dy, up, part in zip(dys, ups, ctx.parts, strict=True):
             scaled_bmm(dy, up, ctx.scale, out=dh[:, :, part.whole])
+        db = []
+        for dy, part, wanted in zip(dys, ctx.parts, ctx.needs_input_grad[-len(dys) :], strict=True):
             own = h[:, :, part.whole]
-            db.append(torch.bmm(dy.mT, own)[..., : part.own.stop - part.own.start])
+            rank = part.own.stop - part.own.start
+            db.append(torch.bmm(dy.mT, own)[..., :rank] if wanted else None)
         wide = torch.bmm(dh.mT, flat.view(lanes, -1, flat.shape[1]))
         da = [wide[:, part.own] for part in ctx.parts]
-        factors = [grad.to(dtype) for grad, dtype in zip((*da, *db), ctx.wide, strict=True)]
+        factors = [
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip((*da, *db), ctx.wide, strict=True)
+        ]
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.bmm(dh, down).view(flat.shape)

@@ -14,6 +14,8 @@ from shoal.adapters.training.methods import sharing
 from shoal.adapters.training.methods.adalora import AdaloraLinear
 from shoal.adapters.training.methods.dora import DoraLinear
 from shoal.adapters.training.methods.lora import LoraLinear
+from shoal.adapters.training.methods.lora_xs import CoreLinear
+from shoal.adapters.training.methods.miss import FoldLinear, ShardLinear
 from shoal.adapters.training.methods.sharing import SharedLinear
 
 LANES, D_IN, SCALE = 2, 24, 0.5
@@ -33,6 +35,29 @@ def adalora_weight(one: Any, lane: int) -> Tensor:
     return one.linear.weight.double() + SCALE * (one.b[lane] * one.e[lane]) @ one.a[lane]
 
 
+def core_weight(one: Any, lane: int) -> Tensor:
+    weight = one.linear.weight.double()
+    basis = one.frozen_factors()[1].double()
+    return weight + SCALE * basis @ one.core[lane].double() @ basis.T @ weight
+
+
+def fold_weight(one: Any, lane: int) -> Tensor:
+    repeated = one.d[lane].repeat(-(-D_IN // one.d.shape[1]), 1)[:D_IN]
+    return one.linear.weight.double() + repeated.T
+
+
+def shard_weight(one: Any, lane: int) -> Tensor:
+    rank, d_out = one.d.shape[1], one.linear.out_features
+    size, longer = divmod(d_out, rank)
+    sizes = torch.tensor([size + (shard < longer) for shard in range(rank)])
+    return one.linear.weight.double() + one.d[lane].repeat_interleave(sizes, dim=0)
+
+
+def cores(linear: nn.Linear, rank: int) -> CoreLinear:
+    basis = torch.linalg.qr(torch.randn(linear.out_features, rank, dtype=torch.float64)).Q
+    return CoreLinear(linear, basis, torch.zeros(LANES, rank, rank), SCALE)
+
+
 def factors(rank: int, d_out: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(LANES, rank, D_IN), torch.zeros(LANES, d_out, rank)
 
@@ -41,6 +66,9 @@ Make = Callable[[nn.Linear, int], SharedLinear]
 KINDS: dict[str, tuple[Make, Callable[[Any, int], Tensor]]] = {
     "lora": (lambda x, r: LoraLinear(x, *factors(r, x.out_features), SCALE), lora_weight),
     "dora": (lambda x, r: DoraLinear(x, *factors(r, x.out_features), SCALE), dora_weight),
+    "lora-xs": (cores, core_weight),
+    "miss": (lambda x, r: FoldLinear(x, r, LANES), fold_weight),
+    "miss by output": (lambda x, r: ShardLinear(x, r, LANES), shard_weight),
     "adalora": (lambda x, r: AdaloraLinear(x, *factors(r, x.out_features), SCALE), adalora_weight),
 }
 
@@ -129,11 +157,17 @@ class Rows(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "pissa", "adalora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora", "dora", "pissa", "adalora", "lora-xs official", "lora-xs random", "miss",
+        "miss mini", "miss by output", "vera",
+    ],
+)  # fmt: skip
 def test_rows_of_16_bit_matrices_are_aligned_whatever_the_rank(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CASES, name, (name, {"rank": 5}))
+    monkeypatch.setitem(CASES, name, (CASES[name][0], CASES[name][1] | {"rank": 5}))
     trial = Trial(base, tmp_path, name, (0, 1), torch.bfloat16)
     with Rows(trial.model.config.vocab_size) as seen:
         trial.train(1)
