@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.adapters.training.methods.low_rank import padded, padded_rank
+from shoal.adapters.training.methods.low_rank import padded, padded_rank, wide_bmm
 
 
 def fold(x: Tensor, rank: int) -> Tensor:
@@ -81,7 +81,7 @@ class _Folds(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         folded, *factors = ctx.saved_tensors
         dys = [dy.reshape(len(folded), -1, dy.shape[-1]) for dy in grads]
-        blocks = [torch.bmm(folded.mT, dy)[:, : ctx.rank].to(ctx.wide) for dy in dys]
+        blocks = [wide_bmm(folded.mT, dy, ctx.wide)[:, : ctx.rank] for dy in dys]
         dx = None
         if ctx.needs_input_grad[0]:
             dfolded = torch.bmm(dys[0], factors[0].mT)
