@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,7 +41,7 @@ class Case:
     def slack(self) -> float:
         """Multiplies the tolerance: many outputs have rarer extremes, long sums larger errors."""
         longest = max(Counter(self.owners).values(), default=0) * self.length
-        return (3.0 if self.gpu_only else 1.0) * max(1.0, (longest / 8192) ** 0.5)
+        return (3.0 if self.gpu_only else 1.0) * max(1.0, math.sqrt(longest / 8192))
 
 
 CASES = (
