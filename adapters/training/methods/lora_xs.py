@@ -68,8 +68,7 @@ class CoreLinear(SharedLinear):
         super().__init__(linear, len(core))
         weight = linear.weight.detach()
         self.scale = scale
-        kind = torch.promote_types(weight.dtype, torch.float32 if with_sigma else torch.float64)
-        a = basis.to(weight.device, kind).T @ weight.to(kind)
+        a = basis.to(weight.device, torch.float64).T @ weight.double()
         self.sigma: Tensor | None = None
         if not with_sigma:
             self.sigma = a.norm(dim=1)
