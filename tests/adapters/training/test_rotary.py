@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from shoal.adapters.training.loss import LaneLoss
 from shoal.adapters.training.rotary import fuse_rotary, rotate
 
 
@@ -65,3 +66,11 @@ def test_what_rotates_neighbours_is_left_alone() -> None:
     before = logits(model)
     assert fuse_rotary(model) == 0
     assert torch.equal(logits(model), before)
+
+
+def test_losses_are_computed_with_what_is_fused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    LaneLoss(model)
+    for layer in model.model.layers:
+        for module in (layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm):
+            assert "forward" in vars(module)

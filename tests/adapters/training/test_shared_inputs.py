@@ -10,6 +10,7 @@ from tests.adapters.training.method_cases import CASES, Trial
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shoal.adapters.training.loss import LaneLoss
 from shoal.adapters.training.methods import sharing
 from shoal.adapters.training.methods.adalora import AdaloraLinear
 from shoal.adapters.training.methods.dora import DoraLinear
@@ -173,3 +174,30 @@ def test_rows_of_16_bit_matrices_are_aligned_whatever_the_rank(
         trial.train(1)
     assert seen.products > 50
     assert seen.unaligned == []
+
+
+class Adds(TorchDispatchMode):
+    """Counts what is added to something of one shape, in 16 bits, outside of products."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("add", "add_") and out.dtype == torch.bfloat16:
+            self.count += out.shape == self.shape
+        return out
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-xs official", "miss"])
+def test_gradients_of_an_input_are_added_up_inside_of_products(
+    name: str, base: Path, tmp_path: Path
+) -> None:
+    trial = Trial(base, tmp_path, name, (0, 1), torch.bfloat16)
+    LaneLoss(trial.model)  # fuses norms, which would add as well
+    config = trial.model.config
+    with Adds((4, 8, config.hidden_size)) as adds:
+        trial.train(1)
+    # Two residual connections a layer, each way; nothing before the first needs a gradient.
+    assert adds.count == 4 * config.num_hidden_layers - 1
