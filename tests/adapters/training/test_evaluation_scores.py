@@ -211,7 +211,7 @@ def test_a_window_of_one_token_has_nothing_to_compare(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("abcdefghi")
     task = read_task(TaskSpec(str(tmp_path / "t.txt"), {"length": "4"}))
     source = Letters()
-    [score] = evaluate(source, {}, [task]).scores
+    [score] = evaluate(source, {}, [task], metrics=["forgetting"]).scores
     assert source.asked == [("forgetting", BASE)] * 2
     assert score.items == 6  # tokens that have one before them in their window
 
