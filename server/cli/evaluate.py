@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="adapter directories; with --registry, names or name@version in it",
+        help="adapter directories; with --registry, [OWNER/]NAME[@VERSION] in it",
     )
     parser.add_argument(
         "--tasks",

@@ -115,7 +115,8 @@ def _report(out: Path, method: str, result: "TrainResult") -> None:
     if result.error:
         print(f"shoal train: {out}: {result.error}", file=sys.stderr)
         return
-    best = f", best {result.best_loss:.3f} after {result.best_step}" if result.best_loss else ""
+    measured = result.best_loss is not None
+    best = f", best {result.best_loss:.3f} after {result.best_step}" if measured else ""
     print(
         f"{out}: {method} adapter of {result.parameters} values, "
         f"loss {result.loss:.3f} after {result.steps} steps{best}"

@@ -79,13 +79,17 @@ class EngineSource:
         return info
 
     def find(self, reference: str) -> AdapterInfo:
-        """Know an adapter of the registry, ``name`` or ``name@version``, by its reference.
+        """Know an adapter of the registry by its reference.
+
+        Args:
+            reference: ``name`` or ``owner/name``, with ``@version`` or without.
 
         Raises:
             AdapterUnusable: there is none.
         """
+        owner, _, name = reference.rpartition("/")
         try:
-            info = self._parts.library.resolve(reference)
+            info = self._parts.library.resolve(name, owner=owner)
         except AdapterError as problem:
             raise AdapterUnusable(f"{reference}: {problem}") from problem
         self._infos[reference] = info

@@ -275,11 +275,16 @@ def test_the_command_evaluates_a_registry_without_writing_to_it(
     url = f"sqlite:///{tmp_path / 'registry.db'}"
     with open_source(config(tiny, registry=url)) as source:
         source._parts.library.upload("voice", adapters["lora"].files)
+        source._parts.library.upload("tone", adapters["lora"].files, owner="acme")
     command = ["evaluate", str(tiny.path), "--adapters", "voice", "--registry", url]
     command += ["--tasks", str(tasks[1].source), "--out", str(tmp_path / "out"), "--quiet"]
     command += ["--max-model-len", "128", "--basis-rank", "16", "--device", DEVICE]
     assert main(command) == 0
     assert "| voice | lora | 3 |" in capsys.readouterr().out
-    command[3] = "nobody"
-    assert main(command) == 2
-    assert "nobody" in capsys.readouterr().err
+    command[3] = "acme/tone@1"
+    assert main(command) == 0
+    assert "| acme/tone@1 | lora | 3 |" in capsys.readouterr().out
+    for unknown in ("nobody", "tone", "acme/voice"):
+        command[3] = unknown
+        assert main(command) == 2
+        assert unknown in capsys.readouterr().err
