@@ -5,8 +5,8 @@ The order of the data is a function of the seed and the number of examples, and 
 draws nothing, so a resumed run continues bit for bit (on the same device and thread count).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -164,7 +164,7 @@ class TrainingLoop:
         config = self.config
         batches = self._batching.steps(self.lanes, self.step)
         if self.step == 0:
-            self._evaluate()
+            self._evaluate(reporter)
             self.save()  # from here on whatever happens can be resumed
         self._reader.start_clock()
         asked = False  # by any process, as all of them know it
@@ -179,7 +179,7 @@ class TrainingLoop:
             if evaluates or saves:
                 asked = self._note(reporter, all_of_them=True) or asked
                 if evaluates:
-                    self._evaluate()
+                    self._evaluate(reporter)
                 if saves:
                     self.save()
                 self._reader.start_clock()
@@ -229,12 +229,13 @@ class TrainingLoop:
     def _is_due(self, interval: int) -> bool:
         return self.step % interval == 0
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, reporter: "_Reporter") -> None:
         """Measure the loss on the evaluation data, once after each step, and stop lanes early."""
         if not self._evaluation or self._evaluated == self.step or self.stopped:
             return
         self._evaluated = self.step
-        losses = self._evaluation_losses().tolist()
+        with reporter.busy("evaluating"):
+            losses = self._evaluation_losses().tolist()
         for index, lane in enumerate(self.lanes):
             if lane.fate != "running":
                 continue
@@ -277,6 +278,13 @@ class _Reporter:
     def __init__(self, bar: Any, on_step: OnStep | None) -> None:
         self._bar = bar
         self._on_step = on_step
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Something that takes its time between steps."""
+        self._bar.set_description(what)
+        yield
+        self._bar.set_description()
 
     def report(self, done: Sequence[StepMetrics]) -> None:
         """One step of all lanes that were running."""

@@ -38,16 +38,17 @@ def test_the_defaults_are_those_of_the_config(lab: Lab) -> None:
 
 def test_a_run_succeeds_and_leaves_an_adapter(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--steps", "2", "--rank", "4", "--batch-size", "2", "--targets", "q_proj,v_proj")
-    assert run(parse(lab, *options)) == 0
+    assert run(parse(lab, *options, "--eval-data", str(lab.data))) == 0
 
     written = {path.name for path in (lab.root / "run").iterdir()}
     assert written == {
-        "adapter_config.json", "adapter_model.safetensors", "checkpoint", "loss.png",
+        "adapter_config.json", "adapter_model.safetensors", "checkpoint", "eval.jsonl", "loss.png",
         "metrics.jsonl", "training.json",
     }  # fmt: skip
     output = capsys.readouterr()
     assert "lora-xs adapter of 64 values" in output.out
     assert "2/2" in output.err  # the progress bar
+    assert "evaluating: " in output.err
 
 
 def test_what_is_refused_is_said_in_one_line_with_status_2(
