@@ -2,8 +2,9 @@
 
 import errno
 import json
-import multiprocessing
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,30 +51,23 @@ def command(lab: Lab, *options: str) -> list[str]:
     return ["train", "--method", "lora-xs", *paths, "--rank", "4", "--device", "cpu", *options]
 
 
-def _claim(path: Path, told: Any) -> None:
-    try:
-        with claimed(path):
-            told.put("mine")
-    except RunDirectoryError as error:
-        told.put(str(error))
+CLAIM = """
+import pathlib, sys
+from shoal.adapters.training.rundir import claimed
+with claimed(pathlib.Path(sys.argv[1])):
+    print("mine")
+"""
 
 
 def test_a_directory_is_of_one_process_at_a_time(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    answers: list[str] = []
-
-    def ask() -> None:
-        told = context.SimpleQueue()
-        other = context.Process(target=_claim, args=(tmp_path / "run", told))
-        other.start()
-        other.join()
-        answers.append(told.get())
+    def ask() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", CLAIM, str(tmp_path / "run")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     with claimed(tmp_path / "run"):
-        ask()
-    ask()
-    assert "is in use by another process" in answers[0]
-    assert answers[1] == "mine"
+        refused = ask()
+    assert "is in use by another process" in refused.stderr
+    assert ask().stdout == "mine\n"
 
 
 @pytest.mark.parametrize("resume", [False, True])
