@@ -150,7 +150,10 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 def sweep(files: Iterable[Path]) -> None:
-    """Remove what a killed process left half written beside files that are replaced atomically."""
+    """Remove what a killed process left half written beside files that are replaced atomically.
+
+    Those have names of ``tempfile``; what others, such as an editor, have there stays.
+    """
     for file in files:
-        for path in file.parent.glob(f".{file.name}.*"):
+        for path in file.parent.glob(f".{file.name}.????????"):
             path.unlink(missing_ok=True)

@@ -188,14 +188,17 @@ def test_a_lane_that_diverges_after_an_interruption_keeps_no_adapter(lab: Lab) -
 def test_half_written_files_of_a_killed_process_are_removed(lab: Lab) -> None:
     lab.train("run", interrupt_after(2))
     torn = [
-        lab.root / "run/checkpoint/.state.safetensors.x1",
-        lab.root / "run/.adapter_model.safetensors.x2",
-        lab.root / "run/.training.json.x3",
+        lab.root / "run/checkpoint/.state.safetensors.x_1a2b31",
+        lab.root / "run/.adapter_model.safetensors.x_1a2b32",
+        lab.root / "run/.training.json.x_1a2b33",
     ]
     for path in torn:
         path.write_bytes(b"half")
+    edited = lab.root / "run/.training.json.swp"
+    edited.write_text("somebody looks at it")
     lab.train("run", resume=True)
     assert not any(path.exists() for path in torn)
+    assert edited.exists()
 
 
 def test_logs_torn_by_a_power_cut_are_written_again(lab: Lab) -> None:

@@ -407,7 +407,7 @@ def test_a_directory_in_use_is_refused_and_overwritten_when_asked_to(fleet_lab: 
     fleet_lab.fleet(tasks, lr=0.01)
     with claimed(fleet_lab.root / "out"), pytest.raises(RunDirectoryError, match="is in use"):
         fleet_lab.fleet(tasks, resume=True, lr=0.01)
-    torn = fleet_lab.root / "out/_fleet/.state.safetensors.x1"
+    torn = fleet_lab.root / "out/_fleet/.state.safetensors.x_1a2b3c"
     torn.write_bytes(b"half")
     fleet_lab.fleet(tasks, resume=True, lr=0.01)
     assert not torn.exists()
