@@ -33,6 +33,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "constant")
 TOO_LONG = ("cut", "refuse")
 GRAPHS = ("auto", "off")
+STEPS_MAX = 10_000_000  # the rate of each is computed before the first
 SEEDS = 1 << 63  # as many as generators take
 _SEED_RULE = "must not be negative, and below 2^63"
 
@@ -188,6 +189,7 @@ class TrainConfig:
         self._check_choices()
         for name in ("steps", "rank", "batch_size", "accumulate", "save_every"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require("steps", self.steps <= STEPS_MAX, f"must be at most {STEPS_MAX}")
         self._require("max_length", self.max_length >= 2, "must be at least 2")
         for name in ("eval_every", "patience"):
             value = getattr(self, name)

@@ -188,6 +188,7 @@ def test_a_model_without_the_expected_linears_is_refused() -> None:
         ({"targets": ("q_proj", "q_proj")}, "names a linear twice"),
         ({"targets": ()}, "must name at least one"),
         ({"seed": -1}, "seed is -1: must not be negative"),
+        ({"steps": 10**10}, "steps is 10000000000: must be at most 10000000"),
         ({"resume": True, "overwrite": True}, "overwrite is True: excludes resume"),
     ],
 )
