@@ -242,11 +242,16 @@ class Services:
             async with self.remote.begin(owner, limits, upload=upload):
                 yield
             return
+        with self.let_in(owner, limits, upload=upload):
+            yield
+
+    def let_in(self, owner: str, limits: "Limits", *, upload: bool) -> ExitStack:
+        """As ``begin``, where the engine is: from now on, until what is returned is closed."""
         with ExitStack() as stack:
             stack.enter_context(self.quotas.begin(owner, limits))
             if upload:
                 stack.enter_context(self.uploads.begin(owner))
-            yield
+            return stack.pop_all()
 
     async def alive(self) -> bool:
         """Whether the engine serves."""

@@ -1,6 +1,8 @@
 """The real app, engine loop, scheduler and tokenizer over a fake runner and a library in memory."""
 
 import hashlib
+import os
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -37,6 +39,9 @@ from shoal.server.http.app import create_app
 from shoal.server.http.services import KeyBook, Services
 from shoal.server.model.fake import FakeRunner
 from shoal.server.model.tokenizer import Tokenizer
+from shoal.server.workers.hosting import Host
+from shoal.server.workers.pipe import Pipe
+from shoal.server.workers.remote import Elsewhere, Remote, RemoteKeys, RemoteLibrary
 
 EOS = 1
 MAX_MODEL_LEN = 256
@@ -245,6 +250,47 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(fast)
 
 
+# Every request through the pipe that a worker has to the engine's process.
+APART = os.environ.get("SHOAL_TEST_HTTP") == "apart"
+
+
+def beside(services: Services) -> Services:
+    """A worker's services, whose engine's process is this one; connected by the app's lifespan."""
+    remote = Remote()
+    ends: list[Pipe] = []
+
+    class Beside(Elsewhere):
+        async def start(self) -> None:
+            ours, theirs = socket.socketpair()
+            host = Host(services)
+            ends.append(await Pipe.over(ours, host.received, host.lost))
+            host.connect(ends[-1])
+            ends.append(await Pipe.over(theirs, remote.received, remote.lost))
+            remote.connect(ends[-1])
+            await services.engine.start()
+
+        async def drain(self, timeout_s: float) -> bool:
+            services.draining = True
+            return await services.engine.drain(timeout_s)
+
+        async def stop(self) -> None:
+            await services.engine.stop()
+            for end in ends:
+                end.close()
+
+    return Services(
+        config=services.config,
+        engine=Beside(),
+        library=RemoteLibrary(remote),
+        tokenizer=services.tokenizer,
+        model_name=services.model_name,
+        max_model_len=services.max_model_len,
+        vocab_size=services.vocab_size,
+        keys=None if services.keys is None else RemoteKeys(remote),
+        remote=remote,
+    )
+
+
 @dataclass
 class Parts:
     """An app that nobody runs yet."""
@@ -286,7 +332,8 @@ def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
             vocab_size=tokenizer.vocab_size,
             keys=keys,
         )
-        return Parts(create_app(services), services, library, runner, gate)
+        app = create_app(beside(services) if APART else services)
+        return Parts(app, services, library, runner, gate)
 
     return make
 
