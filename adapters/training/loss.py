@@ -11,6 +11,8 @@ from shoal.adapters.training.attention import use_causal_attention
 from shoal.adapters.training.data.batches import packed_mask
 from shoal.adapters.training.errors import BaseRejected
 from shoal.adapters.training.inputs import StepInputs
+from shoal.adapters.training.norms import fuse_norms
+from shoal.adapters.training.rotary import fuse_rotary
 from shoal.adapters.training.token_loss import token_losses
 
 
@@ -23,7 +25,7 @@ class LaneLoss:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Hook into the model's output embedding, and choose its attention.
+        """Hook into the model's output embedding, choose its attention, and fuse what is small.
 
         Raises:
             BaseRejected: it has no output embedding.
@@ -32,6 +34,8 @@ class LaneLoss:
         if head is None:
             raise BaseRejected(f"{type(model).__name__} has no output embedding: cannot be trained")
         use_causal_attention(model)
+        fuse_norms(model)
+        fuse_rotary(model)
         self._model: Callable[..., Any] = model
         self._wanted: Tensor | None = None
         head.register_forward_pre_hook(self._select)

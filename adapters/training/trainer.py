@@ -1,7 +1,7 @@
 """``train``: a run from its options to the adapters it leaves."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -28,6 +28,9 @@ from shoal.adapters.training.world import World
 
 __all__ = ["Lane", "OnStep", "TrainResult", "train"]
 
+# As `load_examples`.
+LoadExamples = Callable[..., list[Example]]
+
 
 @overload
 def train(
@@ -37,6 +40,8 @@ def train(
     progress: bool = True,
     on_step: OnStep | None = None,
     world: World | None = None,
+    load: LoadExamples = load_examples,
+    plots: bool = True,
 ) -> TrainResult: ...
 
 
@@ -49,6 +54,8 @@ def train(
     progress: bool = True,
     on_step: OnStep | None = None,
     world: World | None = None,
+    load: LoadExamples = load_examples,
+    plots: bool = True,
 ) -> list[TrainResult]: ...
 
 
@@ -60,6 +67,8 @@ def train(
     progress: bool = True,
     on_step: OnStep | None = None,
     world: World | None = None,
+    load: LoadExamples = load_examples,
+    plots: bool = True,
 ) -> TrainResult | list[TrainResult]:
     """Train adapters as ``config`` says and write them to the run directory.
 
@@ -71,6 +80,9 @@ def train(
         progress: draw progress bars on standard error.
         on_step: called after every optimiser step, once for each lane that made it.
         world: the processes that train together; None: as torchrun says.
+        load: reads and tokenises a source of data; who trains on the same data many times may keep
+            what it returns, which is not changed.
+        plots: draw each lane's loss, and all of them in one.
 
     Returns:
         How it ended; with lanes, how each did. SIGINT or SIGTERM ends a run after the current
@@ -90,8 +102,8 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with world.joined(device):
-        training = _Training(config, lanes, cache_dir, progress, world, rows, device)
-        results = training.run(on_step)
+        training = _Training(config, lanes, cache_dir, progress, world, rows, device, load)
+        results = training.run(on_step, plots=plots)
     return results if lanes else results[0]
 
 
@@ -107,7 +119,9 @@ class _Training:
         world: World,
         rows: slice,
         device: torch.device,
+        load: LoadExamples,
     ) -> None:
+        self.load = load
         self.config, self.world, self.device = config, world, device
         self.progress = progress and world.writes
         asked = list(lanes) or [Lane("", config.seed)]
@@ -153,7 +167,7 @@ class _Training:
         self.parameters = runner.step.optimizer.values.shape[1]
         self.record = RunRecord(config, fingerprint, self.parameters, device, world.size)
 
-    def run(self, on_step: OnStep | None) -> list[TrainResult]:
+    def run(self, on_step: OnStep | None, *, plots: bool) -> list[TrainResult]:
         """Make the steps and write what they lead to."""
         if self.config.resume:
             self.loop.restore()
@@ -170,6 +184,8 @@ class _Training:
         self.loop.take_best()
         if self.world.writes:
             self._write_adapters()
+            if plots:
+                self._draw()
         self.world.wait()
         return results
 
@@ -191,6 +207,9 @@ class _Training:
         for index, lane in enumerate(self.lanes):
             if lane.fate != "diverged":
                 self.method.write(lane.run.path, self.adapted, index, self.source)
+
+    def _draw(self) -> None:
+        for lane in self.lanes:
             plot_loss(read_steps(lane.run.metrics), read_evals(lane.run.evals), lane.run.plot)
         if len(self.lanes) > 1:
             curves = {lane.lane.name: read_steps(lane.run.metrics) for lane in self.lanes}
@@ -208,7 +227,7 @@ class _Training:
     def _examples(self, path: Path) -> list[Example]:
         config = self.config
         too_long = next(choice for choice in TOO_LONG if choice == config.too_long)
-        return load_examples(path, self.base.tokenizer, config.max_length, too_long=too_long)
+        return self.load(path, self.base.tokenizer, config.max_length, too_long=too_long)
 
     def _runner(self) -> StepRunner:
         config, world = self.config, self.world

@@ -15,11 +15,11 @@ from shoal.adapters.training.attention import use_causal_attention
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.fleet.inputs import Row, fleet_inputs, loss_by_lane
 from shoal.adapters.training.fleet.linears import attach_banks
-from shoal.adapters.training.fleet.norms import fuse_norms
 from shoal.adapters.training.fleet.products import Step
 from shoal.adapters.training.fleet.step import FleetStep
 from shoal.adapters.training.methods.attaching import find_linears
 from shoal.adapters.training.methods.source import Source
+from shoal.adapters.training.norms import fuse_norms
 from shoal.adapters.training.runner import CudaRecorder
 
 LANES, ROWS, STEPS = 6, 16, 8

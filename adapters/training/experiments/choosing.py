@@ -1,10 +1,18 @@
 """Which learning rate a sweep chose, and which runs of the log belong to a setting. No torch."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shoal.adapters.training.experiments.log import Line, Log
-from shoal.adapters.training.experiments.settings import Group, Setting, run_id, sweep_of
+from shoal.adapters.training.experiments.settings import (
+    BEYOND,
+    SWEEP_SEED,
+    SWEEP_TASK,
+    Group,
+    Setting,
+    run_id,
+    sweep_of,
+)
 
 # Whether the adapter of a run (its line) is still there.
 Present = Callable[[Line], bool]
@@ -17,18 +25,27 @@ def best_rate(log: Log, setting: Setting, steps: int) -> float | None:
     """
     if setting.lr is not None:
         return setting.lr
-    done = log.by_id("run")
-    sweep = sweep_of(setting, steps)
-    if any(run not in done for run in sweep.runs):
+    losses, left = _swept(log, setting, steps)
+    return None if left else _best(losses)
+
+
+def sweep_left(log: Log, setting: Setting, steps: int) -> Group | None:
+    """What a setting's sweep has still to train; None when its rate is chosen, or fixed.
+
+    First the grid. While the best is an end of what was tried, then the next rate beyond it, at
+    most `BEYOND` times.
+    """
+    if setting.lr is not None:
         return None
-    losses = [_loss_or_inf(done[run]["final_loss"]) for run in sweep.runs]
-    best = min(losses)
-    return setting.grid[losses.index(best)] if math.isfinite(best) else None
+    _, left = _swept(log, setting, steps)
+    return sweep_of(setting, steps, left) if left else None
 
 
-def at_edge(setting: Setting, rate: float) -> bool:
-    """Whether the best rate is an end of its grid, so that a better one may lie outside."""
-    return setting.lr is None and rate in (setting.grid[0], setting.grid[-1])
+def at_edge(log: Log, setting: Setting, steps: int) -> bool:
+    """Whether the best rate is an end of what was tried, so that a better one may lie outside."""
+    losses, left = _swept(log, setting, steps)
+    best = _best(losses)
+    return setting.lr is None and not left and best is not None and _is_end(losses, best)
 
 
 def main_group(setting: Setting, task: str, rate: float, seeds: Sequence[int], steps: int) -> Group:
@@ -82,6 +99,49 @@ def unscored(log: Log, seeds: Sequence[int], present: Present) -> list[str]:
         and not line.get("diverged")
         and present(line)
     ]
+
+
+def _swept(log: Log, setting: Setting, steps: int) -> tuple[dict[float, float], tuple[float, ...]]:
+    """Validation losses by rate, and the rates to try next; the choice is made when there are none.
+
+    Rates of neither the grid nor beyond it are ignored, even if the log has them.
+    """
+    done = log.by_id("run")
+
+    def loss_at(rate: float) -> float | None:
+        line = done.get(run_id(setting, SWEEP_TASK, rate, SWEEP_SEED, steps))
+        return None if line is None else _loss_or_inf(line["final_loss"])
+
+    found = {rate: loss_at(rate) for rate in setting.grid}
+    losses = {rate: loss for rate, loss in found.items() if loss is not None}
+    left = tuple(rate for rate, loss in found.items() if loss is None)
+    for _ in range(BEYOND):
+        best = _best(losses)
+        if left or best is None or not _is_end(losses, best):
+            break
+        rate = _beyond(sorted(losses), best)
+        loss = loss_at(rate)
+        if loss is None:
+            left = (rate,)
+        else:
+            losses[rate] = loss
+    return losses, left
+
+
+def _best(losses: Mapping[float, float]) -> float | None:
+    """The rate with the least loss, None when all diverged."""
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    return min(finite, key=finite.__getitem__) if finite else None
+
+
+def _is_end(losses: Mapping[float, float], rate: float) -> bool:
+    return rate in (min(losses), max(losses))
+
+
+def _beyond(rates: Sequence[float], end: float) -> float:
+    """The rate beyond an end of ascending ones, as far from it as its neighbour; one digit."""
+    neighbour = rates[1] if end == rates[0] else rates[-2]
+    return float(f"{end * end / neighbour:.0e}")
 
 
 def _loss_or_inf(loss: float | None) -> float:

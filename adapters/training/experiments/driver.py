@@ -14,18 +14,21 @@ from shoal.adapters.training.experiments.choosing import (
     best_rate,
     main_group,
     missing_of,
+    sweep_left,
 )
+from shoal.adapters.training.experiments.plan import AROUND_S, TOKENS_S, tokens_of
 from shoal.adapters.training.experiments.running import Lab, run_group
 from shoal.adapters.training.experiments.scoring import OpenSource, score_all
-from shoal.adapters.training.experiments.settings import Group, sweep_of
+from shoal.adapters.training.experiments.settings import Group
 from shoal.adapters.training.experiments.tables import Table
 
 log = logging.getLogger(__name__)
 
-# Seconds, before anything was measured: loading the base and recording graphs; a row of a step;
-# opening the engine; scoring one adapter. Generous, for an H100.
-FIXED_S, ROW_S = 16.0, 0.0009
-ENGINE_S, SCORE_S = 40.0, 2.0
+# Seconds, before anything was measured: around a group's steps; opening the engine and its first
+# steps; scoring one adapter. A little more than an H100 took.
+FIXED_S = AROUND_S + 0.5
+TOKEN_S = 1.1 / TOKENS_S
+ENGINE_S, SCORE_S = 15.0, 2.0
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Clock:
     """Says what still fits before the deadline (of ``time.monotonic()``)."""
 
     deadline: float
-    row_s: float = ROW_S
+    token_s: float = TOKEN_S
     score_s: float = SCORE_S
 
     def trains(self, group: Group, unscored: int, *, scored: bool) -> bool:
@@ -43,7 +46,7 @@ class Clock:
 
     def training_s(self, group: Group) -> float:
         """Seconds that a group will take."""
-        return FIXED_S + self.row_s * _rows(group)
+        return FIXED_S + self.token_s * tokens_of(group)
 
     def scoring_s(self, runs: int) -> float:
         """Seconds that scoring will take."""
@@ -55,7 +58,7 @@ class Clock:
 
     def took(self, group: Group, seconds: float) -> None:
         """Learn from a group: what is slower than foreseen is foreseen so from now on."""
-        self.row_s = max(self.row_s, 1.1 * (seconds - FIXED_S) / _rows(group))
+        self.token_s = max(self.token_s, 1.1 * (seconds - FIXED_S) / tokens_of(group))
 
 
 def work(
@@ -122,8 +125,7 @@ def score(
 def _missing(lab: Lab, table: Table) -> Iterator[Group]:
     """Groups to run, the next known only when the one before is in the log (it may be a sweep)."""
     for setting, tasks in table.rows:
-        sweep = missing_of(lab.log, sweep_of(setting, lab.steps))
-        if setting.lr is None and sweep is not None:
+        while (sweep := sweep_left(lab.log, setting, lab.steps)) is not None:
             yield sweep
         rate = best_rate(lab.log, setting, lab.steps)
         if rate is None:
@@ -154,7 +156,3 @@ def _run(lab: Lab, table: Table, group: Group, clock: Clock) -> None:
         seconds,
         clock.left(),
     )
-
-
-def _rows(group: Group) -> int:
-    return len(group.lanes) * group.setting.records * group.steps

@@ -61,7 +61,8 @@ def _head(log: Log, seeds: Sequence[int], steps: int) -> str:
         if f"base-{task}" in base
     )
     tasks = "\n".join(
-        f"| `{name}` | `{task.generator}` | {task.about} |" for name, task in TASKS.items()
+        f"| `{name}` | {', '.join(f'`{each}`' for each in task.generators)} | {task.about} |"
+        for name, task in TASKS.items()
     )
     minutes = sum(line["seconds"] / line["lanes"] for line in runs) / 60
     return f"""# The papers' claims, measured again in small
@@ -125,7 +126,7 @@ def _table(log: Log, table: Table, seeds: Sequence[int], steps: int) -> str:
         "in %; losses in nats per supervised token, early: of the first tenth of the updates, "
         "final: on the validation split; forgetting: cross-entropy against the base's own "
         "distribution on prose; step and peak memory of all seeds together. * the best learning "
-        "rate is an end of its grid.",
+        "rate is an end of those tried.",
     ]
     return "\n".join(lines)
 
@@ -141,7 +142,7 @@ def _cells(
     rate = best_rate(log, setting, steps)
     first = [run_of(log, setting, task, seed, steps) for task in own for seed in seeds]
     known = next((line for line in first if line is not None), None)
-    edge = "" if rate is None or not at_edge(setting, rate) else "*"
+    edge = "*" if at_edge(log, setting, steps) else ""
     cells = [
         setting.label,
         "–" if known is None else f"{known['parameters']:,}",

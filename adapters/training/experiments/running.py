@@ -1,5 +1,6 @@
 """Trains a group of runs side by side and turns what the trainer wrote into lines of the log."""
 
+import functools
 import gc
 import logging
 import statistics
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from shoal.adapters.training.config import TrainConfig
+from shoal.adapters.training.data import Example, load_examples
+from shoal.adapters.training.data.examples import TooLong
 from shoal.adapters.training.errors import Diverged
 from shoal.adapters.training.experiments.choosing import unscored
 from shoal.adapters.training.experiments.log import Line, Log
@@ -21,7 +24,7 @@ from shoal.adapters.training.experiments.tasks import path_of
 from shoal.adapters.training.lanes import Lane
 from shoal.adapters.training.metrics import read_evals, read_steps
 from shoal.adapters.training.record import TrainResult
-from shoal.adapters.training.trainer import train
+from shoal.adapters.training.trainer import LoadExamples, train
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,12 @@ def run_group(lab: Lab, table: str, group: Group) -> None:
     started = time.perf_counter()
     try:
         results: Sequence[TrainResult | None] = train(
-            config, lanes=lanes, cache_dir=lab.cache, progress=False
+            config,
+            lanes=lanes,
+            cache_dir=lab.cache,
+            progress=False,
+            load=_kept_examples(lab.base),
+            plots=False,
         )
     except Diverged as error:
         log.warning("diverged group=%s: %s", group.id, error)
@@ -108,6 +116,20 @@ def run_group(lab: Lab, table: str, group: Group) -> None:
             **measured,
             **place(),
         )
+
+
+@functools.cache
+def _kept_examples(base: Path) -> LoadExamples:
+    """Tokenises each of the tasks' files once for all groups, which takes as long as many steps."""
+    kept: dict[tuple[Path, int, str], list[Example]] = {}
+
+    def load(path: Path, tokenizer: Any, max_length: int, *, too_long: TooLong) -> list[Example]:
+        key = (path, max_length, too_long)
+        if key not in kept:
+            kept[key] = load_examples(path, tokenizer, max_length, too_long=too_long)
+        return kept[key]
+
+    return load
 
 
 def config_of(lab: Lab, group: Group, directory: Path, *, validate: bool = True) -> TrainConfig:

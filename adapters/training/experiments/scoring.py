@@ -112,8 +112,8 @@ def _score(
     finally:
         for run in runs:
             source.forget(run)
-    seconds = sum(part.seconds for part in done.throughput)
-    log.info("scored task=%s adapters=%d seconds=%.1f", task, len(runs), seconds)
+    took = " ".join(f"{part.metric}={part.seconds:.1f}s" for part in done.throughput)
+    log.info("scored task=%s adapters=%d %s", task, len(runs), took)
     for name in [BASE, *runs]:
         _log(lab, task, name, [score for score in done.scores if score.adapter == name])
 

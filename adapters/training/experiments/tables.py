@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from shoal.adapters.training.experiments.settings import Setting
 
-ALL = ("words", "lists", "strings", "classes")
+ALL = ("words", "lists", "strings", "mixed")
 TWO = ("words", "lists")
 
 # The papers' ratio of ranks, 36 : 64, at which MiSS has fewer values than LoRA.

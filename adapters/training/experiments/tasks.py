@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,28 @@ class TaskSource:
         options: the generator's.
         about: what it asks.
         max_tokens: generated at most for an answer.
+        others: further generators and their options; each has the same share of the questions.
     """
 
     generator: str
     options: Mapping[str, object]
     about: str
     max_tokens: int
+    others: tuple[tuple[str, Mapping[str, object]], ...] = ()
 
-    def spec(self, size: int, seed: int) -> Path:
-        """As the trainer's ``--data`` takes it."""
-        options = {"size": size, "seed": seed, **self.options}
-        text = ",".join(f"{key}={value}" for key, value in options.items())
-        return Path(f"{PREFIX}{self.generator}:{text}")
+    @property
+    def generators(self) -> tuple[str, ...]:
+        """Their names, each once."""
+        return tuple(dict.fromkeys((self.generator, *(name for name, _ in self.others))))
+
+    def specs(self, size: int, seed: int) -> list[Path]:
+        """Each generator's, for so many items of each, as the trainer's ``--data`` takes it."""
+        made = []
+        for generator, own in ((self.generator, self.options), *self.others):
+            options = {"size": size, "seed": seed, **own}
+            text = ",".join(f"{key}={value}" for key, value in options.items())
+            made.append(Path(f"{PREFIX}{generator}:{text}"))
+        return made
 
 
 # Difficulties are mixed within a task, so that neither a weak nor a strong adapter leaves the
@@ -67,11 +78,18 @@ TASKS: Mapping[str, TaskSource] = {
         "list manipulation: sort words, upwards or downwards",
         48,
     ),
-    "classes": TaskSource(
+    # A third is learnt early (relations), a third later (a weekday so many days on), and a third
+    # has seven kinds of questions, few of each: none of it leaves all methods at one end.
+    "mixed": TaskSource(
         "family_relationships",
         {"min_family_size": 4, "max_family_size": 8},
-        "classification: which of twelve relations is one person to another?",
+        "classification: one person's relation to another, the weekday some days before or after a "
+        "date, and seven kinds of questions on dates",
         8,
+        (
+            ("calendar_arithmetic", {"tasks": "['weekday_offset']", "offset_upper_bound": 20}),
+            ("calendar_arithmetic", {"offset_upper_bound": 30}),
+        ),
     ),
 }
 
@@ -113,10 +131,17 @@ def splits_of(
         DataRejected: there are too few.
     """
     wanted = sum(sizes.values())
-    spec = source.spec(4 * wanted, seed)
-    different = {record.messages[0][1]: record for record in read_records(spec)}
-    if len(different) < wanted:
-        raise DataRejected(spec, None, f"has {len(different)} questions, {wanted} are needed")
+    specs = source.specs(4 * wanted, seed)
+    share = -(-wanted // len(specs))
+    different: dict[str, Record] = {}
+    for spec in specs:
+        fresh = {record.messages[0][1]: record for record in read_records(spec)}
+        for question in different.keys() & fresh.keys():
+            del fresh[question]
+        if len(fresh) < share:
+            raise DataRejected(spec, None, f"has {len(fresh)} questions, {share} are needed")
+        # A generator alone is drawn from whole, so that one added elsewhere changes nothing here.
+        different.update(islice(fresh.items(), share if source.others else None))
     records = list(different.values())
     random.Random(f"split:{seed}").shuffle(records)
     splits = {}

@@ -51,7 +51,6 @@ from shoal.adapters.training.fleet.linears import (
     groups_of,
     values_per_lane,
 )
-from shoal.adapters.training.fleet.norms import fuse_norms
 from shoal.adapters.training.fleet.products import Step
 from shoal.adapters.training.fleet.step import FleetStep
 from shoal.adapters.training.fleet.trainer import train_fleet
@@ -59,6 +58,8 @@ from shoal.adapters.training.loading import device_of
 from shoal.adapters.training.methods.attaching import find_linears
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.metrics import read_steps
+from shoal.adapters.training.norms import fuse_norms
+from shoal.adapters.training.rotary import fuse_rotary
 from shoal.adapters.training.trainer import train
 from shoal.kernels.lane_matmul.kernel import lane_matmul
 from shoal.kernels.lane_outer.kernel import lane_outer
@@ -314,6 +315,7 @@ def gradient(options: Options, device: torch.device) -> dict[str, Any]:
     model.requires_grad_(False)
     use_causal_attention(model)
     fuse_norms(model)
+    fuse_rotary(model)
     inputs = _inputs(options).to(device)
     embedded = model.get_input_embeddings()(inputs.input_ids).detach().requires_grad_()
     decoder = cast(Callable[..., Any], model.get_decoder())
@@ -418,6 +420,7 @@ def capacity(options: Options, device: torch.device) -> dict[str, Any]:
     size = values_per_lane(model, _config(options))
     use_causal_attention(model)
     fuse_norms(model)
+    fuse_rotary(model)
     core = _core(options, model, capacity=options.tenants)
     checkpoint_activations(model)
     inputs = _inputs(options)

@@ -13,15 +13,13 @@ from shoal.adapters.training.methods.attaching import find_linears
 from shoal.adapters.training.methods.contract import AdaptedLinear, Start
 from shoal.adapters.training.methods.lora_xs import CORE_STD, CoreLinear
 from shoal.adapters.training.methods.miss import FoldLinear
+from shoal.adapters.training.methods.sharing import SharedInput
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.table import method_of
 
 
-class Group:
-    """Linears that a decoder gives one input, one after the other: q, k and v; gate and up.
-
-    All outputs are made when the first is asked for. A decoder that gives them different inputs
-    gets what it asks for too, only slower.
+class Group(SharedInput):
+    """Linears of one input, and their banks.
 
     Attributes:
         step: what the running step is about; one for all groups of a model.
@@ -29,23 +27,9 @@ class Group:
     """
 
     def __init__(self, frozen: Sequence[Frozen], step: Step) -> None:
+        super().__init__()
         self.step = step
         self.frozen = frozen
-        self._x: Tensor | None = None
-        self._ready: dict[int, Tensor] = {}
-
-    def output(self, x: Tensor, index: int) -> Tensor:
-        """Of linear ``index``; ``(rows, length, d_in)`` -> ``(rows, length, d_out)``."""
-        if self._x is not x or index not in self._ready:
-            self._x, self._ready = x, dict(enumerate(self.outputs(x)))
-        y = self._ready.pop(index)
-        if not self._ready:
-            self._x = None
-        return y
-
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Of all linears."""
-        raise NotImplementedError
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained; a lane's values in the order of the linears."""
@@ -60,17 +44,16 @@ class CoreGroup(Group):
     """LoRA-XS: ``R (lanes, linears, r, r)``."""
 
     def __init__(self, plain: Sequence[CoreLinear], lanes: int, step: Step) -> None:
-        """Takes the place of what a plain run puts on the linears.
-
-        ``A``, which takes x to what R is multiplied by, is computed of the weights as they are
-        here.
-        """
-        frozen = [Frozen(p.linear.weight, p.linear.bias, p.basis) for p in plain]
+        """Takes the place of what a plain run puts on the linears."""
+        factors = [p.frozen_factors() for p in plain]
+        frozen = [
+            Frozen(p.linear.weight, p.linear.bias, b)
+            for p, (_, b) in zip(plain, factors, strict=True)
+        ]
         super().__init__(frozen, step)
         self._scale = plain[0].scale
         weight = plain[0].linear.weight
-        down = [p.into.float().T @ p.linear.weight.detach().float() for p in plain]
-        self._down = torch.cat(down).to(weight.dtype)
+        self._down = torch.cat([a for a, _ in factors])
         shape = (lanes, len(plain), *plain[0].core.shape[1:])
         self.cores = nn.Parameter(torch.zeros(shape, device=weight.device))
 

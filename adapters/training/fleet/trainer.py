@@ -25,7 +25,6 @@ from shoal.adapters.training.fleet.inputs import Row
 from shoal.adapters.training.fleet.linears import attach_banks, values_per_lane
 from shoal.adapters.training.fleet.loop import FleetLoop, FleetStepMetrics, OnFleetStep, settled
 from shoal.adapters.training.fleet.members import Member
-from shoal.adapters.training.fleet.norms import fuse_norms
 from shoal.adapters.training.fleet.products import Step
 from shoal.adapters.training.fleet.step import FleetStep, Recorder
 from shoal.adapters.training.fleet.tenants import Tenant, read_tenants
@@ -35,6 +34,8 @@ from shoal.adapters.training.loading import Base, device_of, exact_weights, load
 from shoal.adapters.training.methods.attaching import shape_of
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.metrics import keep_until
+from shoal.adapters.training.norms import fuse_norms
+from shoal.adapters.training.rotary import fuse_rotary
 from shoal.adapters.training.runner import CudaRecorder
 from shoal.adapters.training.world import World
 
@@ -177,6 +178,7 @@ def fleet_step(config: FleetConfig, base: Base, source: Source, capacity: int) -
     banks = attach_banks(base.model, common, source, capacity, step)
     use_causal_attention(base.model)
     fuse_norms(base.model)
+    fuse_rotary(base.model)
     if common.checkpoint_activations:
         checkpoint_activations(base.model)
     recorder: Recorder | None = None

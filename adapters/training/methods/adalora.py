@@ -30,6 +30,8 @@ from shoal.adapters.training.methods.contract import (
     Method,
     Start,
 )
+from shoal.adapters.training.methods.low_rank import low_rank_linears
+from shoal.adapters.training.methods.sharing import SharedLinear
 from shoal.adapters.training.methods.source import Source
 
 FACTOR_STD = 0.02
@@ -38,7 +40,7 @@ ORTHOGONALITY = 0.5
 BETA = 0.85
 
 
-class AdaloraLinear(AdaptedLinear):
+class AdaloraLinear(SharedLinear):
     """``A (lanes, k, d_in)``, ``E (lanes, k)``, ``B (lanes, d_out, k)``: ``c·((x Aᵀ) ⊙ E) Bᵀ``.
 
     Attributes:
@@ -63,10 +65,16 @@ class AdaloraLinear(AdaptedLinear):
         kept = torch.ones(a.shape[:2], dtype=torch.bool, device=device)
         self.register_buffer("kept", kept, persistent=False)
 
-    def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
-        """``y0 + c·((x Aᵀ) ⊙ E) Bᵀ`` in the base's dtype."""
-        h = torch.bmm(x, self.a.to(x.dtype).mT) * self.e.to(x.dtype)[:, None]
-        return torch.baddbmm(y0, h, self.b.to(x.dtype).mT, alpha=self.scale)
+    @classmethod
+    def together(cls, linears: Sequence[Self], x: Tensor) -> tuple[Tensor, ...]:
+        """``y0 + c·(x (E ⊙ A)ᵀ) Bᵀ`` in the base's dtype, of each."""
+        weights, biases = (
+            [one.linear.weight for one in linears],
+            [one.linear.bias for one in linears],
+        )
+        a = [one.e[:, :, None] * one.a for one in linears]
+        b = [one.b for one in linears]
+        return low_rank_linears(x, weights, a, b, linears[0].scale, biases)
 
     def factors(self) -> dict[str, nn.Parameter]:
         """``A``, ``E``, ``B``."""

@@ -5,7 +5,7 @@ They differ in ``s`` (rsLoRA: ``alpha / √r``), and in how fast ``B`` learns (L
 Sources: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), LoRA+ (arXiv 2402.12354).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -25,12 +25,14 @@ from shoal.adapters.training.methods.contract import (
     Method,
     Start,
 )
+from shoal.adapters.training.methods.low_rank import low_rank_linears
+from shoal.adapters.training.methods.sharing import SharedLinear
 from shoal.adapters.training.methods.source import Source
 
 LR_RATIO = 16.0
 
 
-class LoraLinear(AdaptedLinear):
+class LoraLinear(SharedLinear):
     """``A (lanes, r, d_in)`` and ``B (lanes, d_out, r)``, ``y = y0 + s·(x Aᵀ) Bᵀ``."""
 
     def __init__(self, linear: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
@@ -41,10 +43,15 @@ class LoraLinear(AdaptedLinear):
         self.a = nn.Parameter(a.to(device, copy=True))
         self.b = nn.Parameter(b.to(device, copy=True))
 
-    def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
-        """``y0 + s·(x Aᵀ) Bᵀ`` in the base's dtype."""
-        h = torch.bmm(x, self.a.to(x.dtype).mT)
-        return torch.baddbmm(y0, h, self.b.to(x.dtype).mT, alpha=self.scale)
+    @classmethod
+    def together(cls, linears: Sequence[Self], x: Tensor) -> tuple[Tensor, ...]:
+        """``y0 + s·(x Aᵀ) Bᵀ`` in the base's dtype, of each."""
+        weights, biases = (
+            [one.linear.weight for one in linears],
+            [one.linear.bias for one in linears],
+        )
+        a, b = [one.a for one in linears], [one.b for one in linears]
+        return low_rank_linears(x, weights, a, b, linears[0].scale, biases)
 
     def factors(self) -> dict[str, nn.Parameter]:
         """``A``, ``B``."""

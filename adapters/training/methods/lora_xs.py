@@ -1,8 +1,8 @@
 """LoRA-XS: ``ΔW = s·B R A`` with frozen ``A`` and ``B``; only ``R (r, r)`` is trained.
 
-``B = U_r`` and ``A = Σ_r V_rᵀ`` of the weight's SVD, so ``A = BᵀW``, and ``x Aᵀ = y0 B``: A is
-never needed. That holds too for the trailing singular vectors, and for ``A = V_rᵀ``, where
-``x Aᵀ = y0 B Σ_r⁻¹``; for factors that have nothing to do with the weight it does not.
+``B = U_r`` and ``A = Σ_r V_rᵀ`` of the weight's SVD, so ``A = BᵀW``: B is all that is stored. That
+holds too for the trailing singular vectors, and for ``A = V_rᵀ = Σ_r⁻¹BᵀW``; for factors that have
+nothing to do with the weight it does not.
 
 ``R`` starts normal with standard deviation 1e-5, as the authors start it.
 
@@ -10,9 +10,10 @@ Source: LoRA-XS (arXiv 2405.17604), section 3 and appendices G (what the factors
 (which vectors) and I (without singular values).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,67 +36,24 @@ from shoal.adapters.training.methods.contract import (
     Method,
     Start,
 )
+from shoal.adapters.training.methods.core_product import core_linears
+from shoal.adapters.training.methods.low_rank import padded, padded_rank
+from shoal.adapters.training.methods.sharing import SharedLinear
 from shoal.adapters.training.methods.source import Source, leading_columns
 
 CORE_STD = 1e-5
 
 
-class _Core(torch.autograd.Function):
-    """``y = x Wᵀ + s·((x Wᵀ Bᵢ) Rᵀ) Bₒᵀ + bias``, by hand, so that little is kept and moved.
-
-    Kept for the backward pass is ``h = y0 Bᵢ (n, r)``, neither x nor y0. The delta is added where
-    y0 lies, and its gradient joins that of y before the one product with W.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        into: Tensor,
-        out: Tensor,
-        core: Tensor,
-        scale: float,
-    ) -> Tensor:
-        """``x (n, d_in)``, lane after lane; ``into, out (d_out, r)``; ``core (lanes, r, r)``."""
-        y = F.linear(x, weight)
-        h = y @ into
-        lanes, rank, _ = core.shape
-        z = torch.bmm(h.view(lanes, -1, rank).to(core.dtype), core.mT).view(h.shape)
-        y.addmm_(z.to(y.dtype), out.T, alpha=scale)
-        if bias is not None:
-            y.add_(bias)
-        ctx.save_for_backward(weight, into, out, core, h)
-        ctx.scale = scale
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the core."""
-        (dy,) = grads
-        weight, into, out, core, h = ctx.saved_tensors
-        lanes, rank, _ = core.shape
-        dz = (dy @ out).view(lanes, -1, rank).to(core.dtype) * ctx.scale
-        dcore = torch.bmm(dz.mT, h.view(lanes, -1, rank).to(core.dtype))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dh = torch.bmm(dz, core).view(h.shape).to(dy.dtype)
-            dx = torch.addmm(dy, dh, into.T) @ weight
-        return dx, None, None, None, None, dcore, None
-
-
-class CoreLinear(AdaptedLinear):
+class CoreLinear(SharedLinear):
     """``R (lanes, r, r)``, with ``B (d_out, r)`` and ``A = BᵀW``, or ``Σ⁻¹BᵀW``.
 
     Attributes:
-        basis: ``B``.
-        into: what takes y0 to ``x Aᵀ``: B itself, or ``B Σ⁻¹``.
+        up, down: ``B`` and ``A`` in the base's dtype, filled up with zeros to `padded_rank`.
         sigma: ``(r,)`` where A lacks it, else None.
     """
 
-    basis: Tensor
-    into: Tensor
+    up: Tensor
+    down: Tensor
 
     def __init__(
         self,
@@ -110,24 +68,35 @@ class CoreLinear(AdaptedLinear):
         super().__init__(linear, len(core))
         weight = linear.weight.detach()
         self.scale = scale
-        self.register_buffer("basis", basis.to(weight), persistent=False)
+        a = basis.to(weight.device, torch.float64).T @ weight.double()
         self.sigma: Tensor | None = None
-        into = self.basis
         if not with_sigma:
-            wide = basis.to(weight.device, torch.float64)
-            self.sigma = (wide.T @ weight.double()).norm(dim=1)
-            into = (wide / self.sigma).to(weight)
-        self.register_buffer("into", into, persistent=False)
+            self.sigma = a.norm(dim=1)
+            a = a / self.sigma[:, None]
+        width = padded_rank(len(a), weight.dtype)
+        up = padded(basis.to(weight), (len(weight), width), weight.dtype)
+        down = padded(a, (width, weight.shape[1]), weight.dtype)
+        self.register_buffer("up", up, persistent=False)
+        self.register_buffer("down", down, persistent=False)
         self.core = nn.Parameter(core.to(weight.device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``s·((y0 Bᵢ) Rᵀ) Bᵀ`` on top of the base's output; the product with R is float32."""
-        linear = self.linear
-        flat = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Core.apply(
-            flat, linear.weight, linear.bias, self.into, self.basis, self.core, self.scale
-        )  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+    @classmethod
+    def together(cls, linears: Sequence[Self], x: Tensor) -> tuple[Tensor, ...]:
+        """``x Wᵀ + s·((x Aᵀ) Rᵀ) Bᵀ`` of each; the product with R is float32."""
+        return core_linears(
+            x,
+            [one.linear.weight for one in linears],
+            [one.linear.bias for one in linears],
+            [one.down for one in linears],
+            [one.up for one in linears],
+            [one.core for one in linears],
+            linears[0].scale,
+        )
+
+    def frozen_factors(self) -> tuple[Tensor, Tensor]:
+        """``A (r, d_in)`` and ``B (d_out, r)``."""
+        rank = self.core.shape[1]
+        return self.down[:rank], self.up[:, :rank]
 
     def factors(self) -> dict[str, nn.Parameter]:
         """``R``."""
@@ -143,7 +112,7 @@ class OwnCoreLinear(AdaptedLinear):
     """``R (lanes, r, r)`` between factors that the base's output does not give.
 
     Attributes:
-        a: ``A (lanes, r, d_in)``, frozen.
+        a: ``A (lanes, r, d_in)``, frozen; as B it is filled up with zeros to `padded_rank`.
         b: ``B (lanes, d_out, r)``, frozen.
     """
 
@@ -154,13 +123,20 @@ class OwnCoreLinear(AdaptedLinear):
         """Takes ``A``, ``B`` and the initial ``R``."""
         super().__init__(linear, len(core))
         self.scale = scale
-        self.register_buffer("a", a.to(linear.weight), persistent=False)
-        self.register_buffer("b", b.to(linear.weight), persistent=False)
-        self.core = nn.Parameter(core.to(linear.weight.device))
+        weight = linear.weight
+        lanes, rank, d_in = a.shape
+        width = padded_rank(rank, weight.dtype)
+        a = padded(a.to(weight), (lanes, width, d_in), weight.dtype)
+        b = padded(b.to(weight), (lanes, len(weight), width), weight.dtype)
+        self.register_buffer("a", a, persistent=False)
+        self.register_buffer("b", b, persistent=False)
+        self.core = nn.Parameter(core.to(weight.device))
 
     def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
         """``y0 + s·((x Aᵀ) Rᵀ) Bᵀ``; the product with R is float32."""
-        h = torch.bmm(torch.bmm(x, self.a.mT).to(self.core.dtype), self.core.mT)
+        more = self.a.shape[1] - self.core.shape[1]
+        core = F.pad(self.core, (0, more, 0, more)) if more else self.core
+        h = torch.bmm(torch.bmm(x, self.a.mT).to(core.dtype), core.mT)
         return torch.baddbmm(y0, h.to(y0.dtype), self.b.mT, alpha=self.scale)
 
     def factors(self) -> dict[str, nn.Parameter]:
@@ -269,8 +245,9 @@ class LoraXs(Method):
             if isinstance(linear, CoreLinear):
                 cores[target] = linear.between(lane)
             elif isinstance(linear, OwnCoreLinear):
-                own = linear.a[lane].float().cpu(), linear.b[lane].float().cpu()
-                factors[target] = (*own, linear.values(lane)["R"])
+                a, b = linear.a[lane, : self.rank], linear.b[lane, :, : self.rank]
+                core = linear.values(lane)["R"]
+                factors[target] = a.float().cpu(), b.float().cpu(), core
         if factors:
             write_explicit_lora_xs(
                 directory,

@@ -8,6 +8,7 @@ as well. The form the paper starts from (section 4.1, equation 3) shares over ou
 Source: MiSS (arXiv 2409.15371).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -29,10 +30,13 @@ from shoal.adapters.training.methods.contract import (
     Method,
     Start,
 )
+from shoal.adapters.training.methods.fold_product import fold, fold_linears
+from shoal.adapters.training.methods.low_rank import low_rank_linears, padded_rank
+from shoal.adapters.training.methods.sharing import SharedLinear
 from shoal.adapters.training.methods.source import Source
 
 
-class FoldLinear(AdaptedLinear):
+class FoldLinear(SharedLinear):
     """``D (lanes, r, d_out)``, or ``(lanes, r, mini_r)``: ``y = y0 + S_r(x) D``."""
 
     def __init__(self, linear: nn.Linear, rank: int, lanes: int, mini_r: int | None = None) -> None:
@@ -41,34 +45,37 @@ class FoldLinear(AdaptedLinear):
         shape = (lanes, rank, mini_r or linear.out_features)
         self.d = nn.Parameter(torch.zeros(shape, device=linear.weight.device))
 
+    @classmethod
+    def together(cls, linears: Sequence[Self], x: Tensor) -> tuple[Tensor, ...]:
+        """``y0 + S_r(x) D`` of each; sums are float32, the product is in the base's dtype."""
+        if any(one.d.shape[2] != one.linear.out_features for one in linears):
+            return tuple(AdaptedLinear.forward(one, x) for one in linears)
+        return fold_linears(
+            x,
+            [one.linear.weight for one in linears],
+            [one.linear.bias for one in linears],
+            [one.d for one in linears],
+        )
+
     def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
-        """``y0 + S_r(x) D``; sums are float32, the product is in the base's dtype."""
-        folded = fold(x, self.d.shape[1])
-        d = self.d.to(y0.dtype)
-        if d.shape[2] == y0.shape[2]:
-            return torch.baddbmm(y0, folded, d)
-        tiles = y0.view(*y0.shape[:2], -1, d.shape[2])
-        return (tiles + torch.bmm(folded, d)[:, :, None]).view(y0.shape)
+        """The same where D is narrow, and repeated over the outputs."""
+        _, rank, narrow = self.d.shape
+        more = padded_rank(rank, x.dtype) - rank
+        folded = F.pad(fold(x, rank), (0, more))
+        product = torch.bmm(folded, F.pad(self.d.to(y0.dtype), (0, 0, 0, more)))
+        tiles = y0.view(*y0.shape[:2], -1, narrow)
+        return (tiles + product[:, :, None]).view(y0.shape)
 
     def factors(self) -> dict[str, nn.Parameter]:
         """``D``."""
         return {"D": self.d}
 
 
-def fold(x: Tensor, rank: int) -> Tensor:
-    """``S_r(x) (…, r)`` in x's dtype, ``S_r(x)[i]`` the sum of ``x[j]`` over ``j ≡ i (mod r)``."""
-    ragged = -x.shape[-1] % rank
-    padded = F.pad(x, (0, ragged)) if ragged else x
-    blocks = padded.view(*x.shape[:-1], -1, rank)
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    return blocks.sum(dim=-2, dtype=wide).to(x.dtype)
-
-
-class ShardLinear(AdaptedLinear):
+class ShardLinear(SharedLinear):
     """``D (lanes, r, d_in)``: output ``o`` of shard ``i`` adds ``x D[i]ᵀ``.
 
     Attributes:
-        expand: ``(r, d_out)``, one where an output is of a shard: runs as equal as can be, the
+        expand: ``(d_out, r)``, one where an output is of a shard: runs as equal as can be, the
             longer ones first. A product with it has a gradient that is summed in a fixed order,
             which that of an index has not on a GPU.
     """
@@ -81,14 +88,18 @@ class ShardLinear(AdaptedLinear):
         weight = linear.weight
         size, longer = divmod(linear.out_features, rank)
         sizes = torch.tensor([size + (shard < longer) for shard in range(rank)])
-        expand = torch.eye(rank).repeat_interleave(sizes, dim=1)
+        expand = torch.eye(rank).repeat_interleave(sizes, dim=1).T
         self.register_buffer("expand", expand.to(weight), persistent=False)
         shape = (lanes, rank, linear.in_features)
         self.d = nn.Parameter(torch.zeros(shape, device=weight.device))
 
-    def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
-        """As above, in the base's dtype."""
-        return y0 + torch.bmm(x, self.d.to(x.dtype).mT) @ self.expand
+    @classmethod
+    def together(cls, linears: Sequence[Self], x: Tensor) -> tuple[Tensor, ...]:
+        """As above, in the base's dtype: LoRA with a ``B`` that is not trained."""
+        weights = [one.linear.weight for one in linears]
+        biases = [one.linear.bias for one in linears]
+        b = [one.expand.expand(one.lanes, -1, -1) for one in linears]
+        return low_rank_linears(x, weights, [one.d for one in linears], b, 1.0, biases)
 
     def factors(self) -> dict[str, nn.Parameter]:
         """``D``."""

@@ -16,6 +16,7 @@ from shoal.adapters.training.methods.lora import Lora, LoraPlus, RsLora
 from shoal.adapters.training.methods.lora_xs import LoraXs
 from shoal.adapters.training.methods.miss import Miss
 from shoal.adapters.training.methods.residual import Milora, Pissa
+from shoal.adapters.training.methods.sharing import share_inputs
 from shoal.adapters.training.methods.source import Source
 from shoal.adapters.training.methods.svf import Svf
 from shoal.adapters.training.methods.svft import Svft
@@ -71,4 +72,5 @@ def attach_all(
         adapted[target] = method.attach(linear, target, start)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, adapted[target])
+    share_inputs(adapted)
     return adapted

@@ -21,6 +21,7 @@ from shoal.adapters.spec import BaseShape, Dims, Target
 from shoal.adapters.training.config import TrainConfig
 from shoal.adapters.training.method_options import MethodName
 from shoal.adapters.training.methods.contract import Adapted, AdaptedLinear, Method, Start
+from shoal.adapters.training.methods.low_rank import padded, padded_rank
 from shoal.adapters.training.methods.source import Source
 
 D_INITIAL = 0.1
@@ -33,19 +34,25 @@ class VeraLinear(AdaptedLinear):
     outer: Tensor
 
     def __init__(
-        self, linear: nn.Linear, a: Tensor, b: Tensor, d_initial: float, lanes: int
+        self, linear: nn.Linear, a: Tensor, b: Tensor, rank: int, d_initial: float, lanes: int
     ) -> None:
-        """Takes ``A (r, d_in)`` and ``B (d_out, r)``, on the linear's device and not copied."""
+        """Takes ``A (k, d_in)`` and ``B (d_out, k)``, on the linear's device and not copied.
+
+        ``k`` is the rank as `padded_rank` fills it up; what is beyond the rank is zero.
+        """
         super().__init__(linear, lanes)
         device = linear.weight.device
         self.register_buffer("inner", a, persistent=False)
         self.register_buffer("outer", b, persistent=False)
         self.b = nn.Parameter(torch.zeros((lanes, linear.out_features), device=device))
-        self.d = nn.Parameter(torch.full((lanes, len(a)), d_initial, device=device))
+        self.d = nn.Parameter(torch.full((lanes, rank), d_initial, device=device))
 
     def adapted(self, x: Tensor, y0: Tensor) -> Tensor:
         """As above, in the base's dtype."""
-        h = F.linear(x, self.inner) * self.d.to(x.dtype)[:, None]
+        d = self.d.to(x.dtype)
+        if d.shape[1] < len(self.inner):
+            d = F.pad(d, (0, len(self.inner) - d.shape[1]))
+        h = F.linear(x, self.inner) * d[:, None]
         return torch.addcmul(y0, F.linear(h, self.outer), self.b.to(x.dtype)[:, None])
 
     def factors(self) -> dict[str, nn.Parameter]:
@@ -57,9 +64,11 @@ class VeraLinear(AdaptedLinear):
 def projections(
     rank: int, widest: Dims, seed: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``A (r, d_in)`` and ``B (d_out, r)`` of the widest linears, of which each takes a part."""
+    """``A`` and ``B`` of the widest linears, of which each takes a part; see `VeraLinear`."""
     a, b = draw_projections(rank, widest, seed)
-    return a.to(device, dtype), b.to(device, dtype)
+    width = padded_rank(rank, dtype)
+    a, b = a.to(device, dtype), b.to(device, dtype)
+    return padded(a, (width, a.shape[1]), dtype), padded(b, (len(b), width), dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,7 @@ class Vera(Method):
         widest = self.widest(start.source.shape)
         a, b = projections(self.rank, widest, self.seed, weight.device, weight.dtype)
         own_a, own_b = a[:, : linear.in_features], b[: linear.out_features]
-        return VeraLinear(linear, own_a, own_b, self.d_initial, start.lanes)
+        return VeraLinear(linear, own_a, own_b, self.rank, self.d_initial, start.lanes)
 
     def write(self, directory: Path, adapted: Adapted, lane: int, source: Source) -> None:
         """PEFT's layout, with the projections."""

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from shoal.adapters.training.config import METHOD_NAMES, TrainConfig
+from shoal.adapters.training.errors import DataRejected
 from shoal.adapters.training.experiments import driver
 from shoal.adapters.training.experiments.__main__ import main
-from shoal.adapters.training.experiments.choosing import at_edge, best_rate
+from shoal.adapters.training.experiments.choosing import at_edge, best_rate, sweep_left
 from shoal.adapters.training.experiments.claims import CLAIMS, answer
 from shoal.adapters.training.experiments.costs import SETTINGS
 from shoal.adapters.training.experiments.driver import Clock, work
@@ -89,7 +90,7 @@ def test_every_setting_is_one_that_the_trainer_takes() -> None:
             out=Path("o"),
             **setting.asked,
         )
-        assert len(setting.grid) in (1, 5, 6)
+        assert len(setting.grid) in (1, 4, 6)
         assert list(setting.grid) == sorted(setting.grid)
     assert set(GRIDS) == set(METHOD_NAMES)
 
@@ -174,13 +175,43 @@ def test_nothing_is_begun_that_the_time_left_does_not_hold(
 
 def test_a_sweep_whose_runs_diverged_chooses_among_the_others(lab: Lab) -> None:
     sweep = sweep_of(LORA)
-    log_group(lab, "tiny", Group(LORA, sweep.task, sweep.lanes[:1]), final_loss=3.0)
+    log_group(lab, "tiny", Group(LORA, sweep.task, sweep.lanes[1:2]), final_loss=3.0)
     assert best_rate(lab.log, LORA, 300) is None
-    log_group(lab, "tiny", Group(LORA, sweep.task, sweep.lanes[1:]), final_loss=None)
-    rate = best_rate(lab.log, LORA, 300)
-    assert rate == LORA.grid[0]
-    assert at_edge(LORA, rate)
-    assert not at_edge(replace(LORA, lr=0.5), 0.5)
+    others = sweep_left(lab.log, LORA, 300)
+    assert others is not None
+    assert others.lanes == (sweep.lanes[0], *sweep.lanes[2:])
+    log_group(lab, "tiny", others, final_loss=None)
+    assert best_rate(lab.log, LORA, 300) == LORA.grid[1]
+    assert not at_edge(lab.log, LORA, 300)
+    assert sweep_left(lab.log, LORA, 300) is None
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"), [(-2, []), (-1, [0.02]), (0, [3e-4]), (9, [0.02, 0.04])]
+)
+def test_a_sweep_goes_on_beyond_an_end_that_is_best(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, best: int, tried: list[float]
+) -> None:
+    monkeypatch.setitem(GRIDS, "lora", (5e-4, 1e-3, 5e-3, 1e-2))  # type: ignore[arg-type]
+    # 9: the higher the better, wherever it ends.
+    wanted = 1.0 if best == 9 else LORA.grid[best]
+
+    def sweep() -> list[float]:
+        rates = []
+        while (group := sweep_left(lab.log, LORA, 300)) is not None:
+            for run, (_, rate) in zip(group.runs, group.lanes, strict=True):
+                loss = abs(math.log(rate / wanted))
+                lab.log.append("run", id=run, final_loss=loss)
+                rates.append(rate)
+        return rates
+
+    assert sweep() == [*LORA.grid, *tried]
+    assert best_rate(lab.log, LORA, 300) == (0.04 if best == 9 else wanted)
+    assert at_edge(lab.log, LORA, 300) == (best == 9)
+    # A wider grid trains what it has more, and nothing again.
+    monkeypatch.setitem(GRIDS, "lora", (1e-4, 1e-3, 5e-3, 1e-2))  # type: ignore[arg-type]
+    assert sweep()[:1] == [1e-4]
+    assert not at_edge(lab.log, replace(LORA, lr=0.5), 300)
 
 
 def test_a_line_cut_short_is_dropped_and_written_again(tmp_path: Path) -> None:
@@ -284,6 +315,24 @@ def test_splits_share_no_question_and_are_always_the_same() -> None:
         assert len(set(questions)) == 60
         assert {name: len(records) for name, records in splits.items()} == sizes
         assert splits == splits_of(source, 3, sizes) != splits_of(source, 4, sizes)
+
+
+def test_a_task_of_several_generators_has_as_much_of_each() -> None:
+    pytest.importorskip("reasoning_gym")
+    legs, words = TASKS["words"], TASKS["strings"]
+    both = replace(legs, others=((words.generator, words.options),))
+    assert both.generators == ("leg_counting", "spell_backward")
+    splits = splits_of(both, 3, {"train": 30, "test": 10})
+    questions = [r.messages[0][1] for records in splits.values() for r in records]
+    assert len(set(questions)) == 40
+    assert sum("backward" in question for question in questions) == 20
+    # One that makes the same items is asked for others.
+    twice = splits_of(replace(legs, others=((legs.generator, legs.options),)), 3, {"train": 40})
+    assert len({record.messages[0][1] for record in twice["train"]}) == 40
+    with pytest.raises(DataRejected, match="are needed"):
+        splits_of(
+            replace(legs, options={"min_animals": 1, "max_animals": 1, "max_instances": 1}), 3
+        )
 
 
 def test_the_data_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

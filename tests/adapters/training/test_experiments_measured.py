@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from shoal.adapters.training.experiments import controlled
+from shoal.adapters.training.data import Example, load_examples
+from shoal.adapters.training.experiments import choosing, controlled, running
 from shoal.adapters.training.experiments.base import directory_of
 from shoal.adapters.training.experiments.costs import measure_costs
 from shoal.adapters.training.experiments.driver import Clock, work
@@ -44,9 +45,18 @@ def test_tables_are_trained_scored_and_kept_in_the_log_alone(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(GRIDS, "miss", (1e-3, 0.02))  # type: ignore[arg-type]
+    monkeypatch.setattr(choosing, "BEYOND", 0)
+    tokenised: list[str] = []
+
+    def load(path: Path, *args: Any, **options: Any) -> list[Example]:
+        tokenised.append(path.name)
+        return load_examples(path, *args, **options)
+
+    monkeypatch.setattr(running, "load_examples", load)
     settings = Setting("MiSS", "miss", SMALL), Setting("LoRA", "lora", SMALL, lr=1e-3)
     tables = [Table(each.label, each.label, ((each, ("words",)),)) for each in settings]
     assert work(lab, tables, Clock(math.inf), open_source)
+    assert sorted(tokenised) == ["words.train.jsonl", "words.valid.jsonl"]  # for three groups
 
     runs = list(lab.log.lines("run"))
     assert [(line["method"], line["seed"], line["lr"]) for line in runs] == [

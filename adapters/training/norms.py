@@ -1,7 +1,6 @@
 """RMS norms as one kernel each: transformers spells them out in eight, and twelve backward.
 
-With many tenants in a step that is time spent on moving memory, not on starting kernels, so that a
-CUDA graph does not help.
+That is time spent on moving memory, not only on starting kernels: a CUDA graph does not help.
 """
 
 import functools
