@@ -42,7 +42,7 @@ def _serve(asked: ServeConfig) -> int:
             with assemble(asked) as services:
                 return serve(create_app(services), services, asked)
         # First, so that they start while the model is loaded.
-        with started(asked, count) as workers, assemble(asked) as services:
+        with started(count) as workers, assemble(asked) as services:
             return serve_apart(services, asked, workers)
     except (ModelError, RegistryError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -36,16 +36,16 @@ _END_S = 2.0
 class _Process:
     """A worker that was started, and the engine's end of its pipe."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         # -P: a folder that happens to be the current one is no place for modules. What is on this
         # process's path beyond the environment's (a test's, say) comes first in the worker's.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        handed = (theirs.fileno(), listener.fileno())
         with theirs:
+            control = theirs.fileno()
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "shoal.server.workers.worker", *map(str, handed)],
-                pass_fds=handed,
+                [sys.executable, "-P", "-m", "shoal.server.workers.worker", str(control)],
+                pass_fds=[control],
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 # The terminal's Ctrl-C is for the engine's process, which ends its workers.
@@ -68,27 +68,32 @@ class Workers:
     """The workers of one server: processes first, which take seconds to start, then what they do.
 
     Attributes:
-        hosts: the workers that are there.
-        url: where they listen.
+        hosts: the workers that serve, by place.
+        url: where they listen, once they serve.
     """
 
-    def __init__(self, config: ServeConfig, listeners: list[socket.socket], url: str) -> None:
-        """Start a process for each listener; see ``started``."""
-        self._config = config
-        self._listeners = listeners
-        self._processes = [_Process(listener) for listener in listeners]
+    def __init__(self, count: int) -> None:
+        """Start so many processes; see ``started``."""
+        self._processes = [_Process() for _ in range(count)]
+        self._listeners: list[socket.socket] = []
         self._setup: Setup | None = None
         self._keepers: list[asyncio.Task[None]] = []
-        self._ending = False
         self.hosts: dict[int, Host] = {}
-        self.url = url
+        self.url = ""
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes there are."""
+        return [process.process.pid for process in self._processes]
 
     async def serve(self, services: Services) -> None:
         """Let them answer for ``services``; returns once all listen.
 
         Raises:
-            OSError: one ended before it did.
+            ValueError: the address cannot be listened on.
+            OSError: one ended before it listened.
         """
+        self._listen(services.config)
         self._setup = Setup(
             config=services.config,
             tokenizer=services.tokenizer,
@@ -112,7 +117,6 @@ class Workers:
 
     def drain(self) -> None:
         """Let them refuse what is new."""
-        self._ending = True
         for keeper in self._keepers:
             keeper.cancel()
         for host in self.hosts.values():
@@ -139,9 +143,21 @@ class Workers:
         for listener in self._listeners:
             listener.close()
 
+    def _listen(self, config: ServeConfig) -> None:
+        # The first bind finds out whether the port is free: with SO_REUSEPORT, another server of
+        # the same user would share it silently.
+        with listen(config) as probe:
+            port = probe.getsockname()[1]
+        for _ in self._processes:
+            self._listeners.append(listen(config, port=port, shared=True))
+        self.url = url_of(config.host, self._listeners[0])
+
     async def _host(self, place: int, services: Services) -> None:
+        control = self._processes[place].control
+        # It is still blocking, and holds one byte with ease.
+        socket.send_fds(control, [b"L"], [self._listeners[place].fileno()])
         host = Host(services)
-        host.connect(await Pipe.over(self._processes[place].control, host.received, host.lost))
+        host.connect(await Pipe.over(control, host.received, host.lost))
         self.hosts[place] = host
         host.send(self._setup)
 
@@ -161,31 +177,22 @@ class Workers:
                 pause_s,
             )
             await asyncio.sleep(pause_s)
-            self._processes[place] = _Process(self._listeners[place])
-            await self._host(place, services)
+            self._processes[place] = _Process()
+            try:
+                await self._host(place, services)
+            except OSError as problem:  # it died at once
+                log.error("an HTTP process did not start: %s", problem)
+                self.hosts[place].gone.set()
 
 
 @contextmanager
-def started(config: ServeConfig, count: int) -> Iterator[Workers]:
+def started(count: int) -> Iterator[Workers]:
     """``count`` workers that wait for ``Workers.serve``; ended with the block.
 
     Raises:
-        ValueError: the address cannot be listened on.
         OSError: no process can be started.
     """
-    # The first bind finds out whether the port is free: with SO_REUSEPORT, another server of the
-    # same user would share it silently.
-    with listen(config) as probe:
-        port = probe.getsockname()[1]
-    listeners: list[socket.socket] = []
-    try:
-        for _ in range(count):
-            listeners.append(listen(config, port=port, shared=True))
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    workers = Workers(config, listeners, url_of(config.host, listeners[0]))
+    workers = Workers(count)
     try:
         yield workers
     finally:

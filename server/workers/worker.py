@@ -1,7 +1,8 @@
-"""The worker process: ``python -m shoal.server.workers.worker CONTROL LISTENER``.
+"""The worker process: ``python -m shoal.server.workers.worker CONTROL``.
 
-Two inherited sockets: the pipe to the engine's process, and what to accept connections on. It lives
-as long as the pipe does; signals are the other's business.
+CONTROL is the pipe to the engine's process, an inherited socket. The first thing that comes through
+it is another socket, to accept connections on. The worker lives as long as the pipe does; signals
+are the other's business.
 """
 
 import asyncio
@@ -120,7 +121,11 @@ def main(arguments: Sequence[str]) -> None:
         stream=sys.stderr, level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     sys.setswitchinterval(SWITCH_S)
-    control, listener = (socket.socket(fileno=int(number)) for number in arguments)
+    control = socket.socket(fileno=int(arguments[0]))
+    _, handed, _, _ = socket.recv_fds(control, 1, 1)
+    if not handed:
+        return  # the engine's process has ended before it could serve
+    listener = socket.socket(fileno=handed[0])
 
     async def work() -> None:
         await Worker().run(control, listener)

@@ -1,7 +1,6 @@
 """The real app, engine loop, scheduler and tokenizer over a fake runner and a library in memory."""
 
 import hashlib
-import os
 import socket
 import threading
 import time
@@ -250,8 +249,20 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(fast)
 
 
-# Every request through the pipe that a worker has to the engine's process.
-APART = os.environ.get("SHOAL_TEST_HTTP") == "apart"
+# Modules whose tests run a second time with every request through a worker's pipe.
+TWICE = ("blends", "errors", "generation", "adapters")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    module = metafunc.module.__name__.rpartition("test_http_")[2]
+    if module in TWICE and "where" in metafunc.fixturenames:
+        metafunc.parametrize("where", ("here", "apart"))
+
+
+@pytest.fixture
+def where() -> str:
+    """Where the engine is: in the process that speaks HTTP, or apart from it."""
+    return "here"
 
 
 def beside(services: Services) -> Services:
@@ -303,7 +314,7 @@ class Parts:
 
 
 @pytest.fixture
-def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
+def build(tokenizer: Tokenizer, where: str) -> Callable[..., Parts]:
     """``build(max_waiting=1)`` with fields of ``ServeConfig``."""
 
     def make(library: Any = None, keys: KeyBook | None = None, **fields: object) -> Parts:
@@ -332,7 +343,7 @@ def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
             vocab_size=tokenizer.vocab_size,
             keys=keys,
         )
-        app = create_app(beside(services) if APART else services)
+        app = create_app(beside(services) if where == "apart" else services)
         return Parts(app, services, library, runner, gate)
 
     return make
