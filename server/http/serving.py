@@ -5,6 +5,7 @@ to end, then what is left is aborted and the process exits with 0. A second sign
 """
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -64,7 +65,7 @@ async def _serve(
         server.config.timeout_graceful_shutdown = FORCED_FLUSH_S
 
     ending = Ending(services.drain, end, forced, config.shutdown_timeout)
-    with ending.on_signals():
+    with settled(), ending.on_signals():
         await server.serve(sockets=[listener])
     return ending.exit_code
 
@@ -169,6 +170,17 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             announce(self._url, is_open=self._is_open)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """What there is now is not walked by each collection, which would hold up every stream."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def announce(url: str, *, is_open: bool) -> None:

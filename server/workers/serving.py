@@ -6,7 +6,15 @@ import sys
 from shoal.server.config import ServeConfig
 from shoal.server.http.auth import is_open
 from shoal.server.http.services import Services
-from shoal.server.http.serving import FLUSH_S, FORCED_FLUSH_S, SWITCH_S, Ending, announce, new_loop
+from shoal.server.http.serving import (
+    FLUSH_S,
+    FORCED_FLUSH_S,
+    SWITCH_S,
+    Ending,
+    announce,
+    new_loop,
+    settled,
+)
 from shoal.server.workers.processes import Workers
 
 
@@ -49,7 +57,7 @@ async def _serve(services: Services, config: ServeConfig, workers: Workers) -> i
 
     ending = Ending(drain, ended.set, forced, config.shutdown_timeout)
     try:
-        with ending.on_signals():
+        with settled(), ending.on_signals():
             beginning = asyncio.create_task(begin())
             waiting = asyncio.create_task(ended.wait())
             await asyncio.wait((beginning, waiting), return_when=asyncio.FIRST_COMPLETED)

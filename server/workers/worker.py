@@ -18,7 +18,7 @@ import uvicorn
 
 from shoal.server.http.app import create_app
 from shoal.server.http.services import Services
-from shoal.server.http.serving import SWITCH_S, http_config, new_loop
+from shoal.server.http.serving import SWITCH_S, http_config, new_loop, settled
 from shoal.server.model import tokenizer  # noqa: F401  # takes seconds, while there is no setup yet
 from shoal.server.workers.messages import Drain, Drained, Exit, Listening, Setup
 from shoal.server.workers.pipe import Pipe
@@ -66,7 +66,8 @@ class Worker:
         self._services = services = services_of(setup, self._remote)
         app = create_app(services)
         self._server = _Server(http_config(app, setup.config), self._pipe)
-        await self._server.serve(sockets=[listener])
+        with settled():
+            await self._server.serve(sockets=[listener])
         self._ending = True
         self._pipe.close()
 
