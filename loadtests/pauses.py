@@ -6,6 +6,7 @@ them. What a stream may be silent for is told in median steps of the run without
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import platform
@@ -204,6 +205,9 @@ class _Bench:
             Stream(model, self._prompt, spread(args.output_len, index, len(models)))
             for index, model in enumerate(models)
         ]
+        # A collection here would look like a pause of the server's.
+        gc.collect()
+        gc.freeze()
         tasks = [asyncio.create_task(each.listen(args.base_url, args.api_key)) for each in streams]
         try:
             await _begun(streams)

@@ -30,6 +30,7 @@ ADAPTERS_WANTED = 100_000
 _XFORMERS_BLOCK = 64
 _GIB = 1 << 30
 _HELPERS_MAX, _CORES_A_HELPER = 4, 4  # of uploads; cores for each
+_API_WORKERS_MAX, _CORES_AN_API_WORKER = 4, 4  # HTTP processes; cores for each
 
 
 def parse_bytes(text: str) -> int:
@@ -130,7 +131,13 @@ class ServeConfig:
         parse=parse_bytes,
     )
     tensor_parallel_size: int = option(1, "devices to split the model over; only 1", parse=int)
-    api_workers: int = option(1, "HTTP processes; only 1", parse=int)
+    api_workers: int | None = option(
+        None,
+        "processes that speak HTTP beside the engine's; 0: the engine's own does; default: 0 on a"
+        " CPU, on CUDA one for each 4 cores, 1 to 4",
+        parse=int,
+        metavar="N",
+    )
     registry: str | None = option(
         None,
         "SQLAlchemy URL of the adapter catalog; default: registry.db in the user data folder",
@@ -203,8 +210,13 @@ class ServeConfig:
         if self.upload_helpers is not None:
             self._require("upload_helpers", 0 <= self.upload_helpers <= 64, "0 to 64")
         self._require("shutdown_timeout", 0 <= self.shutdown_timeout < 86400, "0 to 86400 seconds")
-        for name in ("tensor_parallel_size", "api_workers"):
-            self._require(name, getattr(self, name) == 1, "1: this version runs in one process")
+        self._require(
+            "tensor_parallel_size",
+            self.tensor_parallel_size == 1,
+            "1: this version runs on one device",
+        )
+        if self.api_workers is not None:
+            self._require("api_workers", 0 <= self.api_workers <= 64, "0 to 64")
 
     def _require(self, name: str, holds: bool, rule: str, shown: str | None = None) -> None:
         if not holds:
@@ -222,6 +234,15 @@ class ServeConfig:
         if self.upload_helpers is not None:
             return self.upload_helpers
         return max(1, min(_HELPERS_MAX, (cores or os.cpu_count() or 1) // _CORES_A_HELPER))
+
+    def http_processes(self, device: str, cores: int | None = None) -> int:
+        """``api_workers`` on a device, ``cpu`` or ``cuda``, and a machine of so many cores."""
+        if self.api_workers is not None:
+            return self.api_workers
+        if device == "cpu":  # whose cores the engine takes
+            return 0
+        cores = cores or os.cpu_count() or 1
+        return max(1, min(_API_WORKERS_MAX, cores // _CORES_AN_API_WORKER))
 
     @property
     def base_name(self) -> str:

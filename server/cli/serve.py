@@ -27,16 +27,23 @@ def _serve(asked: ServeConfig) -> int:
     import torch
 
     from shoal.adapters.library import RegistryError
-    from shoal.server.assemble import assemble
+    from shoal.server.assemble import assemble, resolve_device
     from shoal.server.http.app import create_app
     from shoal.server.http.auth import check_exposure
     from shoal.server.http.serving import serve
     from shoal.server.model.config import ModelError
+    from shoal.server.workers.processes import started
+    from shoal.server.workers.serving import serve_apart
 
     try:
         check_exposure(asked)
-        with assemble(asked) as services:
-            return serve(create_app(services), services, asked)
+        count = asked.http_processes(resolve_device(asked.device).type)
+        if not count:
+            with assemble(asked) as services:
+                return serve(create_app(services), services, asked)
+        # First, so that they start while the model is loaded.
+        with started(count) as workers, assemble(asked) as services:
+            return serve_apart(services, asked, workers)
     except (ModelError, RegistryError, OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1

@@ -11,11 +11,12 @@ from fastapi.responses import JSONResponse
 from shoal.adapters.errors import AdapterError
 from shoal.adapters.registry.names import EVERYBODY
 from shoal.server.errors import InvalidRequest, ShoalError
+from shoal.server.http.adapter_errors import names_from
 from shoal.server.http.answer import Json
 from shoal.server.http.caller import Caller, caller_of
 from shoal.server.http.models_api import PAGE_MAX, Limit
 from shoal.server.http.schemas import ActivateRequest, TagsRequest
-from shoal.server.http.services import Services, names_from
+from shoal.server.http.services import Services
 from shoal.server.http.uploads import received
 
 if TYPE_CHECKING:
@@ -49,19 +50,16 @@ def adapters_router(services: Services) -> APIRouter:
                 with names_from("name"):
                     return await services.work(take, owner=caller.owner)
             except (AdapterError, ShoalError):
-                services.metrics.upload("refused")
+                services.counts.upload("refused")
                 raise
 
     @router.post("", status_code=201)
     async def upload_adapter(request: Request) -> JSONResponse:
         caller = caller_of(request)
         caller.must_write()
-        with (
-            services.quotas.begin(caller.owner, caller.limits),
-            services.uploads.begin(caller.owner),
-        ):
+        async with services.begin(caller.owner, caller.limits, upload=True):
             info = await receive(request, caller)
-        services.metrics.upload("accepted")
+        services.counts.upload("accepted")
         location = {"Location": f"/v1/adapters/{caller.name_of(info)}"}
         return JSONResponse(adapter_json(caller, info), status_code=201, headers=location)
 

@@ -75,7 +75,7 @@ def answer(services: Services, body: Sampling, job: Job, shape: Shape) -> WhileC
 
     async def stream(send: Send) -> None:
         chunks = _chunks(generation, body, shape)
-        await send_events(send, chunks, job.headers, services.metrics)
+        await send_events(send, chunks, job.headers, services.counts)
 
     async def whole(send: Send) -> None:
         choices = [Choice() for _ in range(job.num_choices)]

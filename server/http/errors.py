@@ -18,7 +18,8 @@ from starlette.exceptions import HTTPException
 from shoal.adapters.errors import AdapterError
 from shoal.adapters.registry.errors import RegistryError, RegistryUnavailable
 from shoal.server.errors import STATUS, InvalidRequest, Overloaded, ShoalError
-from shoal.server.http.services import Services, from_adapter_error
+from shoal.server.http.adapter_errors import from_adapter_error
+from shoal.server.http.services import Services
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def install(app: FastAPI, services: Services) -> None:
 
     async def on_shoal(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ShoalError)
-        services.metrics.error(STATUS[type(error)][0])
+        services.counts.error(STATUS[type(error)][0])
         return error_response(error)
 
     async def on_adapter(request: Request, error: Exception) -> JSONResponse:
@@ -81,7 +82,7 @@ def install(app: FastAPI, services: Services) -> None:
     async def on_registry(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RegistryError)
         response = registry_response(error)
-        services.metrics.error(response.status_code)
+        services.counts.error(response.status_code)
         return response
 
     async def on_validation(request: Request, error: Exception) -> JSONResponse:
@@ -90,13 +91,13 @@ def install(app: FastAPI, services: Services) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        services.metrics.error(error.status_code)
+        services.counts.error(error.status_code)
         body = _http_body(request, error)
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
         # Starlette raises it again once this is sent, and the HTTP server logs the traceback.
-        services.metrics.error(500)
+        services.counts.error(500)
         return JSONResponse(internal_body(), status_code=500)
 
     app.add_exception_handler(ShoalError, on_shoal)

@@ -22,7 +22,7 @@ def health_router(services: Services) -> APIRouter:
     async def health() -> Response:
         if services.draining:
             return error_response(Draining("the server is shutting down"))
-        if not services.engine.alive:
+        if not await services.alive():
             response = error_response(EngineFailure("the engine does not run"))
             response.status_code = 503
             return response
@@ -36,7 +36,7 @@ def health_router(services: Services) -> APIRouter:
     async def metrics(request: Request) -> Response:
         # Here and not by the path: a path that is written in another way comes here too.
         caller_of(request).must_be_admin("read metrics")
-        text = await anyio.to_thread.run_sync(services.metrics.render)
+        text = await anyio.to_thread.run_sync(services.counts.render)
         return Response(text, media_type=CONTENT_TYPE)
 
     return router

@@ -36,7 +36,7 @@ class Admit:
             await self._app(scope, receive, send)
             return
         if services.draining:
-            services.metrics.error(503)
+            services.counts.error(503)
             refusal = Draining("the server is shutting down and takes no new requests")
             await error_response(refusal)(scope, receive, send)
             return

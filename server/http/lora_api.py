@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
 from shoal.server.errors import Forbidden, InvalidRequest
+from shoal.server.http.adapter_errors import names_from
 from shoal.server.http.caller import caller_of
 from shoal.server.http.schemas import LoadLoraRequest, UnloadLoraRequest
-from shoal.server.http.services import Services, names_from
+from shoal.server.http.services import Services
 
 
 def lora_router(services: Services) -> APIRouter:

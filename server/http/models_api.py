@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from shoal.server.http.adapter_errors import names_from
 from shoal.server.http.answer import Json
 from shoal.server.http.caller import Caller, caller_of
 from shoal.server.http.jobs import resolve
-from shoal.server.http.services import Services, names_from
+from shoal.server.http.services import Services
 
 if TYPE_CHECKING:
     from shoal.adapters.library import AdapterInfo

@@ -1,50 +1,33 @@
 """What the routes work with: the engine, the adapters, the tokenizer, and the state of the door.
 
 Owns admission (draining, requests in flight) and the bounded thread pools for blocking calls, in
-which owners take turns. It
-builds none of what it holds; the command line does.
+which owners take turns. It builds none of what it holds; the command line does. All of it may be in
+this process, or what there must be only one of in the engine's (``Remote``).
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from shoal.adapters.errors import (
-    AdapterConflict,
-    AdapterError,
-    AdapterNameInvalid,
-    AdapterNotFound,
-    AdapterQuotaExceeded,
-    AdapterRejected,
-    AdapterTooLarge,
-    BlendRefused,
-)
 from shoal.adapters.spec import AdapterSpec
 from shoal.server.config import ServeConfig
 from shoal.server.engine.request import Request, TokenEvent
 from shoal.server.engine.stats import EngineStats
-from shoal.server.errors import (
-    BodyTooLarge,
-    Conflict,
-    InvalidRequest,
-    ModelNotFound,
-    QuotaExceeded,
-    ShoalError,
-    UnusableAdapter,
-)
 from shoal.server.http.metrics import Metrics
 from shoal.server.http.pools import Pool
 from shoal.server.http.quotas import Quotas
+from shoal.server.http.runs import LocalRun, Run
 from shoal.server.http.uploads import Uploads
 
 if TYPE_CHECKING:  # pulls in the tensor library, which nothing here needs at run time
     from shoal.adapters.blending import Blend
     from shoal.adapters.library import AdapterInfo
     from shoal.adapters.registry.keys import Key, Limits
+    from shoal.server.http.jobs import Job
 
 T = TypeVar("T")
 
@@ -81,6 +64,37 @@ class Engine(Protocol):
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
+        ...
+
+
+class Counts(Protocol):
+    """The part of ``Metrics`` that routes use."""
+
+    def error(self, status: int) -> None: ...
+    def upload(self, outcome: str) -> None: ...
+    def render(self) -> bytes:
+        """Blocks."""
+        ...
+
+
+class Remote(Protocol):
+    """The engine's process, to one that only speaks HTTP for it."""
+
+    @property
+    def counts(self) -> Counts: ...
+
+    def run(self, job: "Job") -> Run:
+        """As ``Services.run``."""
+        ...
+
+    def begin(
+        self, owner: str, limits: "Limits", *, upload: bool
+    ) -> AbstractAsyncContextManager[None]:
+        """As ``Services.begin``."""
+        ...
+
+    async def alive(self) -> bool:
+        """Whether the engine serves; false too when its process does not answer."""
         ...
 
 
@@ -140,32 +154,6 @@ class TextCodec(Protocol):
     def id_to_bytes(self, token_id: int) -> bytes: ...
 
 
-# What is wrong with an adapter -> how it is said over HTTP.
-_ADAPTER_ERRORS: dict[type[AdapterError], type[ShoalError]] = {
-    AdapterRejected: UnusableAdapter,
-    AdapterTooLarge: BodyTooLarge,
-    BlendRefused: UnusableAdapter,
-    AdapterNotFound: ModelNotFound,
-    AdapterConflict: Conflict,
-    AdapterNameInvalid: InvalidRequest,
-    AdapterQuotaExceeded: QuotaExceeded,
-}
-
-
-def from_adapter_error(error: AdapterError, *, param: str | None = None) -> ShoalError:
-    """The HTTP-side error for ``error``, with its message unchanged."""
-    return _ADAPTER_ERRORS.get(type(error), UnusableAdapter)(str(error), param=param)
-
-
-@contextmanager
-def names_from(param: str) -> Iterator[None]:
-    """Let errors about a name say which field it came from."""
-    try:
-        yield
-    except (AdapterNameInvalid, AdapterConflict) as error:
-        raise from_adapter_error(error, param=param) from error
-
-
 @dataclass(kw_only=True, slots=True)
 class Services:
     """One process's HTTP side.
@@ -175,6 +163,8 @@ class Services:
         keys: of tenants; None if there can be none.
         model_root: what ``/v1/models`` shows as the base's ``root`` (where it came from).
         vocab_size: token ids of a request are below this.
+        engine, quotas, uploads: not used where there is a ``remote``.
+        remote: the engine's process, unless it is this one; ``library`` and ``keys`` then ask it.
     """
 
     config: ServeConfig
@@ -186,6 +176,7 @@ class Services:
     vocab_size: int
     model_root: str = ""
     keys: KeyBook | None = None
+    remote: Remote | None = None
     metrics: Metrics = field(init=False)
     uploads: Uploads = field(default_factory=Uploads, init=False)
     quotas: Quotas = field(default_factory=lambda: Quotas(time.monotonic), init=False)
@@ -228,6 +219,43 @@ class Services:
     async def work(self, call: Callable[[], T], *, owner: str) -> T:
         """Run a long blocking call (an upload) in a thread of a smaller pool."""
         return await self._uploads.run(call, owner=owner)
+
+    @property
+    def counts(self) -> Counts:
+        """Of what is answered."""
+        return self.metrics if self.remote is None else self.remote.counts
+
+    def run(self, job: "Job") -> Run:
+        """Have a job done. Nothing happens before its events are asked for."""
+        return LocalRun(self, job) if self.remote is None else self.remote.run(job)
+
+    @asynccontextmanager
+    async def begin(
+        self, owner: str, limits: "Limits", *, upload: bool = False
+    ) -> AsyncIterator[None]:
+        """Count a request, or an upload, among its owner's while the block runs.
+
+        Raises:
+            Overloaded: a limit is reached.
+        """
+        if self.remote is not None:
+            async with self.remote.begin(owner, limits, upload=upload):
+                yield
+            return
+        with self.let_in(owner, limits, upload=upload):
+            yield
+
+    def let_in(self, owner: str, limits: "Limits", *, upload: bool) -> ExitStack:
+        """As ``begin``, where the engine is: from now on, until what is returned is closed."""
+        with ExitStack() as stack:
+            stack.enter_context(self.quotas.begin(owner, limits))
+            if upload:
+                stack.enter_context(self.uploads.begin(owner))
+            return stack.pop_all()
+
+    async def alive(self) -> bool:
+        """Whether the engine serves."""
+        return self.engine.alive if self.remote is None else await self.remote.alive()
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse what is new, wait for what is in flight, abort what is left.

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from shoal.server.errors import STATUS, ShoalError
 from shoal.server.http.errors import error_body, internal_body
-from shoal.server.http.metrics import Metrics
+from shoal.server.http.services import Counts
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ async def send_events(
     send: Send,
     chunks: AsyncGenerator[Mapping[str, Any], None],
     headers: Mapping[str, str],
-    metrics: Metrics,
+    counts: Counts,
 ) -> None:
     """Send each chunk as an event, then ``[DONE]``.
 
@@ -97,13 +97,13 @@ async def send_events(
         except ShoalError as error:
             if not started:
                 raise
-            metrics.error(STATUS[type(error)][0])
+            counts.error(STATUS[type(error)][0])
             last = b"data: " + _dumps(error_body(error)) + b"\n\n"
         except Exception:
             # The status is sent; without this the client would only see the connection break.
             if not started:
                 raise
-            metrics.error(500)
+            counts.error(500)
             logger.exception("a stream failed after it began")
             last = b"data: " + _dumps(internal_body()) + b"\n\n"
     await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -27,7 +27,7 @@ def tokens_router(services: Services) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Json:
         caller = caller_of(request)
-        with services.quotas.begin(caller.owner, caller.limits):
+        async with services.begin(caller.owner, caller.limits):
             await _known(services, caller, body.model)
             if body.messages is not None:
                 messages = [message.as_template_input() for message in body.messages]
@@ -53,7 +53,7 @@ def tokens_router(services: Services) -> APIRouter:
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, request: Request) -> Json:
         caller = caller_of(request)
-        with services.quotas.begin(caller.owner, caller.limits):
+        async with services.begin(caller.owner, caller.limits):
             await _known(services, caller, body.model)
             check_token_ids(services, body.tokens, "tokens")
             text = await _off_loop_if_long(

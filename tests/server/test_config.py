@@ -102,7 +102,7 @@ def test_keys_are_not_printed() -> None:
         ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization"),
         ({"gpu_memory_utilization": float("nan")}, "--gpu-memory-utilization"),
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
-        ({"api_workers": 2}, "--api-workers"),
+        ({"api_workers": -1}, "--api-workers"),
         ({"shutdown_timeout": -1.0}, "--shutdown-timeout"),
         ({"api_key": ("",)}, "--api-key"),
         ({"served_model_name": ""}, "--served-model-name"),

@@ -1,6 +1,7 @@
 """The real app, engine loop, scheduler and tokenizer over a fake runner and a library in memory."""
 
 import hashlib
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -37,6 +38,9 @@ from shoal.server.http.app import create_app
 from shoal.server.http.services import KeyBook, Services
 from shoal.server.model.fake import FakeRunner
 from shoal.server.model.tokenizer import Tokenizer
+from shoal.server.workers.hosting import Host
+from shoal.server.workers.pipe import Pipe
+from shoal.server.workers.remote import Elsewhere, Remote, RemoteKeys, RemoteLibrary
 
 EOS = 1
 MAX_MODEL_LEN = 256
@@ -245,6 +249,59 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(fast)
 
 
+# Modules whose tests run a second time with every request through a worker's pipe.
+TWICE = ("blends", "errors", "generation", "adapters")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    module = metafunc.module.__name__.rpartition("test_http_")[2]
+    if module in TWICE and "where" in metafunc.fixturenames:
+        metafunc.parametrize("where", ("here", "apart"))
+
+
+@pytest.fixture
+def where() -> str:
+    """Where the engine is: in the process that speaks HTTP, or apart from it."""
+    return "here"
+
+
+def beside(services: Services) -> Services:
+    """A worker's services, whose engine's process is this one; connected by the app's lifespan."""
+    remote = Remote()
+    ends: list[Pipe] = []
+
+    class Beside(Elsewhere):
+        async def start(self) -> None:
+            ours, theirs = socket.socketpair()
+            host = Host(services)
+            ends.append(await Pipe.over(ours, host.received, host.lost))
+            host.connect(ends[-1])
+            ends.append(await Pipe.over(theirs, remote.received, remote.lost))
+            remote.connect(ends[-1])
+            await services.engine.start()
+
+        async def drain(self, timeout_s: float) -> bool:
+            services.draining = True
+            return await services.engine.drain(timeout_s)
+
+        async def stop(self) -> None:
+            await services.engine.stop()
+            for end in ends:
+                end.close()
+
+    return Services(
+        config=services.config,
+        engine=Beside(),
+        library=RemoteLibrary(remote),
+        tokenizer=services.tokenizer,
+        model_name=services.model_name,
+        max_model_len=services.max_model_len,
+        vocab_size=services.vocab_size,
+        keys=None if services.keys is None else RemoteKeys(remote),
+        remote=remote,
+    )
+
+
 @dataclass
 class Parts:
     """An app that nobody runs yet."""
@@ -257,7 +314,7 @@ class Parts:
 
 
 @pytest.fixture
-def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
+def build(tokenizer: Tokenizer, where: str) -> Callable[..., Parts]:
     """``build(max_waiting=1)`` with fields of ``ServeConfig``."""
 
     def make(library: Any = None, keys: KeyBook | None = None, **fields: object) -> Parts:
@@ -286,7 +343,8 @@ def build(tokenizer: Tokenizer) -> Callable[..., Parts]:
             vocab_size=tokenizer.vocab_size,
             keys=keys,
         )
-        return Parts(create_app(services), services, library, runner, gate)
+        app = create_app(beside(services) if where == "apart" else services)
+        return Parts(app, services, library, runner, gate)
 
     return make
 
