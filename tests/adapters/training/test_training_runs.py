@@ -392,9 +392,9 @@ def test_an_interrupt_before_the_first_step_can_be_resumed(
     lab.train("whole", **options)
     evaluate = TrainingLoop._evaluate
 
-    def interrupted(self: Any) -> None:
+    def interrupted(self: Any, *arguments: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        evaluate(self)
+        evaluate(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingLoop, "_evaluate", interrupted)
