@@ -135,8 +135,10 @@ class AttentionByLengths:
     ) -> None:
         assert all(length == 1 for length in query_lens[:num_decode_rows])
         self._kv, self._tables = kv, block_tables
-        self._contexts = torch.tensor(context_lens, dtype=torch.int32)
-        self._starts = torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32)
+        device = block_tables.device
+        self._contexts = torch.tensor(context_lens, dtype=torch.int32, device=device)
+        starts = [0, *accumulate(query_lens)]
+        self._starts = torch.tensor(starts, dtype=torch.int32, device=device)
 
     def __call__(
         self, layer: int, q: Tensor, scale: float, window: int | None, softcap: float | None
