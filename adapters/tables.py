@@ -183,6 +183,24 @@ class StepTables:
         self._last, self._last_active = (rows, tokens), active
         return active
 
+    def nobody(self, active: ActiveFamilies, tokens: int) -> None:
+        """Let the tables of this key say that no token has an adapter.
+
+        What ``parts`` of a key that the last ``fill`` did not return would find there else is
+        whatever other tables lay there.
+        """
+        assert active.capturable
+        self._last = None
+        if not active:
+            return
+        layout = _Layout(active, tokens)
+        staging = self._staging[0]
+        self._staging.rotate(-1)
+        staging.wait()
+        for name, table in layout.arrays(staging.bytes).items():
+            table.fill(-1 if name.endswith("addresses") else 0)
+        staging.send(self._tables, layout.size)
+
     def parts(self, active: ActiveFamilies, tokens: int, max_rows: int | None = None) -> StepParts:
         """What applies the adapters of every step that is filled with this key and ``tokens``.
 

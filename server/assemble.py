@@ -115,6 +115,7 @@ class Parts:
             self.runner,
             deliver,
             staged=self.host,
+            idle=self.runner.prepare if isinstance(self.runner, DeviceRunner) else None,
         )
 
 

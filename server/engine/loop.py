@@ -67,13 +67,17 @@ class EngineLoop:
         deliver: Deliver,
         staged: Staged | None = None,
         clock: Callable[[], float] = time.monotonic,
+        idle: Callable[[], bool] | None = None,
     ) -> None:
         """Args:
         clock: seconds, as in the requests' ``arrival_s`` and ``deadline_s``.
         staged: pinned for each request from ``submit`` to its last event, since a plan may ask
             for its adapter until then, even when whoever submitted it has long left.
+        idle: called on the loop's thread while there is nothing else to do, until it returns False:
+            does a piece, of a fraction of a second, of what makes later steps faster.
         """
         self._staged = staged
+        self._idle = idle
         self._scheduler = scheduler
         self._runner = runner
         self._deliver = deliver
@@ -188,6 +192,8 @@ class EngineLoop:
 
     def _turn(self) -> bool:
         """Land one step, or sleep until there is something to do; False when asked to stop."""
+        while self._prepare():
+            pass
         with self._changed:
             if not self._under_way:
                 self._changed.wait_for(self._has_something_to_do)
@@ -209,6 +215,22 @@ class EngineLoop:
             self._land(events)
         self._hand_over(events)
         return True
+
+    def _prepare(self) -> bool:
+        """Use an idle moment; False when there is none, or nothing to use it for."""
+        if self._idle is None:
+            return False
+        with self._changed:
+            if self._under_way or self._has_something_to_do():
+                return False
+        try:
+            return self._idle()
+        except DeviceLost:
+            raise
+        except Exception:  # whatever it was, steps go without it
+            _log.exception("preparing_failed")
+            self._idle = None
+            return False
 
     def _has_something_to_do(self) -> bool:
         return bool(self._new or self._aborts or self._stopping or self._scheduler.has_work)

@@ -11,7 +11,7 @@ On CPU tensors the same code runs without graphs, through the kernels' reference
 
 import logging
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -43,7 +43,10 @@ SHORT_CONTEXT = 1024
 # Steps whose prompt chunks are few and short have graphs too: what is left of the time such a step
 # takes is otherwise the CPU's, for its 300 launches. (Longer ones keep the device busy meanwhile.)
 CHUNKS = 16
-CHUNK_TOKENS = (16, 64, 128, 256, 512, 1024)
+# Few sizes, so that all of them can be recorded before they are needed (``prepare``): what an
+# unused place costs is little beside reading the weights.
+CHUNK_TOKENS = (16, 64, 256, 1024)
+CHUNK_ROWS = 64
 # Steps under way at once, and one whose result is being read.
 OUTPUT_RING = 4
 # Which mixes of families and ranks are asked for is up to the clients; each takes memory for good.
@@ -181,7 +184,7 @@ class DeviceRunner:
         self._exact = arrays(most, limits.max_num_batched_tokens)
         self.buckets = row_buckets(limits.max_num_seqs)
         # Beside prompt chunks fewer sizes do: what an unused row costs is little there.
-        self.chunk_buckets = (0, *(b for b in self.buckets if b % 32 == 0 or b == most))
+        self.chunk_buckets = (0, *(b for b in self.buckets if b % CHUNK_ROWS == 0 or b == most))
         # The token that each lane sampled last; one more for padding rows.
         self._last = torch.zeros(limits.max_num_seqs + 1, dtype=torch.int64, device=device)
         self._outputs = [
@@ -197,6 +200,8 @@ class DeviceRunner:
         # How often a graph that there is not must have been wanted before it is captured.
         self.record_after = 1
         self._wanted: Counter[GraphKey] = Counter()
+        # What `prepare` is to capture, the first first.
+        self._planned: deque[GraphKey] = deque()
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
 
     # -- running ------------------------------------------------------------------------------
@@ -245,12 +250,7 @@ class DeviceRunner:
         wanted = self._use_graphs and key.active.capturable and len(self._graphs) < GRAPHS_MAX
         if captured is None and wanted and self._often(key):
             self._rehearse(key)
-            try:
-                captured = self._capture(key)
-            except RuntimeError:  # such as no memory
-                # Nor any other from now on: each attempt would take its time and fail.
-                self._use_graphs = False
-                log.exception("graph_not_captured key=%s graphs=%d", key, len(self._graphs))
+            captured = self._try_capture(key)
         if captured is None:
             return self._run(key)
         captured.graph.replay()
@@ -530,6 +530,58 @@ class DeviceRunner:
             if progress:
                 progress(len(keys), len(keys))
 
+    def plan_prompts(self, families: Sequence[ActiveFamilies]) -> None:
+        """Let ``prepare`` capture steps with prompts for these sets of families.
+
+        Short contexts first, and few tokens: what a server is most often asked for.
+        """
+        shorts = (True,) if self._blocks_short == self._blocks_max else (True, False)
+        self._planned.extend(
+            GraphKey(Layout(rows, CHUNKS, tokens), short, False, active)
+            for short in shorts
+            for tokens in CHUNK_TOKENS
+            for active in families
+            for rows in self.chunk_buckets
+        )
+
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Capture one more graph that a step may want, which takes some 0.2 s.
+
+        For moments in which no step is under way and none waits.
+
+        Returns:
+            False when there is none left.
+        """
+        key = self._next_planned()
+        if key is None:
+            return False
+        with _noticing_loss(), self._on_stream():
+            arrays = self._static
+            arrays.tensors.load(
+                (), key.layout, entropy=self._entropy, table_blocks=self._table_blocks(key.short)
+            )
+            if arrays.tables is not None:
+                arrays.tables.nobody(key.active, key.layout.tokens)
+            self._rehearse(key)
+            self._try_capture(key)
+        return True
+
+    def _next_planned(self) -> GraphKey | None:
+        if not self._use_graphs or len(self._graphs) >= GRAPHS_MAX:
+            return None
+        while self._planned:
+            key = self._planned.popleft()
+            if key not in self._graphs:
+                return key
+        # What steps wanted, and was not captured while others waited.
+        while self._wanted:
+            key, _ = self._wanted.most_common(1)[0]
+            del self._wanted[key]
+            if key not in self._graphs:
+                return key
+        return None
+
     @torch.inference_mode()
     def warm_prompts(
         self,
@@ -568,6 +620,15 @@ class DeviceRunner:
         last = self._last.clone()
         self._run(key)
         self._last.copy_(last)
+
+    def _try_capture(self, key: GraphKey) -> _Captured | None:
+        try:
+            return self._capture(key)
+        except RuntimeError:  # such as no memory
+            # Nor any other from now on: each attempt would take its time and fail.
+            self._use_graphs = False
+            log.exception("graph_not_captured key=%s graphs=%d", key, len(self._graphs))
+            return None
 
     def _capture(self, key: GraphKey) -> _Captured:
         torch.cuda.synchronize()

@@ -89,6 +89,7 @@ def start_device_runner(
             runner.capture(sets, part("capturing graphs"))
             # Between them these two launch what a decode step can launch.
             runner.capture(compiled, buckets=sorted({runner.buckets[0], runner.buckets[-1]}))
+            runner.plan_prompts((*families[:1], NO_FAMILIES, *families[1:]))
         log.info(
             "device runner ready gemms_s=%.1f kernels_s=%.1f graphs_s=%.1f",
             measured - begin,

@@ -20,13 +20,20 @@ from shoal.adapters.host_tier import HostTier
 from shoal.adapters.packing import PackedAdapter
 from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import UNIT_ELEMENTS, AdapterSpec, BaseShape, Section
+from shoal.adapters.tables import ActiveFamilies
 from shoal.server.engine.plan import DeviceLost, Pending, Runner, StepPlan
 from shoal.server.engine.request import Request, SamplingParams
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.model import device_runner
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
-from shoal.server.model.device_runner import DeviceRunner, GraphKey, RunnerLimits, _Captured
+from shoal.server.model.device_runner import (
+    NO_FAMILIES,
+    DeviceRunner,
+    GraphKey,
+    RunnerLimits,
+    _Captured,
+)
 from shoal.server.model.dummy import random_decoder
 from shoal.server.model.fused import defers_norms
 from shoal.server.model.gemms import SPARE_ROWS
@@ -34,6 +41,7 @@ from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.runner import ModelRunner
 from shoal.server.model.sampler import Sampler
 from shoal.server.model.starting import prompt_steps, start_device_runner
+from shoal.server.model.step_tensors import Layout
 
 VOCAB = 211
 CONFIG = {
@@ -445,6 +453,36 @@ def test_what_is_wanted_rarely_is_run_and_not_recorded(
     runner._replay = counted  # type: ignore[method-assign]
     assert run(runner, bank, workload([packed.spec for packed in world.packed])) == expected
     assert 0 < len(graphs.tried) < len(wanted)
+
+
+def test_what_was_prepared_is_replayed_for_any_rows(expected: dict[str, list[int]]) -> None:
+    world = World("cpu")
+    runner, bank = world.fused()
+    specs = [packed.spec for packed in world.packed]
+    assert run(runner, bank, workload(specs)) == expected  # so that old tables are there
+    graphs = Replayed(runner)
+    runner.record_after = sys.maxsize
+    active = ActiveFamilies(core_columns=16, core_alignment=8)
+    runner.plan_prompts((active, NO_FAMILIES))
+    count = 0
+    while runner.prepare():
+        count += 1
+    assert count == len(graphs.tried) == len(set(graphs.tried))
+    assert {key.active for key in graphs.tried} == {active, NO_FAMILIES}
+    assert {key.layout for key in graphs.tried} == {
+        Layout(rows, device_runner.CHUNKS, tokens)
+        for rows in runner.chunk_buckets
+        for tokens in device_runner.CHUNK_TOKENS
+    }
+    assert run(runner, bank, workload(specs)) == expected
+    # What was wanted meanwhile, and was not recorded while others waited, is now.
+    wanted = len(runner._wanted)
+    assert wanted > 0
+    while runner.prepare():
+        count += 1
+    assert count == len(graphs.tried)
+    assert not runner._wanted
+    assert run(runner, bank, workload(specs)) == expected
 
 
 def test_a_capture_that_fails_costs_the_graph_and_not_the_step(

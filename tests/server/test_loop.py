@@ -7,7 +7,7 @@ looks ahead, whose steps block in ``wait``.
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,6 +50,7 @@ class Bench:
     deliver_fault: Exception | None = None
     clock_s: float = 100.0
     pins: list[str] = field(default_factory=list)
+    idle: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(
@@ -65,7 +66,12 @@ class Bench:
         scheduler = Scheduler(limits, SlotTable(2, 10), eos)
         self.runner = Submitting(self)
         self.loop = EngineLoop(
-            scheduler, self.runner, self._deliver, staged=self, clock=lambda: self.now_s
+            scheduler,
+            self.runner,
+            self._deliver,
+            staged=self,
+            clock=lambda: self.now_s,
+            idle=self.idle,
         )
         self._ends: dict[str, TokenEvent] = {}
 
@@ -176,6 +182,49 @@ def test_an_idle_loop_runs_no_steps_and_wakes_for_work(lookahead: bool) -> None:
             bench.loop.submit(request(name, max_tokens=2))
             bench.until_end(name)
         assert bench.loop.stats().steps_total == 4
+
+
+def test_idle_moments_are_used_and_end_when_work_comes() -> None:
+    pieces: list[int] = []
+    working = threading.Event()
+    bench = Bench(held=True)
+
+    def idle() -> bool:
+        assert not bench.loop.stats().running
+        pieces.append(bench.runner.steps)
+        if len(pieces) == 3:
+            bench.loop.submit(request("a"))  # as from another thread, in the middle of a piece
+            working.set()
+        return len(pieces) < 100
+
+    bench.loop._idle = idle
+    bench.loop.start()
+    try:
+        assert working.wait(WAIT_S)
+        bench.wait_for_step()
+        assert len(pieces) == 3, "a request waits for one piece at the most"
+        bench.held = False
+        bench.go_on.release(100)
+        bench.until_end("a")
+        assert bench.loop.drain(WAIT_S)
+    finally:
+        bench.go_on.release(1000)
+        bench.loop.stop()
+    assert set(pieces[3:]) <= {bench.runner.steps}, "none while steps were under way"
+
+
+def test_a_failure_in_an_idle_moment_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
+
+    def idle() -> bool:
+        calls.append(1)
+        raise RuntimeError("planted")
+
+    with caplog.at_level(logging.CRITICAL + 1), running(idle=idle) as bench:
+        for name in ("a", "b"):
+            bench.loop.submit(request(name))
+            assert bench.until_end(name)[-1].finish_reason is FinishReason.LENGTH
+    assert len(calls) == 1
 
 
 def test_an_abort_takes_effect_before_the_next_step() -> None:
