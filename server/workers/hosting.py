@@ -11,6 +11,7 @@ from shoal.adapters.errors import AdapterError
 from shoal.adapters.registry.errors import RegistryError
 from shoal.adapters.registry.keys import Limits
 from shoal.server.errors import Overloaded, ShoalError
+from shoal.server.http.auth import UNKNOWN
 from shoal.server.http.runs import Run
 from shoal.server.http.services import Services
 from shoal.server.workers.messages import (
@@ -73,6 +74,8 @@ class Host:
                 run = self._services.run(job)
                 task = asyncio.create_task(self._follow(number, run))
                 self._runs[number] = run, task
+                # Not by the task itself: cancelled by the next message, it never begins.
+                task.add_done_callback(lambda _: self._runs.pop(number))
             case Stop(number, index):
                 if number in self._runs:
                     self._runs[number][0].stop(index)
@@ -128,8 +131,6 @@ class Host:
                     self.send((number, index, event))
         except Exception as problem:
             error = _told(problem)
-        finally:
-            del self._runs[number]
         self.send(Ended(number, error))
 
     async def _answer(self, call: Call) -> None:
@@ -152,13 +153,14 @@ class Host:
                     known = services.keys.remembered(*call.args)
                     if known is not None:
                         return known
-                return await self._in_thread(getattr(services.keys, method), call)
+                work = getattr(services.keys, method)
+                return await services.lookup(lambda: work(*call.args), owner=UNKNOWN)
             case "counts", method:
                 return await self._in_thread(getattr(services.metrics, method), call)
             case "library", "upload":
-                work = services.library.upload
+                upload = services.library.upload
                 return await services.work(
-                    lambda: work(*call.args, **call.kwargs), owner=call.owner
+                    lambda: upload(*call.args, **call.kwargs), owner=call.owner
                 )
             case "library", method:
                 return await self._in_thread(getattr(services.library, method), call)
