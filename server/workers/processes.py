@@ -139,6 +139,13 @@ class Workers:
             async with asyncio.timeout(flush_s + _END_S):
                 for host in self.hosts.values():
                     await host.gone.wait()
+        # Their pipes must end before the event loop closes: uvloop's would wait for them.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_S):
+                for place, host in self.hosts.items():
+                    if not host.gone.is_set():
+                        self._processes[place].process.kill()
+                        await host.gone.wait()
 
     def close(self) -> None:
         """End the processes, whatever they do. Blocks for a moment."""
