@@ -4,7 +4,7 @@ import asyncio
 import logging
 import pickle
 from collections.abc import Callable
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack
 from typing import Any
 
 from shoal.adapters.errors import AdapterError
@@ -12,7 +12,7 @@ from shoal.adapters.registry.errors import RegistryError
 from shoal.adapters.registry.keys import Limits
 from shoal.server.errors import Overloaded, ShoalError
 from shoal.server.http.auth import UNKNOWN
-from shoal.server.http.runs import Run
+from shoal.server.http.runs import LocalRun
 from shoal.server.http.services import Services
 from shoal.server.workers.messages import (
     Answer,
@@ -45,7 +45,7 @@ class Host:
         """Args: those of the engine's process."""
         self._services = services
         self._pipe: Pipe | None = None
-        self._runs: dict[int, tuple[Run, asyncio.Task[None]]] = {}
+        self._runs: dict[int, tuple[LocalRun, asyncio.Task[None]]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         # What was let in and has not ended.
         self._grants: dict[int, ExitStack] = {}
@@ -71,7 +71,7 @@ class Host:
         """Do what the worker asks."""
         match message:
             case Start(number, job):
-                run = self._services.run(job)
+                run = LocalRun(self._services, job)
                 task = asyncio.create_task(self._follow(number, run))
                 self._runs[number] = run, task
                 # Not by the task itself: cancelled by the next message, it never begins.
@@ -123,12 +123,10 @@ class Host:
             error = _told(refusal)
         self.send(Answer(number, None, error))
 
-    async def _follow(self, number: int, run: Run) -> None:
+    async def _follow(self, number: int, run: LocalRun) -> None:
         error: Exception | None = None
         try:
-            async with aclosing(run.events()) as events:
-                async for index, event in events:
-                    self.send((number, index, event))
+            await run.run(lambda index, event: self.send((number, index, event)))
         except Exception as problem:
             error = _told(problem)
         self.send(Ended(number, error))

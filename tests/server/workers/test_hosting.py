@@ -1,8 +1,7 @@
 """The engine's process gives back what a worker asked for, whenever nobody waits for it."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from shoal.server.engine.request import TokenEvent
 from shoal.server.http.jobs import Job
 from shoal.server.http.services import Services
+from shoal.server.workers import hosting
 from shoal.server.workers.hosting import Host
 from shoal.server.workers.messages import Cancel, Start
 
@@ -22,21 +22,23 @@ class Endless:
     def __init__(self) -> None:
         self.began = self.ended = 0
 
-    async def events(self) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+    async def run(self, tell: Callable[[int, TokenEvent], None]) -> None:
         self.began += 1
         try:
             await asyncio.get_running_loop().create_future()
-            yield 0, TokenEvent("")
         finally:
             self.ended += 1
 
 
 @pytest.mark.parametrize("turns", [0, 1, 3])
 @pytest.mark.parametrize("how", ["cancelled", "died"])
-def test_a_run_that_nobody_waits_for_is_forgotten(how: str, turns: int) -> None:
+def test_a_run_that_nobody_waits_for_is_forgotten(
+    how: str, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def check() -> None:
         run = Endless()
-        host = Host(cast(Services, SimpleNamespace(run=lambda job: run)))
+        monkeypatch.setattr(hosting, "LocalRun", lambda *_: run)
+        host = Host(cast(Services, None))
         host.received(Start(1, JOB))
         for _ in range(turns):  # with none, both messages came in one frame
             await asyncio.sleep(0)
