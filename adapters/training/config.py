@@ -33,6 +33,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "constant")
 TOO_LONG = ("cut", "refuse")
 GRAPHS = ("auto", "off")
+MAX_LENGTH = 512  # by default
 STEPS_MAX = 10_000_000  # the rate of each is computed before the first
 SEEDS = 1 << 63  # as many as generators take
 _SEED_RULE = "must not be negative, and below 2^63"
@@ -77,7 +78,9 @@ class TrainConfig:
     lr: float | None = option(None, _LR_HELP)
     batch_size: int = option(4, "records per forward pass (with --pack: rows)")
     accumulate: int = option(1, "forward passes per optimiser step")
-    max_length: int = option(512, "tokens per record")
+    max_length: int = option(
+        MAX_LENGTH, f"tokens per record; default: {MAX_LENGTH}, or the base's context if shorter"
+    )
     too_long: str = option(
         "cut",
         "what happens to longer records: they lose their end, or are refused",

@@ -5,7 +5,7 @@ It knows nothing of adapters or data.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.adapters.base import base_digest
 from shoal.adapters.spec import Target
+from shoal.adapters.training.config import MAX_LENGTH, TrainConfig
 from shoal.adapters.training.data import Example
 from shoal.adapters.training.errors import BaseRejected, OptionRejected
 from shoal.adapters.training.methods.attaching import weight_reader
@@ -116,12 +117,19 @@ def _refuse_random_weights(path: Path, report: dict[str, Any]) -> None:
         raise BaseRejected(f"base {path} {rule}")
 
 
-def check_length(base: Base, max_length: int) -> None:
-    """OptionRejected when records might be longer than what the base was made for."""
+def fitting(config: TrainConfig, base: Base) -> TrainConfig:
+    """``config`` with records no longer than what the base was made for.
+
+    Raises:
+        OptionRejected: longer ones were asked for.
+    """
     context = getattr(base.model.config, "max_position_embeddings", None)
-    if isinstance(context, int) and max_length > context:
+    if not isinstance(context, int) or config.max_length <= context:
+        return config
+    if config.max_length != MAX_LENGTH:
         rule = f"must not exceed {context}, the base's context"
-        raise OptionRejected("max-length", max_length, rule)
+        raise OptionRejected("max-length", config.max_length, rule)
+    return replace(config, max_length=context)
 
 
 def check_tokens(base: Base, examples: Sequence[Example]) -> None:

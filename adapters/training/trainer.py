@@ -16,10 +16,10 @@ from shoal.adapters.training.environment import peak_bytes
 from shoal.adapters.training.errors import OptionRejected
 from shoal.adapters.training.lanes import Lane, LaneRun, check_lanes
 from shoal.adapters.training.loading import (
-    check_length,
     check_tokens,
     device_of,
     exact_weights,
+    fitting,
     load_base,
 )
 from shoal.adapters.training.loop import OnStep, TrainingLoop
@@ -137,7 +137,7 @@ class _Training:
         for path in dict.fromkeys(filter(None, (*sources, config.eval_data))):
             read_records(path)
         self.base = load_base(config.base, device, config.dtype)
-        check_length(self.base, config.max_length)
+        self.config = config = fitting(config, self.base)
         examples = functools.cache(self._examples)
         evaluation = [] if config.eval_data is None else examples(config.eval_data)
         self.lanes = [

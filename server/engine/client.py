@@ -5,11 +5,17 @@ whatever the number of tokens. Knows neither text nor HTTP.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
 
 from shoal.server.engine.loop import Deliver, EngineLoop
 from shoal.server.engine.request import FinishReason, Request, TokenEvent
 from shoal.server.engine.stats import EngineStats
+
+log = logging.getLogger(__name__)
+
+# Told of a request's events, on the event loop; must not block.
+Sink = Callable[[TokenEvent], None]
 
 
 class EngineClient:
@@ -22,8 +28,7 @@ class EngineClient:
     def __init__(self, make_loop: Callable[[Deliver], EngineLoop]) -> None:
         self._engine = make_loop(self._deliver)
         self._event_loop: asyncio.AbstractEventLoop | None = None
-        # Bounded by the engine's limits: accepted requests, and each one's max_tokens events.
-        self._queues: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._sinks: dict[str, Sink] = {}
 
     @property
     def alive(self) -> bool:
@@ -34,6 +39,31 @@ class EngineClient:
         """Start the engine; its events go to the running event loop."""
         self._event_loop = asyncio.get_running_loop()
         self._engine.start()
+
+    def follow(self, request: Request, sink: Sink) -> Callable[[], None]:
+        """Submit a request, whose events ``sink`` is told of as steps produce them.
+
+        Returns:
+            What ends that: aborts the request within a step, unless it has ended. To be called
+            once it has, too; ``sink`` is told nothing afterwards.
+
+        Raises:
+            Overloaded, Draining: not accepted.
+        """
+        assert self._event_loop is asyncio.get_running_loop(), "start() ran on another event loop"
+        assert request.id not in self._sinks, f"request id {request.id} is in use"
+        self._sinks[request.id] = sink
+        try:
+            self._engine.submit(request)
+        except BaseException:
+            del self._sinks[request.id]
+            raise
+
+        def leave() -> None:
+            if self._sinks.pop(request.id, None) is not None:
+                self._engine.abort(request.id)  # does nothing to a request that has ended
+
+        return leave
 
     async def generate(
         self, request: Request, *, merge: bool = False
@@ -51,12 +81,10 @@ class EngineClient:
             Overloaded, Draining: not accepted.
             ShoalError: the request failed, as its last event says.
         """
-        assert self._event_loop is asyncio.get_running_loop(), "start() ran on another event loop"
-        assert request.id not in self._queues, f"request id {request.id} is in use"
+        # Bounded by the engine's limits: accepted requests, and each one's max_tokens events.
         queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._queues[request.id] = queue
+        leave = self.follow(request, queue.put_nowait)
         try:
-            self._engine.submit(request)
             held: TokenEvent | None = None
             while True:
                 event, held = held or await queue.get(), None
@@ -76,8 +104,7 @@ class EngineClient:
                 if event.finish_reason is not None:
                     return
         finally:
-            del self._queues[request.id]
-            self._engine.abort(request.id)  # does nothing to a request that has ended
+            leave()
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the others; see ``EngineLoop.drain``."""
@@ -98,6 +125,10 @@ class EngineClient:
 
     def _dispatch(self, events: list[TokenEvent]) -> None:
         for event in events:
-            queue = self._queues.get(event.request_id)
-            if queue is not None:  # else its consumer has left
-                queue.put_nowait(event)
+            sink = self._sinks.get(event.request_id)
+            if sink is None:
+                continue  # its consumer has left
+            try:
+                sink(event)
+            except Exception:  # the consumer's bug; other requests' events must go on
+                log.exception("a consumer of events failed request=%s", event.request_id)

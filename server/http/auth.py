@@ -29,7 +29,7 @@ _OPEN = frozenset({"/health", "/version"})
 # Scrapers need none either, as with vLLM, until there are tenants to be told of.
 _METRICS = "/metrics"
 # Whose turn it is to find out whose a request is; no owner is called so.
-_UNKNOWN = "?"
+UNKNOWN = "?"
 
 
 class Authenticate:
@@ -96,7 +96,7 @@ class Authenticate:
         known = keys.remembered(secret)
         if known is not None:
             return known
-        return await self._services.lookup(lambda: keys.verify(secret), owner=_UNKNOWN)
+        return await self._services.lookup(lambda: keys.verify(secret), owner=UNKNOWN)
 
     async def _has_tenants(self) -> bool:
         """Whether any key was ever made, which is never undone: as of ``CACHE_S`` ago."""
@@ -105,7 +105,7 @@ class Authenticate:
         due = self._asked_s is None or now - self._asked_s >= CACHE_S
         if keys is not None and due and not self._tenants:
             try:
-                self._tenants = await self._services.lookup(keys.exist, owner=_UNKNOWN)
+                self._tenants = await self._services.lookup(keys.exist, owner=UNKNOWN)
             except RegistryUnavailable:
                 if self._asked_s is None:
                     raise
@@ -118,7 +118,7 @@ async def is_open(services: Services) -> bool:
     keys = services.keys
     if services.config.api_key or keys is None:
         return not services.config.api_key
-    return not await services.lookup(keys.exist, owner=_UNKNOWN)
+    return not await services.lookup(keys.exist, owner=UNKNOWN)
 
 
 def check_exposure(config: ServeConfig) -> None:

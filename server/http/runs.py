@@ -10,8 +10,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
@@ -31,10 +32,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Events waiting for a slow client, for requests with several choices.
-_MERGE_MAX = 64
-
 Event = tuple[int, TokenEvent]
+Emit = Callable[[int, TokenEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """What a queue of events ends with."""
+
+    error: Exception | None
 
 
 class Run(Protocol):
@@ -56,86 +62,202 @@ class Run(Protocol):
         ...
 
 
+async def merged(
+    queue: "asyncio.Queue[Event | Over]", *, merge: bool
+) -> AsyncGenerator[Event, None]:
+    """What a queue brings until it has ended.
+
+    Args:
+        merge: what has come since the consumer asked last is one event, so that a busy event loop
+            falls behind by a few steps and no further.
+
+    Raises:
+        Exception: that which it ended with.
+    """
+    held: Event | Over | None = None
+    while True:
+        item, held = held or await queue.get(), None
+        if isinstance(item, Over):
+            if item.error is not None:
+                raise item.error
+            return
+        index, event = item
+        if merge and not queue.empty():
+            later: list[TokenEvent] = []
+            while held is None and not queue.empty():
+                after = queue.get_nowait()
+                if isinstance(after, Over) or after[0] != index:
+                    held = after
+                else:
+                    later.append(after[1])
+            event = event.then(later)
+        yield index, event
+
+
 class LocalRun:
     """Runs a job on the engine of this process."""
 
     def __init__(self, services: "Services", job: "Job") -> None:
         self._services = services
         self._job = job
-        self._stopped: set[int] = set()
+        self._choices: list[_Choice] = []
+        self._tokens = 0
 
     def stop(self, index: int) -> None:
-        """As ``Run``; what the engine makes of it until it hears of that is dropped."""
-        self._stopped.add(index)
+        """As ``Run``."""
+        if self._choices:
+            self._choices[index].stop()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """As ``Run``."""
+        # Bounded by the engine's limits, as is what waits there.
+        queue: asyncio.Queue[Event | Over] = asyncio.Queue()
+
+        async def work() -> None:
+            error: Exception | None = None
+            try:
+                await self.run(lambda index, event: queue.put_nowait((index, event)))
+            except Exception as problem:  # handed to the consumer, who raises it
+                error = problem
+            queue.put_nowait(Over(error))
+
+        working = asyncio.create_task(work())
+        try:
+            # What comes behind a stop string is neither counted nor shown, so it must not be in
+            # the event that completes it.
+            async with aclosing(merged(queue, merge=not self._job.stops)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            working.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.gather(working, return_exceptions=True)
+
+    async def run(self, emit: Emit) -> None:
+        """Do the job, telling of its events as they come; cancel it to abort what runs.
+
+        Raises:
+            ShoalError: nothing more will come; its message is for the client.
+        """
         job = self._job
-        tokens = 0
         with self._services.quotas.begin(job.tenant, job.limits) as grant:
             grant.charge(sum(map(len, job.prompts)))
             try:
-                async with aclosing(self._all(grant)) as events:
-                    async for index, event in events:
-                        tokens += len(event.token_ids)
-                        yield index, event
+                async with _staged(self._services, job) as adapter:
+                    await self._all(adapter, grant, emit)
             except Overloaded:
-                if not tokens:
+                if not self._tokens:
                     grant.take_back()
                 raise
 
-    async def _all(self, grant: Grant) -> AsyncGenerator[Event, None]:
-        async with _staged(self._services, self._job) as adapter:
-            runs = [self._choice(i, adapter, grant) for i in range(self._job.num_choices)]
-            source = runs[0] if len(runs) == 1 else _merge(runs)
-            async with aclosing(source):
-                async for event in source:
-                    yield event
+    async def _all(self, adapter: AdapterSpec | None, grant: Grant, emit: Emit) -> None:
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        job, services = self._job, self._services
 
-    async def _choice(
-        self, index: int, adapter: AdapterSpec | None, grant: Grant
-    ) -> AsyncGenerator[Event, None]:
+        def told(index: int, event: TokenEvent) -> None:
+            self._tokens += len(event.token_ids)
+            grant.charge(len(event.token_ids))
+            emit(index, event)
+
+        def ended(error: Exception | None) -> None:
+            if over.done():
+                return
+            if error is not None:
+                over.set_exception(error)
+            elif all(choice.over for choice in self._choices):
+                over.set_result(None)
+
+        self._choices = [
+            _Choice(services, job, index, told, ended) for index in range(job.num_choices)
+        ]
+        try:
+            for choice in self._choices:
+                choice.begin(adapter)
+            await over
+        finally:
+            for choice in self._choices:
+                choice.leave()
+
+
+class _Choice:
+    """One engine request of a run.
+
+    Attributes:
+        over: nothing more will come of it.
+    """
+
+    def __init__(
+        self,
+        services: "Services",
+        job: "Job",
+        index: int,
+        told: Emit,
+        ended: Callable[[Exception | None], None],
+    ) -> None:
+        self._services = services
+        self._job = job
+        self._index = index
+        self._told = told
+        self._ended = ended
+        self._id = f"{job.id}-{index}"
+        self._times = _Times(services, job, len(job.prompt_of(index)))
+        self._abort: Callable[[], None] | None = None
+        self._begun = False
+        self.over = False
+
+    def begin(self, adapter: AdapterSpec | None) -> None:
+        """Submit it. Raises Overloaded, Draining."""
         job = self._job
+        self._begun = True
         request = Request(
-            id=f"{job.id}-{index}",
-            prompt_ids=job.prompt_of(index),
-            sampling=job.sampling_of(index),
+            id=self._id,
+            prompt_ids=job.prompt_of(self._index),
+            sampling=job.sampling_of(self._index),
             adapter=adapter,
             tenant=job.tenant,
             weight=job.limits.weight,
             arrival_s=job.arrival_s,
             deadline_s=job.deadline_s,
         )
-        times = _Times(self._services, job, len(request.prompt_ids))
-        try:
-            # What comes behind a stop string is neither counted nor shown, so it must not be in
-            # the event that completes it.
-            merge = not job.stops
-            async with aclosing(self._services.engine.generate(request, merge=merge)) as events:
-                async for event in events:
-                    if index in self._stopped:
-                        return
-                    self._check(event)
-                    times.tokens(event)
-                    grant.charge(len(event.token_ids))
-                    if event.finish_reason is not None:
-                        times.reason = str(event.finish_reason)
-                    yield index, event
-                    if event.finish_reason is not None or index in self._stopped:
-                        return
-        finally:
-            if index in self._stopped and times.reason == "abort":
-                times.reason = str(FinishReason.STOP)
-            times.ended(request.id)
+        self._abort = self._services.engine.follow(request, self._take)
 
-    def _check(self, event: TokenEvent) -> None:
+    def stop(self) -> None:
+        """It is complete, by a rule that the engine does not know."""
+        if not self.over:
+            self._times.reason = str(FinishReason.STOP)
+            self._end()
+
+    def leave(self) -> None:
+        """Give back what it has; what still runs is aborted."""
+        self.over = True
+        if self._abort is not None:
+            self._abort()
+            self._abort = None
+        if self._begun:
+            self._begun = False
+            self._times.ended(self._id)
+
+    def _take(self, event: TokenEvent) -> None:
         if event.error is not None:
-            raise event.error
-        if event.finish_reason is FinishReason.ABORT:
-            # Not by our client: then nobody would be reading.
+            self._end(event.error)
+        elif event.finish_reason is FinishReason.ABORT:
+            # Not by our client: then nobody would be told.
             if self._services.draining:
-                raise Draining("the server shut down before the answer was complete")
-            raise EngineFailure("the engine ended this request before its answer was complete")
+                self._end(Draining("the server shut down before the answer was complete"))
+            else:
+                text = "the engine ended this request before its answer was complete"
+                self._end(EngineFailure(text))
+        else:
+            self._times.tokens(event)
+            if event.finish_reason is not None:
+                self._times.reason = str(event.finish_reason)
+            self._told(self._index, event)
+            if event.finish_reason is not None:
+                self._end()
+
+    def _end(self, error: Exception | None = None) -> None:
+        self.leave()
+        self._ended(error)
 
 
 class _Times:
@@ -234,37 +356,3 @@ async def _staged(services: "Services", job: "Job") -> AsyncIterator[AdapterSpec
             left = True
         for spec in pins:
             library.unstage(spec)
-
-
-async def _merge(runs: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:
-    """Events of all runs as they come; the first error ends them all."""
-    queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue(_MERGE_MAX)
-
-    async def forward(run: AsyncGenerator[Event, None]) -> None:
-        end: BaseException | None = None
-        try:
-            async with aclosing(run):
-                async for event in run:
-                    await queue.put(event)
-        except Exception as error:  # handed to the consumer, who raises it
-            end = error
-        await queue.put(end)
-
-    tasks = [asyncio.create_task(forward(run)) for run in runs]
-    try:
-        open_runs = len(tasks)
-        while open_runs:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                open_runs -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        with anyio.CancelScope(shield=True):
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for run in runs:
-            await run.aclose()  # a task cancelled before it began never opened its run

@@ -47,6 +47,10 @@ class Engine(Protocol):
         """End the engine; what is left is aborted."""
         ...
 
+    def follow(self, request: Request, sink: Callable[[TokenEvent], None]) -> Callable[[], None]:
+        """Submit a request and be told of its events; what is returned ends that."""
+        ...
+
     def generate(
         self, request: Request, *, merge: bool = False
     ) -> AsyncGenerator[TokenEvent, None]:

@@ -4,14 +4,15 @@ import asyncio
 import logging
 import pickle
 from collections.abc import Callable
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack
 from typing import Any
 
 from shoal.adapters.errors import AdapterError
 from shoal.adapters.registry.errors import RegistryError
 from shoal.adapters.registry.keys import Limits
 from shoal.server.errors import Overloaded, ShoalError
-from shoal.server.http.runs import Run
+from shoal.server.http.auth import UNKNOWN
+from shoal.server.http.runs import LocalRun
 from shoal.server.http.services import Services
 from shoal.server.workers.messages import (
     Answer,
@@ -44,7 +45,7 @@ class Host:
         """Args: those of the engine's process."""
         self._services = services
         self._pipe: Pipe | None = None
-        self._runs: dict[int, tuple[Run, asyncio.Task[None]]] = {}
+        self._runs: dict[int, tuple[LocalRun, asyncio.Task[None]]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         # What was let in and has not ended.
         self._grants: dict[int, ExitStack] = {}
@@ -70,9 +71,11 @@ class Host:
         """Do what the worker asks."""
         match message:
             case Start(number, job):
-                run = self._services.run(job)
+                run = LocalRun(self._services, job)
                 task = asyncio.create_task(self._follow(number, run))
                 self._runs[number] = run, task
+                # Not by the task itself: cancelled by the next message, it never begins.
+                task.add_done_callback(lambda _: self._runs.pop(number))
             case Stop(number, index):
                 if number in self._runs:
                     self._runs[number][0].stop(index)
@@ -120,16 +123,12 @@ class Host:
             error = _told(refusal)
         self.send(Answer(number, None, error))
 
-    async def _follow(self, number: int, run: Run) -> None:
+    async def _follow(self, number: int, run: LocalRun) -> None:
         error: Exception | None = None
         try:
-            async with aclosing(run.events()) as events:
-                async for index, event in events:
-                    self.send((number, index, event))
+            await run.run(lambda index, event: self.send((number, index, event)))
         except Exception as problem:
             error = _told(problem)
-        finally:
-            del self._runs[number]
         self.send(Ended(number, error))
 
     async def _answer(self, call: Call) -> None:
@@ -152,13 +151,14 @@ class Host:
                     known = services.keys.remembered(*call.args)
                     if known is not None:
                         return known
-                return await self._in_thread(getattr(services.keys, method), call)
+                work = getattr(services.keys, method)
+                return await services.lookup(lambda: work(*call.args), owner=UNKNOWN)
             case "counts", method:
                 return await self._in_thread(getattr(services.metrics, method), call)
             case "library", "upload":
-                work = services.library.upload
+                upload = services.library.upload
                 return await services.work(
-                    lambda: work(*call.args, **call.kwargs), owner=call.owner
+                    lambda: upload(*call.args, **call.kwargs), owner=call.owner
                 )
             case "library", method:
                 return await self._in_thread(getattr(services.library, method), call)

@@ -89,5 +89,10 @@ class Pipe(asyncio.Protocol):
         if self._transport is None or not self._outgoing:
             return
         messages, self._outgoing = self._outgoing, []
-        frame = pickle.dumps(messages, protocol=pickle.HIGHEST_PROTOCOL)
+        try:
+            frame = pickle.dumps(messages, protocol=pickle.HIGHEST_PROTOCOL)
+        except Exception:
+            # A bug. Whoever waits for one of these would wait for ever; a broken pipe is seen.
+            self._transport.abort()
+            raise
         self._transport.write(_LENGTH.pack(len(frame)) + frame)

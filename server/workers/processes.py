@@ -31,6 +31,8 @@ _AGAIN_MAX_S = 10.0
 _WELL_S = 60.0
 # For a worker to end by itself, beyond what its answers take.
 _END_S = 2.0
+# A worker that does not listen after so long is spoken of, again and again.
+LATE_S = 20.0
 
 
 class _Process:
@@ -107,7 +109,7 @@ class Workers:
         for place in range(len(self._processes)):
             await self._host(place, services)
         for place, host in list(self.hosts.items()):
-            await host.listening.wait()
+            await self._listening(place, host)
             if host.gone.is_set():
                 code = await asyncio.to_thread(self._processes[place].process.wait)
                 raise OSError(f"an HTTP process ended with {code} before it listened")
@@ -129,12 +131,21 @@ class Workers:
 
     async def exit(self, flush_s: int) -> None:
         """End them, once what is answered has left or ``flush_s`` are over."""
+        for listener in self._listeners:
+            listener.close()  # the workers close theirs: from then on nobody waits in vain
         for host in self.hosts.values():
             host.send(Exit(flush_s))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(flush_s + _END_S):
                 for host in self.hosts.values():
                     await host.gone.wait()
+        # Their pipes must end before the event loop closes: uvloop's would wait for them.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_S):
+                for place, host in self.hosts.items():
+                    if not host.gone.is_set():
+                        self._processes[place].process.kill()
+                        await host.gone.wait()
 
     def close(self) -> None:
         """End the processes, whatever they do. Blocks for a moment."""
@@ -161,6 +172,16 @@ class Workers:
         self.hosts[place] = host
         host.send(self._setup)
 
+    async def _listening(self, place: int, host: Host) -> None:
+        """Returns once a worker listens, or is gone; says so when that takes long."""
+        waiting = asyncio.ensure_future(host.listening.wait())
+        try:
+            while not (await asyncio.wait((waiting,), timeout=LATE_S))[0]:
+                pid = self._processes[place].process.pid
+                log.warning("still waiting for an HTTP process to listen pid=%d", pid)
+        finally:
+            waiting.cancel()
+
     async def _keep(self, place: int, services: Services) -> None:
         """Put another worker in the place of each that dies."""
         pause_s = _AGAIN_S
@@ -177,10 +198,10 @@ class Workers:
                 pause_s,
             )
             await asyncio.sleep(pause_s)
-            self._processes[place] = _Process()
             try:
+                self._processes[place] = _Process()
                 await self._host(place, services)
-            except OSError as problem:  # it died at once
+            except OSError as problem:  # there is no room for it, or it died at once
                 log.error("an HTTP process did not start: %s", problem)
                 self.hosts[place].gone.set()
 

@@ -8,7 +8,7 @@ import asyncio
 import concurrent.futures
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +17,7 @@ from shoal.server.engine.request import Request, TokenEvent
 from shoal.server.engine.stats import EngineStats
 from shoal.server.errors import EngineFailure
 from shoal.server.http.jobs import Job
+from shoal.server.http.runs import Event, Over, merged
 from shoal.server.workers.messages import (
     Answer,
     Call,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 ALIVE_S = 2.0
 
 _Reply = Callable[[Any, Exception | None], None]
-_Item = tuple[int, TokenEvent] | Ended
+_Item = Event | Over
 
 
 class Remote:
@@ -74,7 +75,7 @@ class Remote:
         elif isinstance(message, Ended):
             queue = self._queues.get(message.run)
             if queue is not None:
-                queue.put_nowait(message)
+                queue.put_nowait(Over(message.error))
         elif isinstance(message, Answer):
             reply = self._replies.pop(message.call, None)
             if reply is not None:
@@ -85,8 +86,8 @@ class Remote:
 
     def lost(self) -> None:
         """The engine's process is gone."""
-        for run, queue in self._queues.items():
-            queue.put_nowait(Ended(run, _gone()))
+        for queue in self._queues.values():
+            queue.put_nowait(Over(_gone()))
         for reply in self._replies.values():
             reply(None, _gone())
         self._replies.clear()
@@ -135,7 +136,7 @@ class Remote:
         queue: asyncio.Queue[_Item] = asyncio.Queue()
         self._queues[number] = queue
         if self._pipe is None or not self._pipe.open:
-            queue.put_nowait(Ended(number, _gone()))
+            queue.put_nowait(Over(_gone()))
         self.send(Start(number, job))
         return number, queue
 
@@ -189,29 +190,13 @@ class _Run:
     async def events(self) -> AsyncGenerator[tuple[int, TokenEvent], None]:
         number, queue = self._remote.follow(self._job)
         self._number = number
-        # As in the engine's process: what completes a stop string comes alone.
-        merge = not self._job.stops
         over = False
-        held: _Item | None = None
         try:
-            while True:
-                item, held = held or await queue.get(), None
-                if isinstance(item, Ended):
-                    over = True
-                    if item.error is not None:
-                        raise item.error
-                    return
-                index, event = item
-                if merge and not queue.empty():
-                    later: list[TokenEvent] = []
-                    while held is None and not queue.empty():
-                        after = queue.get_nowait()
-                        if isinstance(after, Ended) or after[0] != index:
-                            held = after
-                        else:
-                            later.append(after[1])
-                    event = event.then(later)
-                yield index, event
+            # As in the engine's process: what completes a stop string comes alone.
+            async with aclosing(merged(queue, merge=not self._job.stops)) as events:
+                async for event in events:
+                    yield event
+            over = True
         finally:
             self._remote.forget(number, cancel=not over)
 
@@ -340,6 +325,9 @@ class Elsewhere:
     async def drain(self, timeout_s: float) -> bool:
         """Nothing to do here."""
         return True
+
+    def follow(self, request: Request, sink: Callable[[TokenEvent], None]) -> Callable[[], None]:
+        _only_runs()
 
     def generate(
         self, request: Request, *, merge: bool = False

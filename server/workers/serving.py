@@ -62,10 +62,11 @@ async def _serve(services: Services, config: ServeConfig, workers: Workers) -> i
             waiting = asyncio.create_task(ended.wait())
             await asyncio.wait((beginning, waiting), return_when=asyncio.FIRST_COMPLETED)
             if not beginning.done():
-                beginning.cancel()
-            elif beginning.exception() is not None:
-                waiting.cancel()
-            await asyncio.gather(beginning, waiting, return_exceptions=False)
+                beginning.cancel()  # a signal came first
+                await asyncio.wait((beginning,))
+            else:
+                beginning.result()
+                await waiting
             await workers.exit(flush_s)
     finally:
         await services.engine.stop()

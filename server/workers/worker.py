@@ -51,7 +51,7 @@ class Worker:
     def __init__(self) -> None:
         self._remote = Remote()
         self._setup: asyncio.Future[Setup] = asyncio.get_running_loop().create_future()
-        self._services: Services | None = None
+        self._services: asyncio.Future[Services] = asyncio.get_running_loop().create_future()
         self._server: _Server | None = None
         self._pipe: Pipe | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -63,9 +63,10 @@ class Worker:
         self._remote.connect(self._pipe)
         setup = await self._setup
         logging.getLogger().setLevel(setup.config.log_level.upper())
-        self._services = services = services_of(setup, self._remote)
+        services = services_of(setup, self._remote)
         app = create_app(services)
         self._server = _Server(http_config(app, setup.config), self._pipe)
+        self._services.set_result(services)
         with settled():
             await self._server.serve(sockets=[listener])
         self._ending = True
@@ -79,14 +80,17 @@ class Worker:
                 self._setup.set_result(message)
             case Drain():
                 self._draining = asyncio.create_task(self._drain())
-            case Exit(flush_s) if self._server is not None:
+            case Exit() if self._server is None:
+                os._exit(0)  # nobody was answered yet
+            case Exit(flush_s):
+                assert self._server is not None
                 self._server.config.timeout_graceful_shutdown = flush_s
                 self._server.should_exit = True
 
     async def _drain(self) -> None:
-        assert self._services is not None
+        services = await self._services
         assert self._pipe is not None
-        await self._services.drain(_FOREVER_S)
+        await services.drain(_FOREVER_S)
         self._pipe.send(Drained())
 
     def _lost(self) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import socket
 
 from shoal.server.config import ServeConfig
-from shoal.server.http.serving import _listen, _new_loop
+from shoal.server.http.serving import listen, new_loop
 
 
 def test_accepted_connections_send_at_once() -> None:
@@ -16,7 +16,7 @@ def test_accepted_connections_send_at_once() -> None:
             found.set_result(taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        listener = _listen(ServeConfig(port=0))
+        listener = listen(ServeConfig(port=0))
         async with await asyncio.start_server(on_connect, sock=listener):
             _, writer = await asyncio.open_connection(*listener.getsockname())
             value = await asyncio.wait_for(found, 60)
@@ -24,5 +24,5 @@ def test_accepted_connections_send_at_once() -> None:
             await writer.wait_closed()
         return value
 
-    with asyncio.Runner(loop_factory=_new_loop) as runner:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         assert runner.run(accepted()) != 0

@@ -79,8 +79,9 @@ def test_a_consumer_that_fell_behind_gets_what_came_as_one_event() -> None:
         async with engine() as (client, runner):
             async with aclosing(client.generate(request("a", 20), merge=True)) as events:
                 first = await anext(events)
-                while client._queues["a"].qsize() + len(first.token_ids) < 20:
+                while client.stats().generation_tokens_total < 20:
                     await asyncio.sleep(0.001)
+                await asyncio.sleep(0.05)  # the last step's are on their way
                 rest = [event async for event in events]
             assert len(rest) == 1
             tokens = [*first.token_ids, *rest[0].token_ids]
@@ -117,6 +118,37 @@ def test_tokens_made_before_a_failure_are_not_lost_with_it() -> None:
             with pytest.raises(EngineFailure):
                 async for _ in events:
                     pass
+
+    run(test())
+
+
+def test_followed_events_are_told_until_one_leaves() -> None:
+    async def test() -> None:
+        async with engine() as (client, runner):
+            told: dict[str, list[TokenEvent]] = {"a": [], "b": []}
+            done = asyncio.Event()
+
+            def sink(event: TokenEvent) -> None:
+                told[event.request_id].append(event)
+                if event.request_id == "b" and len(told["b"]) == 1:
+                    leave_b()
+                if event.request_id == "a" and event.finish_reason is not None:
+                    done.set()
+                raise RuntimeError("a consumer's bug harms nobody")
+
+            leave_a = client.follow(request("a", 30), sink)
+            leave_b = client.follow(request("b", 1000), sink)
+            with pytest.raises(AssertionError, match="in use"):
+                client.follow(request("a", 1), sink)
+            await asyncio.wait_for(done.wait(), 30)
+            leave_a()
+            leave_a()
+            tokens = [token for event in told["a"] for token in event.token_ids]
+            assert tokens == runner.expected((1, 2, 3), None, 30)
+            assert len(told["b"]) == 1
+            while client.stats().running:
+                await asyncio.sleep(0.001)
+            assert not client._sinks
 
     run(test())
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ from shoal.adapters.training.fleet.turns import Turns
 from shoal.adapters.training.interrupt import StopRequest
 from shoal.adapters.training.loading import (
     Base,
-    check_length,
     check_tokens,
     device_of,
     exact_weights,
+    fitting,
     load_base,
 )
 from shoal.adapters.training.methods.attaching import shape_of
@@ -135,7 +135,8 @@ def _train(
     for path in dict.fromkeys(sources):
         read_records(path)
     base = load_base(common.base, device_of(common.device), common.dtype)
-    check_length(base, common.max_length)
+    common = fitting(common, base)
+    config = replace(config, common=common)
     members = _members(config, tenants, base)
     shape = shape_of(base.model, common.base.stem, base.digest)
     source = Source(

@@ -94,6 +94,8 @@ def test_records_may_not_be_longer_than_the_bases_context(lab: Lab) -> None:
     with pytest.raises(OptionRejected, match="must not exceed 40, the base's context"):
         lab.train("run", base=base, max_length=41)
     assert lab.train("run", base=base, max_length=40, steps=1).finished
+    # Who asks for no length has what fits.
+    assert lab.train("other", base=base, steps=1).finished
 
 
 def test_a_padding_token_that_the_model_lacks_does_no_harm(lab: Lab) -> None:

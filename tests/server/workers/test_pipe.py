@@ -93,3 +93,16 @@ def test_what_is_sent_before_closing_arrives_and_later_sends_do_nothing() -> Non
         there.send("too late")
 
     asyncio.run(check())
+
+
+def test_what_cannot_be_said_breaks_the_pipe() -> None:
+    async def check() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        here, heard_here, _, heard_there = await make()
+        here.send("somebody waits for this")
+        here.send(lambda: "nothing that can be pickled")
+        await heard_here.until(1)
+        await heard_there.until(1)
+        assert (heard_here.losses, heard_there.losses) == (1, 1)
+
+    asyncio.run(check())

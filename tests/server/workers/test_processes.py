@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from shoal.server.workers import processes, serving
 from shoal.server.workers.processes import Workers, started
 from shoal.server.workers.serving import serve_apart
 
@@ -148,3 +149,60 @@ def test_a_port_that_another_server_has_is_refused(build: Build) -> None:
         parts = build(port=other.getsockname()[1])
         with pytest.raises(ValueError, match="cannot listen on"):
             serve_apart(parts.services, parts.services.config, workers)
+
+
+def test_a_worker_that_does_not_listen_is_spoken_of_and_does_not_hold_up_the_end(
+    build: Build, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LATE_S", 0.05)
+    monkeypatch.setattr(serving, "FLUSH_S", 0)
+    parts = build(port=0)
+    with started(1) as workers:
+        os.kill(workers.pids[0], signal.SIGSTOP)
+
+        def interrupt() -> None:
+            try:
+                until(lambda: f"HTTP process to listen pid={workers.pids[0]}" in caplog.text)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        assert serve_apart(parts.services, parts.services.config, workers) == 0
+        thread.join(PATIENCE_S)
+        assert f"HTTP process to listen pid={workers.pids[0]}" in caplog.text
+    with pytest.raises(ProcessLookupError):
+        os.kill(workers.pids[0], 0)
+
+
+def test_a_worker_for_which_there_is_no_room_is_tried_again(
+    build: Build, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(serving, "FLUSH_S", 0)
+    parts = build(port=0)
+    with started(1) as workers:
+        process = processes._Process
+        failures = iter([OSError("too many processes")])
+
+        def short() -> Any:
+            for failure in failures:
+                raise failure
+            return process()
+
+        def visitor() -> None:
+            try:
+                until(lambda: workers.hosts and workers.hosts[0].listening.is_set())
+                until(lambda: is_well(workers.url))
+                monkeypatch.setattr(processes, "_Process", short)
+                before = workers.pids[0]
+                os.kill(before, signal.SIGKILL)
+                until(lambda: workers.pids[0] != before)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=visitor)
+        thread.start()
+        assert serve_apart(parts.services, parts.services.config, workers) == 0
+        thread.join(PATIENCE_S)
+    assert "did not start: too many processes" in caplog.text
