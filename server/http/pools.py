@@ -32,6 +32,19 @@ class Pool:
     async def run(self, call: Callable[[], T], *, owner: str) -> T:
         """What ``call`` returns or raises; it runs to its end even if this is cancelled."""
         await self._turn(owner)
+        # A task of its own: anyio keeps its own cancellation from a thread's caller, and not that
+        # of a task, after which the thread would go on and its place be given away.
+        work = asyncio.create_task(self._work(call))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()  # nobody is there to be told
+            raise
+
+    async def _work(self, call: Callable[[], T]) -> T:
         try:
             return await anyio.to_thread.run_sync(call, limiter=self._limiter)
         finally:

@@ -32,7 +32,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """To the engine: begin a run."""
+    """To the engine: begin a run. Its times are of the clock that a machine's processes share."""
 
     run: int
     job: Job

@@ -257,6 +257,13 @@ def test_singular_vectors_have_room_on_a_cpu_and_on_cuda_when_asked_for() -> Non
     assert parse("--spectral-memory", "3GiB").spectral_bytes("cuda") == 3 * GIB
 
 
+def test_http_has_processes_of_its_own_beside_a_gpu() -> None:
+    assert ServeConfig().http_processes("cpu", 64) == 0
+    assert [ServeConfig().http_processes("cuda", cores) for cores in (2, 8, 64)] == [1, 2, 4]
+    assert ServeConfig(api_workers=0).http_processes("cuda", 64) == 0
+    assert ServeConfig(api_workers=3).http_processes("cpu", 1) == 3
+
+
 def test_upload_helpers_follow_the_machine_unless_they_are_told() -> None:
     by_itself = ServeConfig()
     assert [by_itself.upload_processes(n) for n in (1, 2, 8, 16, 128)] == [1, 1, 2, 4, 4]

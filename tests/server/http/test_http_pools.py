@@ -1,5 +1,6 @@
 """Threads that owners share: nobody waits behind all that another one asked for."""
 
+import asyncio
 import random
 import threading
 import time
@@ -69,3 +70,24 @@ async def test_no_thread_is_lost_or_shared_whoever_leaves(seed: int) -> None:
     assert most == 3
     assert pool.num_waiting == 0
     assert pool._free == 3
+
+
+async def test_a_cancelled_tasks_call_keeps_its_place_to_its_end() -> None:
+    pool, may_go, began = Pool(1), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        began.set()
+        may_go.wait(30)
+
+    first = asyncio.create_task(pool.run(slow, owner="a"))
+    while not began.is_set():
+        await asyncio.sleep(0.001)
+    first.cancel()
+    second = asyncio.create_task(pool.run(lambda: 2, owner="b"))
+    await asyncio.sleep(0.02)
+    assert not first.done(), "what the call uses may be the caller's"
+    assert pool.num_waiting == 1
+    may_go.set()
+    assert await second == 2
+    with pytest.raises(asyncio.CancelledError):
+        await first

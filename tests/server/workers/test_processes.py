@@ -1,6 +1,7 @@
 """Real worker processes before a fake engine: they answer, die, come again, and end in order."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -157,7 +158,7 @@ def test_a_worker_that_does_not_listen_is_spoken_of_and_does_not_hold_up_the_end
     monkeypatch.setattr(processes, "LATE_S", 0.05)
     monkeypatch.setattr(serving, "FLUSH_S", 0)
     parts = build(port=0)
-    with started(1) as workers:
+    with caplog.at_level(logging.WARNING), started(1) as workers:
         os.kill(workers.pids[0], signal.SIGSTOP)
 
         def interrupt() -> None:
@@ -181,7 +182,7 @@ def test_a_worker_for_which_there_is_no_room_is_tried_again(
     monkeypatch.setattr(processes, "_AGAIN_S", 0.01)
     monkeypatch.setattr(serving, "FLUSH_S", 0)
     parts = build(port=0)
-    with started(1) as workers:
+    with caplog.at_level(logging.WARNING), started(1) as workers:
         process = processes._Process
         failures = iter([OSError("too many processes")])
 
