@@ -207,11 +207,13 @@ def build(config: ServeConfig, *, prepared: bool = True) -> Iterator[Parts]:
         spectral = SpectralBasis(
             exact_weight_of(decoder, path), shape, bases_cache(), admit=bank.check_spectral
         )
+    clock.lap("bank")
     library = _open_library(config, path, decoder, shape, basis, bank, host, dtype, spectral)
+    clock.lap("library")
     if config.upload_processes():
         library.prepare_apart(config.upload_processes())
     try:
-        clock.lap("adapters")
+        clock.lap("helpers")
         runner = _runner(config, plan, decoder, bank, host, basis, attention, prepared)
         clock.lap("runner")
         log.info("ready to listen %s", clock.report())

@@ -149,6 +149,7 @@ class DeviceRunner:
         attention: StepBackend | None = None,
     ) -> None:
         self.forward = forward
+        self.limits = limits
         self._decoder: Decoder = forward.decoder
         self._kv = kv
         self._bank = bank
@@ -165,6 +166,7 @@ class DeviceRunner:
         block_tokens = kv.block_tokens
         self._blocks_max = -(-limits.max_model_len // block_tokens)
         self._blocks_short = min(self._blocks_max, -(-SHORT_CONTEXT // block_tokens))
+        self._shorts = (True,) if self._blocks_short == self._blocks_max else (True, False)
 
         def arrays(rows: int, tokens: int) -> _Arrays:
             tensors = StepTensors(
@@ -498,27 +500,12 @@ class DeviceRunner:
         families: Sequence[ActiveFamilies] = (NO_FAMILIES,),
         progress: Callable[[int, int], None] | None = None,
         buckets: Sequence[int] | None = None,
-        chunks: int = 0,
     ) -> None:
-        """Capture the graphs of these buckets (by default all) for these sets of families.
-
-        Those of decode steps or, with ``chunks``, of steps with that many tokens of prompts.
+        """Capture the decode steps of these buckets (by default all) for these sets of families.
 
         Others are captured when a step first needs them, which delays that step.
         """
-        layouts = [Layout(rows) for rows in buckets or self.buckets]
-        greedy: tuple[bool, ...] = (True, False)
-        if chunks:
-            layouts = [Layout(rows, CHUNKS, chunks) for rows in buckets or self.chunk_buckets]
-            greedy = (False,)
-        shorts = (True,) if self._blocks_short == self._blocks_max else (True, False)
-        keys = [
-            GraphKey(layout, short, of_greedy, active)
-            for active in families
-            for of_greedy in greedy
-            for short in shorts
-            for layout in reversed(layouts)  # the largest first: the others fit in its memory
-        ]
+        keys = self._decode_keys(families, buckets or self.buckets)
         with self._on_stream():
             self._load_nothing(self._static, self._largest)
             for done, key in enumerate(keys):
@@ -530,15 +517,35 @@ class DeviceRunner:
             if progress:
                 progress(len(keys), len(keys))
 
+    @torch.inference_mode()
+    def rehearse(
+        self, families: Sequence[ActiveFamilies], buckets: Sequence[int] | None = None
+    ) -> None:
+        """Run what ``capture`` would capture, and what ``prepare`` will, and capture nothing."""
+        with self._on_stream():
+            self._load_nothing(self._static, self._largest)
+            for key in (*self._decode_keys(families, buckets or self.buckets), *self._planned):
+                self._rehearse(key)
+
+    def _decode_keys(
+        self, families: Sequence[ActiveFamilies], buckets: Sequence[int]
+    ) -> list[GraphKey]:
+        return [
+            GraphKey(Layout(rows), short, greedy, active)
+            for active in families
+            for greedy in (True, False)
+            for short in self._shorts
+            for rows in reversed(buckets)  # the largest first: the others fit in its memory
+        ]
+
     def plan_prompts(self, families: Sequence[ActiveFamilies]) -> None:
         """Let ``prepare`` capture steps with prompts for these sets of families.
 
         Short contexts first, and few tokens: what a server is most often asked for.
         """
-        shorts = (True,) if self._blocks_short == self._blocks_max else (True, False)
         self._planned.extend(
             GraphKey(Layout(rows, CHUNKS, tokens), short, False, active)
-            for short in shorts
+            for short in self._shorts
             for tokens in CHUNK_TOKENS
             for active in families
             for rows in self.chunk_buckets
@@ -594,7 +601,7 @@ class DeviceRunner:
 
         The first launch of each variant of a kernel compiles it, which takes seconds.
         """
-        tensors = self._exact.tensors
+        tensors, last = self._exact.tensors, self._last.clone()
         with self._on_stream():
             for count in tokens:
                 layout = Layout(0, chunks, count)
@@ -606,6 +613,7 @@ class DeviceRunner:
                     logits = F.linear(hidden, self._decoder.head)
                     for greedy in (True, False):
                         self._sample(tensors, logits, scale, greedy)
+            self._last.copy_(last)
 
     def _load_nothing(self, arrays: _Arrays, layout: Layout) -> None:
         """Places that read and write nothing: what graphs are captured with."""

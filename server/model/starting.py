@@ -4,6 +4,7 @@ One place for what the server and the offline benchmark share: GEMM plan, kernel
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from shoal.adapters.families.joint_basis import Columns, JointBasis
 from shoal.adapters.host_tier import HostTier
 from shoal.adapters.spec import GROUPS
 from shoal.adapters.tables import ActiveFamilies
+from shoal.kernels.ahead import compiling_ahead
 from shoal.kernels.paged_attention.launches import row_class
 from shoal.server.model import gemms
 from shoal.server.model.decoder import Decoder, Linear
@@ -76,20 +78,21 @@ def start_device_runner(
     measured = time.perf_counter()
     runner = make_device_runner(decoder, kv, bank, host, limits, plan, attention)
     if on_cuda:
-        tokens = [count for count in WARM_TOKENS if count <= limits.max_num_batched_tokens]
         compiling = part("compiling kernels")
-        for done, count in enumerate(tokens):
-            compiling(done, len(tokens))
-            runner.warm_prompts((*sets, *compiled), tokens=(count,))
-        for chunks, count in prompt_steps(limits):
-            runner.warm_prompts(tokens=(count,), chunks=chunks)
-        compiling(len(tokens), len(tokens))
+        few = (runner.buckets[0], runner.buckets[-1])  # launch between them what a step can launch
+        if attention is None:
+            runner.plan_prompts((*families[:1], NO_FAMILIES, *families[1:]))
+        # Every kernel is met once without being launched, for all to be compiled at once.
+        with compiling_ahead(compiler_threads()) as ahead:
+            if ahead:
+                rehearse(runner, sets, compiled, lambda done, total: compiling(done, 2 * total))
+                runner.rehearse(sets)
+                runner.rehearse(compiled, few)
+        rehearse(runner, sets, compiled, lambda done, total: compiling(total + done, 2 * total))
         warmed = time.perf_counter()
         if attention is None:
             runner.capture(sets, part("capturing graphs"))
-            # Between them these two launch what a decode step can launch.
-            runner.capture(compiled, buckets=sorted({runner.buckets[0], runner.buckets[-1]}))
-            runner.plan_prompts((*families[:1], NO_FAMILIES, *families[1:]))
+            runner.capture(compiled, buckets=few)
         log.info(
             "device runner ready gemms_s=%.1f kernels_s=%.1f graphs_s=%.1f",
             measured - begin,
@@ -98,6 +101,27 @@ def start_device_runner(
         )
     runner.record_after = RECORD_AFTER
     return runner
+
+
+def rehearse(
+    runner: DeviceRunner,
+    sets: Sequence[ActiveFamilies],
+    compiled: Sequence[ActiveFamilies],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Run steps with prompts that together launch every variant of the kernels that they need."""
+    tokens = [count for count in WARM_TOKENS if count <= runner.limits.max_num_batched_tokens]
+    for done, count in enumerate(tokens):
+        progress(done, len(tokens))
+        runner.warm_prompts((*sets, *compiled), tokens=(count,))
+    for chunks, count in prompt_steps(runner.limits):
+        runner.warm_prompts(tokens=(count,), chunks=chunks)
+    progress(len(tokens), len(tokens))
+
+
+def compiler_threads() -> int:
+    """Threads that compile kernels: each needs a core, and some hundred MB."""
+    return min(16, len(os.sched_getaffinity(0)))
 
 
 def prompt_steps(limits: RunnerLimits) -> list[tuple[int, int]]:

@@ -1,0 +1,74 @@
+"""Compile all kernels of a program at once, in threads, before its first launch.
+
+Triton compiles a kernel when it is first launched, one after the other: the forty-odd seconds of a
+server's first start. Almost all of that is outside the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from shoal.kernels.launching import require_triton
+
+
+@contextmanager
+def compiling_ahead(threads: int) -> Iterator[bool]:
+    """Within it, kernels that are launched and not yet compiled are compiled, and not launched.
+
+    When it ends all of them are compiled. What such a launch would have written stays what it was:
+    what is computed meanwhile must not be used, nor decide what is read or written.
+
+    Only for launches of this thread. Threads compile at full speed beside each other.
+
+    Yields:
+        False with a Triton that cannot do so: there a launch compiles and launches as ever.
+
+    Raises:
+        What the compiler raises, at the end.
+    """
+    require_triton()
+    import triton
+
+    if not hasattr(triton, "AsyncCompileMode"):
+        yield False
+        return
+
+    class Compiling(triton.AsyncCompileMode):  # type: ignore[misc]
+        def submit(self, key: str, compile_fn: object, finalize_fn: Any, *rest: object) -> object:
+            new = key not in self.future_kernels
+            super().submit(key, compile_fn, finalize_fn, *rest)
+            if new:
+                finalize_fn(unlaunched)  # or each launch would build and hash its source again
+            return unlaunched
+
+    unlaunched = _Unlaunched()
+    try:
+        with ThreadPoolExecutor(threads, "compile") as executor, Compiling(executor):
+            yield True
+    finally:
+        unlaunched.ended = True
+
+
+class _Unlaunched:
+    """What Triton launches in place of a kernel that is being compiled."""
+
+    function: object = None
+    packed_metadata: object = None
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def launch_metadata(self, *_: object) -> None:
+        """As a compiled kernel's."""
+
+    def run(self, *_: object) -> None:
+        """Launch nothing.
+
+        Raises:
+            RuntimeError: it is still there since its kernel could not be compiled.
+        """
+        if self.ended:
+            raise RuntimeError("this kernel could not be compiled")
