@@ -6,12 +6,14 @@ server's first start. Almost all of that is outside the interpreter's lock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 from shoal.kernels.launching import require_triton
+
+Compile = Callable[[], object]
+Finish = Callable[[object], None]
 
 
 @contextmanager
@@ -35,19 +37,24 @@ def compiling_ahead(threads: int) -> Iterator[bool]:
     if not hasattr(triton, "AsyncCompileMode"):
         yield False
         return
+    jobs: dict[str, tuple[Compile, Finish]] = {}
+    unlaunched = _Unlaunched()
 
-    class Compiling(triton.AsyncCompileMode):  # type: ignore[misc]
-        def submit(self, key: str, compile_fn: object, finalize_fn: Any, *rest: object) -> object:
-            new = key not in self.future_kernels
-            super().submit(key, compile_fn, finalize_fn, *rest)
-            if new:
+    class Collecting(triton.AsyncCompileMode):  # type: ignore[misc]
+        def submit(self, key: str, compile_fn: Compile, finalize_fn: Finish, *_: object) -> object:
+            if key not in jobs:
+                jobs[key] = (compile_fn, finalize_fn)
                 finalize_fn(unlaunched)  # or each launch would build and hash its source again
             return unlaunched
 
-    unlaunched = _Unlaunched()
     try:
-        with ThreadPoolExecutor(threads, "compile") as executor, Compiling(executor):
+        with Collecting(None):
             yield True
+        # Only now: beside so many threads this one would hardly get the lock to go on.
+        with ThreadPoolExecutor(threads, "compile") as executor:
+            compiled = executor.map(lambda job: job[0](), jobs.values())
+            for (_, finish), kernel in zip(jobs.values(), compiled, strict=True):
+                finish(kernel)
     finally:
         unlaunched.ended = True
 

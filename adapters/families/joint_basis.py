@@ -164,7 +164,7 @@ class JointBasis:
                     width = self.shape.dims[module].d_out
                     factor = basis.factors.get(Target(layer, module))
                     if factor is not None:
-                        used = factor.T[: columns.size]
+                        used = factor.to(self._device).T[: columns.size]
                         rows[: len(used), start : start + width].copy_(used)
                     start += width
 

@@ -385,11 +385,12 @@ class DeviceRunner:
 
     # -- the device's side ----------------------------------------------------------------------
 
-    def _run(self, key: GraphKey) -> _Captured:
+    def _run(self, key: GraphKey, layers: Sequence[int] | None = None) -> _Captured:
         """The step of ``key`` over the static tensors; captured, or run as it is."""
         tensors, layout = self._static.tensors, key.layout
         attend = self._attend(tensors, layout, self._table_blocks(key.short))
-        hidden, scale = self.forward(self._inputs(self._static, layout, attend, key.active))
+        inputs = self._inputs(self._static, layout, attend, key.active)
+        hidden, scale = self.forward(inputs, layers)
         if layout.chunks:
             hidden, scale = self._sampled(tensors, hidden, scale, layout.rows)
         logits = self._logits[: layout.rows]
@@ -538,18 +539,23 @@ class DeviceRunner:
             for rows in reversed(buckets)  # the largest first: the others fit in its memory
         ]
 
-    def plan_prompts(self, families: Sequence[ActiveFamilies]) -> None:
-        """Let ``prepare`` capture steps with prompts for these sets of families.
+    def plan_prompts(
+        self, families: Sequence[ActiveFamilies], tokens: Sequence[int] = CHUNK_TOKENS
+    ) -> int:
+        """Let ``prepare`` capture steps with so many tokens of prompts, for these sets of families.
 
-        Short contexts first, and few tokens: what a server is most often asked for.
+        Returns:
+            How many captures that adds.
         """
-        self._planned.extend(
-            GraphKey(Layout(rows, CHUNKS, tokens), short, False, active)
+        keys = [
+            GraphKey(Layout(rows, CHUNKS, count), short, False, active)
+            for count in tokens
             for short in self._shorts
-            for tokens in CHUNK_TOKENS
             for active in families
             for rows in self.chunk_buckets
-        )
+        ]
+        self._planned.extend(keys)
+        return len(keys)
 
     @torch.inference_mode()
     def prepare(self) -> bool:
@@ -608,7 +614,8 @@ class DeviceRunner:
                 self._load_nothing(self._exact, layout)
                 for active in families:
                     attend = self._attend(tensors, layout, self._blocks_short)
-                    hidden, scale = self.forward(self._inputs(self._exact, layout, attend, active))
+                    inputs = self._inputs(self._exact, layout, attend, active)
+                    hidden, scale = self.forward(inputs, self.forward.kinds_of_layers)
                     hidden, scale = self._sampled(tensors, hidden, scale, 1)
                     logits = F.linear(hidden, self._decoder.head)
                     for greedy in (True, False):
@@ -623,10 +630,11 @@ class DeviceRunner:
     def _rehearse(self, key: GraphKey) -> None:
         """Run a step as it is: the first launch of a kernel compiles it, which cannot be captured.
 
-        The step at hand is then run twice, so the second time must find the tokens of the first.
+        A few layers of it: what they write to the cache the step at hand writes again. It must
+        find the tokens that it would have found.
         """
         last = self._last.clone()
-        self._run(key)
+        self._run(key, self.forward.kinds_of_layers)
         self._last.copy_(last)
 
     def _try_capture(self, key: GraphKey) -> _Captured | None:

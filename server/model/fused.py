@@ -11,7 +11,7 @@ one launch fewer waits for another. Models with norms on their branches, and flo
 the un-normalised stream may leave), take the plain way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -116,6 +116,12 @@ class FusedForward:
         config = decoder.config
         self._layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
         self._norms_after_mlp = [*(layer.attn_norm for layer in self._layers[1:]), decoder.norm]
+        # Two of each kind: what the others launch differs in pointers alone, of which those into
+        # tables are aligned in every second layer.
+        kinds: dict[object, list[int]] = {}
+        for index, kind in enumerate(zip(config.windows, config.ropes, strict=True)):
+            kinds.setdefault(kind, []).append(index)
+        self.kinds_of_layers = sorted(index for same in kinds.values() for index in same[:2])
         self.deferred = defers_norms(config, decoder.dtype)
         positions = torch.arange(max_positions, device=decoder.device)
         self._rotations = {
@@ -130,8 +136,14 @@ class FusedForward:
             else None
         )
 
-    def __call__(self, step: StepInputs) -> tuple[Tensor, RowScale | None]:
+    def __call__(
+        self, step: StepInputs, layers: Sequence[int] | None = None
+    ) -> tuple[Tensor, RowScale | None]:
         """Run one step, writing its keys and values to the cache.
+
+        Args:
+            layers: only these, such as ``kinds_of_layers``: for what the others need, too, to be
+                compiled and loaded.
 
         Returns:
             ``(tokens, hidden)`` behind the final norm, and what is still to be applied to it: the
@@ -142,7 +154,8 @@ class FusedForward:
         if decoder.embedding_scale != 1.0:
             residual *= decoder.embedding_scale
         x, scale = self._enter(residual, self._layers[0].attn_norm.weight)
-        for layer, rope in zip(self._layers, config.ropes, strict=True):
+        for index in range(len(self._layers)) if layers is None else layers:
+            layer, rope = self._layers[index], config.ropes[index]
             y, core, early = self._linear(layer.qkv, x, step)
             q = rope_kv(
                 y,

@@ -19,6 +19,7 @@ from shoal.kernels.paged_attention.launches import row_class
 from shoal.server.model import gemms
 from shoal.server.model.decoder import Decoder, Linear
 from shoal.server.model.device_runner import (
+    CHUNK_TOKENS,
     NO_FAMILIES,
     RECORD_AFTER,
     DeviceRunner,
@@ -39,6 +40,11 @@ PROMPT_ROWS = (512, 1024, 2048)
 WARM_TOKENS = (1, 17, 32, 96, 192, 513, 1024)
 # Chunks of at most this many tokens on average may be taken in smaller tiles of queries.
 SHORT_CHUNK = 64
+
+# Of the sizes of prompts in a step that have graphs, so many have them when the server starts to
+# serve: what a request adds to the steps of others in streams is mostly little. The rest follows in
+# idle moments.
+USUAL_SIZES = 2
 
 # (what is being done, how much of it is done, how much there is)
 Progress = Callable[[str, int, int], None]
@@ -80,8 +86,11 @@ def start_device_runner(
     if on_cuda:
         compiling = part("compiling kernels")
         few = (runner.buckets[0], runner.buckets[-1])  # launch between them what a step can launch
+        usual = 0
         if attention is None:
-            runner.plan_prompts((*families[:1], NO_FAMILIES, *families[1:]))
+            ordered = (*families[:1], NO_FAMILIES, *families[1:])
+            usual = runner.plan_prompts(ordered, CHUNK_TOKENS[:USUAL_SIZES])
+            runner.plan_prompts(ordered, CHUNK_TOKENS[USUAL_SIZES:])
         # Every kernel is met once without being launched, for all to be compiled at once.
         with compiling_ahead(compiler_threads()) as ahead:
             if ahead:
@@ -93,6 +102,11 @@ def start_device_runner(
         if attention is None:
             runner.capture(sets, part("capturing graphs"))
             runner.capture(compiled, buckets=few)
+            recording = part("capturing graphs of prompts")
+            for done in range(usual):
+                recording(done, usual)
+                runner.prepare()
+            recording(usual, usual)
         log.info(
             "device runner ready gemms_s=%.1f kernels_s=%.1f graphs_s=%.1f",
             measured - begin,

@@ -509,7 +509,7 @@ def test_a_step_that_fails_before_its_capture_costs_no_graphs(
     runner, bank = world.fused()
     Replayed(runner)
 
-    def fail(key: GraphKey) -> _Captured:
+    def fail(*_: object) -> _Captured:
         raise RuntimeError("planted")
 
     good, bad = workload([], count=2, seed=5)
