@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def core_apply_kernel(
     y_ptr,
     h_ptr,
@@ -74,7 +74,7 @@ def core_apply_kernel(
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def core_mix_kernel(
     u_ptr,
     h_ptr,

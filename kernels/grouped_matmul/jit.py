@@ -74,7 +74,8 @@ def _shrink_many(
     tl.store(out_ptrs, acc.to(out_row.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit(do_not_specialize=["rank_scale"])
+# `modules` is 1 for some groups; known when compiled it would save a multiplication.
+@triton.jit(do_not_specialize=["modules", "rank_scale"])
 def shrink_kernel(
     x_ptr,
     arena_ptr,

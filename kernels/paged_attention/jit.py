@@ -15,6 +15,10 @@ LEAST = tl.constexpr(-1e30)
 # These change from step to step. Specialised (on 1, and on multiples of 16), each would compile
 # new variants in the middle of serving.
 VOLATILE = ["rows", "splits", "min_split", "window", "table_stride"]
+# A prefill's rows come behind any number of decode rows, so these start anywhere. That costs
+# nothing: contexts are read one at a time, and where the stride of a table is not known no row of
+# it is known to be aligned.
+ANYWHERE = ["tables_ptr", "contexts_ptr"]
 
 
 @triton.jit
@@ -261,7 +265,7 @@ def attention_reduce_kernel(
         )
 
 
-@triton.jit(do_not_specialize=VOLATILE)
+@triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=ANYWHERE)
 def attention_prefill_kernel(
     q_ptr,
     keys_ptr,

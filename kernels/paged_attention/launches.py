@@ -11,6 +11,7 @@ from shoal.kernels.launching import power_of_two
 
 MAX_SPLITS = 64  # the reduction loads a head's partial results at once
 LONGEST_SPLIT = 8192  # keys: one long row among many short ones must not be a few slow programs
+LEAST_SPLIT = 256  # keys, where rows are split to fill the GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,22 @@ def default_decode_config(
     # where there are fewer, or where few long rows would leave processors idle at the end.
     wanted = 3 * processors // 2
     enough = programs >= wanted
-    min_split = 1024 if enough else 256
+    min_split = 1024 if enough else LEAST_SPLIT
     splits = max(-(-wanted // max(programs, 1)), -(-span // LONGEST_SPLIT))
     splits = max(1, min(splits, -(-span // min_split), MAX_SPLITS))
     # Two tiles of keys and values per stage stay within some 100 KiB: two programs per processor.
     tile = 64 if dim * itemsize <= 256 else 32
     return DecodeConfig(tile=tile, splits=splits, min_split=min_split)
+
+
+def split_spans(most: int) -> list[int]:
+    """Spans of a single row that together launch every variant of a decode of up to ``most`` keys.
+
+    The reduction is compiled for every power of two of splits. One row takes as many splits as any
+    number of rows does, and each of these spans twice as many as the one before.
+    """
+    spans = (LEAST_SPLIT * 2**doubled + 1 for doubled in range(most.bit_length()))
+    return [span for span in spans if span <= most]
 
 
 def default_prefill_config(

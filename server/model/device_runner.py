@@ -90,6 +90,12 @@ def row_buckets(most: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
+def ends(sizes: Sequence[int]) -> tuple[int, int]:
+    """The smallest and the largest of ascending sizes: they launch between them what the others
+    launch, where kernels do not look at the sizes of more than their tiles."""
+    return sizes[0], sizes[-1]
+
+
 class StepBackend(Protocol):
     """Makes one step's attention over the cache, such as ``XformersAttention``."""
 
@@ -519,13 +525,22 @@ class DeviceRunner:
                 progress(len(keys), len(keys))
 
     @torch.inference_mode()
-    def rehearse(
-        self, families: Sequence[ActiveFamilies], buckets: Sequence[int] | None = None
-    ) -> None:
+    def rehearse(self, families: Sequence[ActiveFamilies]) -> None:
         """Run what ``capture`` would capture, and what ``prepare`` will, and capture nothing."""
+        self._rehearse_all((*self._decode_keys(families, self.buckets), *self._planned))
+
+    @torch.inference_mode()
+    def rehearse_ends(self, families: Sequence[ActiveFamilies]) -> None:
+        """Run the smallest and largest steps over the static tensors, and capture nothing."""
+        keys = self._decode_keys(families, ends(self.buckets))
+        if self._attention is None:
+            keys += self._prompt_keys(families, ends(CHUNK_TOKENS), ends(self.chunk_buckets))
+        self._rehearse_all(keys)
+
+    def _rehearse_all(self, keys: Sequence[GraphKey]) -> None:
         with self._on_stream():
             self._load_nothing(self._static, self._largest)
-            for key in (*self._decode_keys(families, buckets or self.buckets), *self._planned):
+            for key in keys:
                 self._rehearse(key)
 
     def _decode_keys(
@@ -547,15 +562,20 @@ class DeviceRunner:
         Returns:
             How many captures that adds.
         """
-        keys = [
+        keys = self._prompt_keys(families, tokens, self.chunk_buckets)
+        self._planned.extend(keys)
+        return len(keys)
+
+    def _prompt_keys(
+        self, families: Sequence[ActiveFamilies], tokens: Sequence[int], buckets: Sequence[int]
+    ) -> list[GraphKey]:
+        return [
             GraphKey(Layout(rows, CHUNKS, count), short, False, active)
             for count in tokens
             for short in self._shorts
             for active in families
-            for rows in self.chunk_buckets
+            for rows in buckets
         ]
-        self._planned.extend(keys)
-        return len(keys)
 
     @torch.inference_mode()
     def prepare(self) -> bool:
@@ -621,6 +641,21 @@ class DeviceRunner:
                     for greedy in (True, False):
                         self._sample(tensors, logits, scale, greedy)
             self._last.copy_(last)
+
+    @torch.inference_mode()
+    def warm_decodes(self, contexts: Sequence[int]) -> None:
+        """Run a row as it runs beside prompts without a graph, of at most these many positions.
+
+        Also the sampler of rows that need the host's.
+        """
+        arrays, layout = self._exact, Layout(1)
+        with self._on_stream():
+            self._load_nothing(arrays, layout)
+            for context in contexts:
+                attend = self._attend(arrays.tensors, layout, self._blocks_max, context)
+                inputs = self._inputs(arrays, layout, attend, NO_FAMILIES)
+                self.forward(inputs, self.forward.kinds_of_layers)
+            self._sampler.rehearse(self._logits[:1].float())
 
     def _load_nothing(self, arrays: _Arrays, layout: Layout) -> None:
         """Places that read and write nothing: what graphs are captured with."""

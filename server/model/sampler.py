@@ -78,6 +78,14 @@ class Sampler:
             logprobs=_logprobs(logits, chosen.clamp(min=0), rows),
         )
 
+    def rehearse(self, logits: Tensor) -> None:
+        """Launch what ``sample`` may launch for such logits ``(rows, vocab)``; draws nothing."""
+        for temperature in (0.0, 1.0):
+            # No log-probabilities: what is chosen while nothing is launched need not be a token.
+            sampling = SamplingParams(max_tokens=1, temperature=temperature, seed=0)
+            row = Row("", (), 0, (), sample=True, sampling=sampling)
+            self.sample(logits, [row] * len(logits))
+
     def _adjust(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
         """Penalties, biases and suppressed stop tokens; a copy only if a row asks for any."""
         needy = [i for i, row in enumerate(rows) if _is_adjusted(row)]

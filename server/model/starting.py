@@ -15,7 +15,7 @@ from shoal.adapters.host_tier import HostTier
 from shoal.adapters.spec import GROUPS
 from shoal.adapters.tables import ActiveFamilies
 from shoal.kernels.ahead import compiling_ahead
-from shoal.kernels.paged_attention.launches import row_class
+from shoal.kernels.paged_attention.launches import row_class, split_spans
 from shoal.server.model import gemms
 from shoal.server.model.decoder import Decoder, Linear
 from shoal.server.model.device_runner import (
@@ -25,6 +25,7 @@ from shoal.server.model.device_runner import (
     DeviceRunner,
     RunnerLimits,
     StepBackend,
+    ends,
     row_buckets,
 )
 from shoal.server.model.fused import FusedForward
@@ -85,23 +86,16 @@ def start_device_runner(
     runner = make_device_runner(decoder, kv, bank, host, limits, plan, attention)
     if on_cuda:
         compiling = part("compiling kernels")
-        few = (runner.buckets[0], runner.buckets[-1])  # launch between them what a step can launch
-        usual = 0
-        if attention is None:
-            ordered = (*families[:1], NO_FAMILIES, *families[1:])
-            usual = runner.plan_prompts(ordered, CHUNK_TOKENS[:USUAL_SIZES])
-            runner.plan_prompts(ordered, CHUNK_TOKENS[USUAL_SIZES:])
+        usual = plan_prompts(runner, families) if attention is None else 0
         # Every kernel is met once without being launched, for all to be compiled at once.
         with compiling_ahead(compiler_threads()) as ahead:
             if ahead:
-                rehearse(runner, sets, compiled, lambda done, total: compiling(done, 2 * total))
-                runner.rehearse(sets)
-                runner.rehearse(compiled, few)
+                meet(runner, sets, compiled, lambda done, total: compiling(done, 2 * total))
         rehearse(runner, sets, compiled, lambda done, total: compiling(total + done, 2 * total))
         warmed = time.perf_counter()
         if attention is None:
             runner.capture(sets, part("capturing graphs"))
-            runner.capture(compiled, buckets=few)
+            runner.capture(compiled, buckets=ends(runner.buckets))
             recording = part("capturing graphs of prompts")
             for done in range(usual):
                 recording(done, usual)
@@ -117,19 +111,49 @@ def start_device_runner(
     return runner
 
 
+def plan_prompts(runner: DeviceRunner, families: Sequence[ActiveFamilies]) -> int:
+    """Plan the graphs of steps with prompts for the base and ``families``.
+
+    Returns:
+        How many of them, the first ones, are to be captured before the runner serves.
+    """
+    ordered = (*families[:1], NO_FAMILIES, *families[1:])
+    usual = runner.plan_prompts(ordered, CHUNK_TOKENS[:USUAL_SIZES])
+    runner.plan_prompts(ordered, CHUNK_TOKENS[USUAL_SIZES:])
+    return usual
+
+
+def meet(
+    runner: DeviceRunner,
+    sets: Sequence[ActiveFamilies],
+    compiled: Sequence[ActiveFamilies],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Run steps that together launch every variant of every kernel: those without graphs, and those
+    that are, or may be, captured."""
+    rehearse(runner, sets, compiled, progress)
+    runner.rehearse(sets)
+    runner.rehearse_ends(compiled)
+
+
 def rehearse(
     runner: DeviceRunner,
     sets: Sequence[ActiveFamilies],
     compiled: Sequence[ActiveFamilies],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Run steps with prompts that together launch every variant of the kernels that they need."""
-    tokens = [count for count in WARM_TOKENS if count <= runner.limits.max_num_batched_tokens]
+    """Run steps without graphs that together launch every variant of the kernels they need."""
+    limits = runner.limits
+    most = limits.max_num_batched_tokens
+    tokens = [count for count in WARM_TOKENS if count <= most]
     for done, count in enumerate(tokens):
         progress(done, len(tokens))
         runner.warm_prompts((*sets, *compiled), tokens=(count,))
-    for chunks, count in prompt_steps(runner.limits):
+    for chunks in {1, limits.max_num_seqs}:  # between them the fewest and most tiles of tokens
+        runner.warm_prompts(compiled, tokens=(most,), chunks=chunks)
+    for chunks, count in prompt_steps(limits):
         runner.warm_prompts(tokens=(count,), chunks=chunks)
+    runner.warm_decodes(split_spans(limits.max_model_len))
     progress(len(tokens), len(tokens))
 
 
