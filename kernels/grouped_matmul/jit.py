@@ -74,7 +74,7 @@ def _shrink_many(
     tl.store(out_ptrs, acc.to(out_row.dtype.element_ty), mask=out_mask)
 
 
-# `modules` is 1 for some groups; known when compiled it would save a multiplication.
+# `modules` is 1 for some groups: compiled for those apart, it would save one multiplication.
 @triton.jit(do_not_specialize=["modules", "rank_scale"])
 def shrink_kernel(
     x_ptr,

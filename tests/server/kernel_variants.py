@@ -58,15 +58,13 @@ CONFIG = {
     "eos_token_id": 2,
 }
 BLOCK_TOKENS = 16
-STEPS = 50  # of each kind of adapters
-# As many rows as by default, whose numbers divide well; and few, whose numbers do not, of a model
-# without a joint basis.
+STEPS = 40  # of each kind of adapters
+# Rows, tokens of a step, positions: as many rows as by default, whose numbers divide well; a prompt
+# long beside the rows; few of all, whose numbers divide badly, and no joint basis.
 WORLDS = (
-    (
-        RunnerLimits(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=8192),
-        torch.bfloat16,
-    ),
-    (RunnerLimits(max_num_seqs=21, max_num_batched_tokens=500, max_model_len=1000), torch.float16),
+    ((256, 2048, 8192), torch.bfloat16),
+    ((40, 1500, 2048), torch.bfloat16),
+    ((21, 500, 1000), torch.float16),
 )
 # As `shoal.server.assemble` makes it of the canonical basis.
 WIDE = ActiveFamilies(core_alignment=8, wide_bases=("canonical",), wide_rank=16)
@@ -285,8 +283,11 @@ def told(variant: Variant, known: set[Variant]) -> str:
     return f"{variant.kernel}: " + ", ".join(best)
 
 
-def needed_late(limits: RunnerLimits, dtype: torch.dtype, *, others: bool) -> int:
-    """How many variants a runner of such limits needs that it has not met at start."""
+def needed_late(sizes: tuple[int, int, int], dtype: torch.dtype, *, others: bool) -> int:
+    """How many variants a runner of such sizes needs that it has not met at start."""
+    limits = RunnerLimits(
+        max_num_seqs=sizes[0], max_num_batched_tokens=sizes[1], max_model_len=sizes[2]
+    )
     draw = random.Random(limits.max_num_seqs)
     for function in jit_functions():
         function.device_caches.clear()
@@ -318,7 +319,7 @@ def main(others: bool) -> int:
     fused.multiply = multiply
     launch_everything()
     with Collecting(None):
-        return sum(needed_late(limits, dtype, others=others) for limits, dtype in WORLDS)
+        return sum(needed_late(sizes, dtype, others=others) for sizes, dtype in WORLDS)
 
 
 if __name__ == "__main__":
