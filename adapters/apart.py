@@ -121,11 +121,12 @@ class Helpers:
     left to the server.
     """
 
-    def __init__(self, setup: Setup, most: int) -> None:
+    def __init__(self, setup: Callable[[], Setup], most: int) -> None:
         """Args:
+        setup: called once, by another thread, and maybe at once; may take its time.
         most: processes. Each has torch and the registry in memory, some hundred MB.
         """
-        self._setup = setup
+        self._setup = _once(setup)
         self._most = most
         self._changed = threading.Condition()
         # All guarded by it.
@@ -134,6 +135,8 @@ class Helpers:
         self._starting = False
         self._deaths = 0
         self._closed = False
+        # Seconds where the libraries it needs are not in memory yet.
+        threading.Thread(target=self._setup, name="shoal-upload-setup", daemon=True).start()
 
     def upload(
         self,
@@ -164,7 +167,6 @@ class Helpers:
             info = helper.upload(
                 asked,
                 bases,
-                dtype=self._setup.packing.dtype,
                 place=place,
                 published=published,
             )
@@ -223,7 +225,7 @@ class Helpers:
     def _bring_up(self) -> None:
         helper = None
         try:
-            helper = _Helper(self._setup)
+            helper = _Helper(self._setup())
         except (OSError, EOFError, pickle.UnpicklingError) as problem:
             log.warning("an upload helper did not start: %s", problem)
         with self._changed:
@@ -237,6 +239,20 @@ class Helpers:
             self._changed.notify_all()
         if helper is not None:  # closed meanwhile
             helper.close()
+
+
+def _once(make: Callable[[], Setup]) -> Callable[[], Setup]:
+    """``make``, called the first time; whoever asks meanwhile waits."""
+    lock = threading.Lock()
+    made: list[Setup] = []
+
+    def get() -> Setup:
+        with lock:
+            if not made:
+                made.append(make())
+            return made[0]
+
+    return get
 
 
 class _Helper:
@@ -264,6 +280,7 @@ class _Helper:
         self._to: IO[bytes] = self._process.stdin
         self._from: IO[bytes] = self._process.stdout
         self.pid = self._process.pid
+        self._dtype = setup.packing.dtype
         self._told: tuple[str, ...] = ()
         # Whether it waits for the next upload.
         self.at_rest = True
@@ -279,7 +296,6 @@ class _Helper:
         asked: Asked,
         bases: Sequence[Basis],
         *,
-        dtype: torch.dtype,
         place: Callable[[PackedAdapter], None],
         published: AbstractContextManager[None],
     ) -> AdapterInfo | None:
@@ -292,7 +308,7 @@ class _Helper:
             return None
         self.at_rest = False
         try:
-            place(made.packed(dtype))
+            place(made.packed(self._dtype))
         except BaseException:
             self._send(STOP)
             self.at_rest = True

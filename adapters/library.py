@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -186,7 +187,8 @@ class AdapterLibrary:
         """
         if self._address is None or not self._address.reachable:
             return
-        setup = make_setup(
+        setup = partial(
+            make_setup,
             self._address,
             self._packing,
             self._canonical,

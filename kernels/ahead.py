@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 from shoal.kernels.launching import require_triton
 
@@ -20,8 +23,9 @@ Finish = Callable[[object], None]
 def compiling_ahead(threads: int) -> Iterator[bool]:
     """Within it, kernels that are launched and not yet compiled are compiled, and not launched.
 
-    When it ends all of them are compiled. What such a launch would have written stays what it was:
-    what is computed meanwhile must not be used, nor decide what is read or written.
+    When it ends all of them are compiled, and loaded on the current device. What such a launch
+    would have written stays what it was: what is computed meanwhile must not be used, nor decide
+    what is read or written.
 
     Only for launches of this thread. Threads compile at full speed beside each other.
 
@@ -50,9 +54,18 @@ def compiling_ahead(threads: int) -> Iterator[bool]:
     try:
         with Collecting(None):
             yield True
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+        def compiled_and_loaded(compile_fn: Compile) -> Any:
+            if device is not None:
+                torch.cuda.set_device(device)
+            kernel: Any = compile_fn()
+            kernel.run  # noqa: B018  # builds what launches it, with a C compiler, and loads both
+            return kernel
+
         # Only now: beside so many threads this one would hardly get the lock to go on.
         with ThreadPoolExecutor(threads, "compile") as executor:
-            compiled = executor.map(lambda job: job[0](), jobs.values())
+            compiled = executor.map(compiled_and_loaded, (job for job, _ in jobs.values()))
             for (_, finish), kernel in zip(jobs.values(), compiled, strict=True):
                 finish(kernel)
     finally:

@@ -8,7 +8,7 @@ It owns the order of start-up and of shutdown; each part's behaviour is in its o
 import gc
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +41,7 @@ from shoal.server.config import (
 from shoal.server.engine.client import EngineClient
 from shoal.server.engine.loop import Deliver, EngineLoop
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
+from shoal.server.garbage import Tidying
 from shoal.server.model import gemms
 from shoal.server.model.attention import AttentionName, resolve_attention
 from shoal.server.model.attention_xformers import XformersAttention, check_model
@@ -115,8 +116,16 @@ class Parts:
             self.runner,
             deliver,
             staged=self.host,
-            idle=self.runner.prepare if isinstance(self.runner, DeviceRunner) else None,
+            idle=self._idle(),
         )
+
+    def _idle(self) -> Callable[[], bool]:
+        """What the engine does while nobody waits, a piece at a time."""
+        tidy = Tidying()
+        if not isinstance(self.runner, DeviceRunner):
+            return tidy
+        prepare = self.runner.prepare
+        return lambda: prepare() or tidy()
 
 
 @contextmanager

@@ -5,7 +5,6 @@ to end, then what is left is aborted and the process exits with 0. A second sign
 """
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
@@ -17,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from shoal.server.config import ServeConfig
+from shoal.server.garbage import settled
 from shoal.server.http.auth import is_open
 from shoal.server.http.services import Services
 from shoal.server.http.wire import Wire
@@ -65,7 +65,7 @@ async def _serve(
         server.config.timeout_graceful_shutdown = FORCED_FLUSH_S
 
     ending = Ending(services.drain, end, forced, config.shutdown_timeout)
-    with settled(), ending.on_signals():
+    with settled(grows=True), ending.on_signals():
         await server.serve(sockets=[listener])
     return ending.exit_code
 
@@ -170,17 +170,6 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             announce(self._url, is_open=self._is_open)
-
-
-@contextmanager
-def settled() -> Iterator[None]:
-    """What there is now is not walked by each collection, which would hold up every stream."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def announce(url: str, *, is_open: bool) -> None:

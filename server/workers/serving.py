@@ -4,6 +4,7 @@ import asyncio
 import sys
 
 from shoal.server.config import ServeConfig
+from shoal.server.garbage import settled
 from shoal.server.http.auth import is_open
 from shoal.server.http.services import Services
 from shoal.server.http.serving import (
@@ -13,7 +14,6 @@ from shoal.server.http.serving import (
     Ending,
     announce,
     new_loop,
-    settled,
 )
 from shoal.server.workers.processes import Workers
 
@@ -57,7 +57,7 @@ async def _serve(services: Services, config: ServeConfig, workers: Workers) -> i
 
     ending = Ending(drain, ended.set, forced, config.shutdown_timeout)
     try:
-        with settled(), ending.on_signals():
+        with settled(grows=True), ending.on_signals():
             beginning = asyncio.create_task(begin())
             waiting = asyncio.create_task(ended.wait())
             await asyncio.wait((beginning, waiting), return_when=asyncio.FIRST_COMPLETED)

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from shoal.server.garbage import settled
 from shoal.server.http.app import create_app
 from shoal.server.http.services import Services
-from shoal.server.http.serving import SWITCH_S, http_config, new_loop, settled
+from shoal.server.http.serving import SWITCH_S, http_config, new_loop
 from shoal.server.model import tokenizer  # noqa: F401  # takes seconds, while there is no setup yet
 from shoal.server.workers.messages import Drain, Drained, Exit, Listening, Setup
 from shoal.server.workers.pipe import Pipe

@@ -183,7 +183,7 @@ def world(golden: Any, tmp_path: Path) -> Iterator[World]:
     setup = setup_of(golden)
     address = replace(setup.registry, registry_url=url, store_url=str(tmp_path / "store"))
     registry = address.open()
-    helpers = Helpers(replace(setup, registry=address), 1)
+    helpers = Helpers(lambda: replace(setup, registry=address), 1)
     yield World(golden, registry, helpers, url)
     helpers.close()
     registry.close()
@@ -337,7 +337,7 @@ def test_a_process_publishes_nothing_once_its_server_is_gone(
         return pickle.load(source)
 
     with to, source:
-        assert ask(world.helpers._setup) is True
+        assert ask(world.helpers._setup()) is True
         assert isinstance(ask(Asked(name="a", owner="", limits=None, files=files)), apart.Made)
         assert ask(apart.GO) is None
         database = sqlite3.connect(world.url.removeprefix("sqlite:///"), isolation_level=None)
