@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,8 +74,18 @@ CAPTURED = (
     ActiveFamilies(core_columns=16, core_alignment=8),
     ActiveFamilies(core_columns=32, core_alignment=8),
 )
+# Sets that are compiled at start and captured in idle moments: the same where a rank is no multiple
+# of 8.
+LATER = (
+    ActiveFamilies(core_columns=16, core_alignment=1),
+    ActiveFamilies(core_columns=32, core_alignment=1),
+)
 # Sets that are captured when they are first needed, and only compiled at start.
-COMPILED = (ActiveFamilies(fold_rank=16), ActiveFamilies(lora_rank=16, scale=True))
+COMPILED = (
+    ActiveFamilies(fold_rank=16),
+    ActiveFamilies(fold_rank=64),
+    ActiveFamilies(lora_rank=16, scale=True),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -429,6 +439,7 @@ def _runner(
             host,
             limits,
             families=CAPTURED if joint else (wide,),
+            later=LATER if joint else (replace(wide, core_alignment=1),),
             compiled=(*COMPILED, wide) if joint else COMPILED,
             attention=lengths,
             progress=bars,

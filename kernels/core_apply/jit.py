@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 
-# `tokens` is any number: specialised (on 1, and on multiples of 16), it would compile new variants in
-# the middle of serving. It only masks; what is wide are the loads along a row.
+# `tokens` is any number: specialised (on 1, and on multiples of 16), it would compile new variants
+# in the middle of serving. It only masks; what is wide are the loads along a row.
 @triton.jit(do_not_specialize=["tokens"])
 def core_apply_kernel(
     y_ptr,

@@ -212,6 +212,11 @@ class DeviceRunner:
         self._planned: deque[GraphKey] = deque()
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
 
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured so far."""
+        return len(self._graphs)
+
     # -- running ------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -554,6 +559,10 @@ class DeviceRunner:
             for rows in reversed(buckets)  # the largest first: the others fit in its memory
         ]
 
+    def plan_decodes(self, families: Sequence[ActiveFamilies]) -> None:
+        """Let ``prepare`` capture decode steps for these sets of families."""
+        self._planned.extend(self._decode_keys(families, self.buckets))
+
     def plan_prompts(
         self, families: Sequence[ActiveFamilies], tokens: Sequence[int] = CHUNK_TOKENS
     ) -> int:
@@ -598,6 +607,9 @@ class DeviceRunner:
                 arrays.tables.nobody(key.active, key.layout.tokens)
             self._rehearse(key)
             self._try_capture(key)
+        if not self._planned:
+            free, _ = torch.cuda.mem_get_info() if self._cuda else (0, 0)
+            log.info("all planned graphs are captured graphs=%d free=%d", self.num_graphs, free)
         return True
 
     def _next_planned(self) -> GraphKey | None:

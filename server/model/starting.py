@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
+
 from shoal.adapters.bank import AdapterBank
 from shoal.adapters.families.joint_basis import Columns, JointBasis
 from shoal.adapters.host_tier import HostTier
@@ -59,6 +61,7 @@ def start_device_runner(
     limits: RunnerLimits,
     *,
     families: Sequence[ActiveFamilies] = (),
+    later: Sequence[ActiveFamilies] = (),
     compiled: Sequence[ActiveFamilies] = (),
     attention: StepBackend | None = None,
     progress: Progress | None = None,
@@ -69,6 +72,7 @@ def start_device_runner(
         decoder: with ``gemms.SPARE_ROWS`` spare rows when there is a bank.
         bank: None for the base alone.
         families: sets of active families whose graphs are captured now, besides the base's.
+        later: sets whose kernels are compiled now, and whose graphs are captured in idle moments.
         compiled: further sets whose kernels are compiled now, and whose graphs are captured when a
             step first needs them.
         attention: see ``DeviceRunner``.
@@ -80,18 +84,19 @@ def start_device_runner(
 
     on_cuda = decoder.device.type == "cuda"
     sets = (NO_FAMILIES, *families)
+    every = (*sets, *later)
     begin = time.perf_counter()
-    plan = measure_gemms(decoder, limits, sets, part("measuring GEMMs"))
+    plan = measure_gemms(decoder, limits, every, part("measuring GEMMs"))
     measured = time.perf_counter()
     runner = make_device_runner(decoder, kv, bank, host, limits, plan, attention)
     if on_cuda:
         compiling = part("compiling kernels")
-        usual = plan_prompts(runner, families) if attention is None else 0
+        usual = plan_graphs(runner, families, later) if attention is None else 0
         # Every kernel is met once without being launched, for all to be compiled at once.
         with compiling_ahead(compiler_threads()) as ahead:
             if ahead:
-                meet(runner, sets, compiled, lambda done, total: compiling(done, 2 * total))
-        rehearse(runner, sets, compiled, lambda done, total: compiling(total + done, 2 * total))
+                meet(runner, sets, later, compiled, lambda n, total: compiling(n, 2 * total))
+        rehearse(runner, every, compiled, lambda n, total: compiling(total + n, 2 * total))
         warmed = time.perf_counter()
         if attention is None:
             runner.capture(sets, part("capturing graphs"))
@@ -102,17 +107,21 @@ def start_device_runner(
                 runner.prepare()
             recording(usual, usual)
         log.info(
-            "device runner ready gemms_s=%.1f kernels_s=%.1f graphs_s=%.1f",
+            "device runner ready gemms_s=%.1f kernels_s=%.1f graphs_s=%.1f graphs=%d free=%d",
             measured - begin,
             warmed - measured,
             time.perf_counter() - warmed,
+            runner.num_graphs,
+            torch.cuda.mem_get_info(decoder.device)[0],
         )
     runner.record_after = RECORD_AFTER
     return runner
 
 
-def plan_prompts(runner: DeviceRunner, families: Sequence[ActiveFamilies]) -> int:
-    """Plan the graphs of steps with prompts for the base and ``families``.
+def plan_graphs(
+    runner: DeviceRunner, families: Sequence[ActiveFamilies], later: Sequence[ActiveFamilies]
+) -> int:
+    """Plan the graphs of steps with prompts for the base and ``families``, and all of ``later``.
 
     Returns:
         How many of them, the first ones, are to be captured before the runner serves.
@@ -120,18 +129,22 @@ def plan_prompts(runner: DeviceRunner, families: Sequence[ActiveFamilies]) -> in
     ordered = (*families[:1], NO_FAMILIES, *families[1:])
     usual = runner.plan_prompts(ordered, CHUNK_TOKENS[:USUAL_SIZES])
     runner.plan_prompts(ordered, CHUNK_TOKENS[USUAL_SIZES:])
+    for active in later:
+        runner.plan_decodes((active,))
+        runner.plan_prompts((active,))
     return usual
 
 
 def meet(
     runner: DeviceRunner,
     sets: Sequence[ActiveFamilies],
+    later: Sequence[ActiveFamilies],
     compiled: Sequence[ActiveFamilies],
     progress: Callable[[int, int], None],
 ) -> None:
     """Run steps that together launch every variant of every kernel: those without graphs, and those
     that are, or may be, captured."""
-    rehearse(runner, sets, compiled, progress)
+    rehearse(runner, (*sets, *later), compiled, progress)
     runner.rehearse(sets)
     runner.rehearse_ends(compiled)
 

@@ -12,6 +12,7 @@ import pkgutil
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from shoal.adapters.spec import GROUPS, AdapterSpec, BaseShape, RowAdapter, Sect
 from shoal.adapters.tables import ActiveFamilies
 from shoal.kernels import launching
 from shoal.kernels.paged_attention import kernel as paged_attention
-from shoal.server.assemble import CAPTURED, COMPILED
+from shoal.server.assemble import CAPTURED, COMPILED, LATER
 from shoal.server.engine.plan import Row, StepPlan
 from shoal.server.engine.request import SamplingParams
 from shoal.server.model import fused, starting
@@ -74,16 +75,20 @@ Kinds = dict[str, list[tuple[str, int, str | None, tuple[Section, ...]]]]
 KINDS: Kinds = {
     "base": [],
     "core 16": [("core", rank, "canonical", ()) for rank in (8, 16)],
+    "core 4": [("core", rank, "canonical", ()) for rank in (4, 12)],
     "fold": [("fold", rank, None, ()) for rank in (4, 7, 16)],
+    "fold 64": [("fold", rank, None, ()) for rank in (40, 64)],
     "lora": [("lora", rank, None, ()) for rank in (3, 8, 16)],
     "dora": [("lora", rank, None, SCALE) for rank in (3, 8, 16)],
     "wide": [("core", rank, "late", ()) for rank in (8, 16)],
 }
 # The same where there is a joint basis.
-JOINT: Kinds = {"core 32": [("core", rank, "canonical", ()) for rank in (8, 16, 24, 32)]}
+JOINT: Kinds = {
+    "core 32": [("core", rank, "canonical", ()) for rank in (8, 16, 24, 32)],
+    "core 25": [("core", rank, "canonical", ()) for rank in (8, 20, 25)],
+}
 # What may be compiled when it is first needed: ranks and mixes that nothing is prepared for.
 OTHERS: Kinds = {
-    "core 4": [("core", 4, "canonical", ())],
     "core 64": [("core", 16, "foreign", ())],
     "fold 32": [("fold", 32, None, ())],
     "lora 32": [("lora", 32, None, ())],
@@ -295,8 +300,9 @@ def needed_late(sizes: tuple[int, int, int], dtype: torch.dtype, *, others: bool
     families = CAPTURED if joint else (WIDE,)
     compiled = (*COMPILED, WIDE) if joint else COMPILED
     runner = make_runner(limits, dtype, joint, draw)
-    starting.plan_prompts(runner, families)
-    starting.meet(runner, (ActiveFamilies(), *families), compiled, lambda *_: None)
+    later = LATER if joint else (replace(WIDE, core_alignment=1),)
+    starting.plan_graphs(runner, families, later)
+    starting.meet(runner, (ActiveFamilies(), *families), later, compiled, lambda *_: None)
     known = met()
     print(f"{limits}: {len(known)} variants are met at start")
     found = 0
