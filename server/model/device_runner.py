@@ -52,6 +52,9 @@ OUTPUT_RING = 4
 # Which mixes of families and ranks are asked for is up to the clients; each takes memory for good.
 # Mixes that come later run their kernels one by one.
 GRAPHS_MAX = 1024
+# So much must be left of the device's memory for another graph to be captured in an idle moment
+# (5 MB each for 32 layers): what steps allocate comes out of the same.
+FREE_BYTES = 3 << 30
 # Recording a graph stops everybody for 0.2 s and more, running its kernels one by one only for as
 # long as their launches take: while others wait, only what comes again and again is recorded.
 RECORD_AFTER = 8
@@ -608,12 +611,11 @@ class DeviceRunner:
             self._rehearse(key)
             self._try_capture(key)
         if not self._planned:
-            free, _ = torch.cuda.mem_get_info() if self._cuda else (0, 0)
-            log.info("all planned graphs are captured graphs=%d free=%d", self.num_graphs, free)
+            log.info("all planned graphs are captured graphs=%d", self.num_graphs)
         return True
 
     def _next_planned(self) -> GraphKey | None:
-        if not self._use_graphs or len(self._graphs) >= GRAPHS_MAX:
+        if not self._use_graphs or len(self._graphs) >= GRAPHS_MAX or self._is_full():
             return None
         while self._planned:
             key = self._planned.popleft()
@@ -626,6 +628,9 @@ class DeviceRunner:
             if key not in self._graphs:
                 return key
         return None
+
+    def _is_full(self) -> bool:
+        return self._cuda and torch.cuda.mem_get_info(self._decoder.device)[0] < FREE_BYTES
 
     @torch.inference_mode()
     def warm_prompts(

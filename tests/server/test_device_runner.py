@@ -455,6 +455,17 @@ def test_what_is_wanted_rarely_is_run_and_not_recorded(
     assert 0 < len(graphs.tried) < len(wanted)
 
 
+def test_nothing_is_prepared_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, _ = World("cpu").fused()
+    graphs = Replayed(runner)
+    runner.plan_prompts((NO_FAMILIES,))
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_is_full", lambda: True)
+        assert not runner.prepare()
+    assert not graphs.tried
+    assert runner.prepare()
+
+
 def test_what_was_prepared_is_replayed_for_any_rows(expected: dict[str, list[int]]) -> None:
     world = World("cpu")
     runner, bank = world.fused()
