@@ -31,7 +31,7 @@ FORCED_EXIT_CODE = 1
 # How long one thread may go on while others want the interpreter's lock. With the usual 5 ms the
 # engine and the streams may wait a whole step of a GPU for each upload's and look-up's turn (the
 # README has two rounds to compare).
-SWITCH_S = 0.0001
+SWITCH_S = 0.0005
 
 
 def serve(app: FastAPI, services: Services, config: ServeConfig) -> int:
