@@ -3,8 +3,9 @@
 A full collection walks every object there is, at about half a microsecond each: 60 ms beside 7,000
 resident adapters, while all threads stand still. Almost all of them live for as long as the
 process. So what has survived one full collection is not walked by the next (``gc.freeze``), which
-then costs what came since, a few milliseconds. Cycles that were alive then and die later are found
-in idle moments.
+then costs what came since, a few milliseconds. Cycles that were alive then and die later, such as
+those of a request in flight, are found in idle moments; where there are none, when so many objects
+have come that some of them must be such.
 """
 
 import gc
@@ -18,6 +19,8 @@ THRESHOLDS = (1000, 5, 2)
 # Everything is walked in an idle moment when this much more is frozen than the last time.
 GROWTH = 1.25
 BETWEEN_S = 60.0
+# And in the middle of work when this many times as much is: what is lost stays within that.
+GROWTH_BUSY = 3.0
 
 
 @contextmanager
@@ -31,21 +34,37 @@ def settled(*, grows: bool = False) -> Iterator[None]:
     thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()
+    survivors = _Survivors()
     if grows:
         gc.set_threshold(*THRESHOLDS)
-        gc.callbacks.append(_freeze_survivors)
+        gc.callbacks.append(survivors)
     try:
         yield
     finally:
         if grows:
-            gc.callbacks.remove(_freeze_survivors)
+            gc.callbacks.remove(survivors)
             gc.set_threshold(*thresholds)
         gc.unfreeze()
 
 
-def _freeze_survivors(phase: str, info: Mapping[str, int]) -> None:
-    if phase == "stop" and info["generation"] == 2:
+class _Survivors:
+    """Freezes what survives a full collection."""
+
+    def __init__(self) -> None:
+        self._most = GROWTH_BUSY * gc.get_freeze_count()
+        self._everything = False
+
+    def __call__(self, phase: str, info: Mapping[str, int]) -> None:
+        if info["generation"] != 2:
+            return
+        if phase == "start":
+            self._everything = not (frozen := gc.get_freeze_count()) or frozen > self._most
+            if self._everything:
+                gc.unfreeze()  # to be walked by this one
+            return
         gc.freeze()
+        if self._everything:
+            self._most = GROWTH_BUSY * gc.get_freeze_count()
 
 
 class Tidying:
