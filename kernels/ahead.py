@@ -41,14 +41,14 @@ def compiling_ahead(threads: int) -> Iterator[bool]:
     if not hasattr(triton, "AsyncCompileMode"):
         yield False
         return
-    jobs: dict[str, tuple[Compile, Finish]] = {}
+    jobs: dict[str, tuple[Compile, list[Finish]]] = {}
     unlaunched = _Unlaunched()
 
     class Collecting(triton.AsyncCompileMode):  # type: ignore[misc]
         def submit(self, key: str, compile_fn: Compile, finalize_fn: Finish, *_: object) -> object:
-            if key not in jobs:
-                jobs[key] = (compile_fn, finalize_fn)
-                finalize_fn(unlaunched)  # or each launch would build and hash its source again
+            # More than one where launches that Triton tells apart need the same kernel.
+            jobs.setdefault(key, (compile_fn, []))[1].append(finalize_fn)
+            finalize_fn(unlaunched)  # or each launch would build and hash its source again
             return unlaunched
 
     try:
@@ -66,8 +66,9 @@ def compiling_ahead(threads: int) -> Iterator[bool]:
         # Only now: beside so many threads this one would hardly get the lock to go on.
         with ThreadPoolExecutor(threads, "compile") as executor:
             compiled = executor.map(compiled_and_loaded, (job for job, _ in jobs.values()))
-            for (_, finish), kernel in zip(jobs.values(), compiled, strict=True):
-                finish(kernel)
+            for (_, finishes), kernel in zip(jobs.values(), compiled, strict=True):
+                for finish in finishes:
+                    finish(kernel)
     finally:
         unlaunched.ended = True
 
