@@ -608,8 +608,8 @@ class DeviceRunner:
             )
             if arrays.tables is not None:
                 arrays.tables.nobody(key.active, key.layout.tokens)
-            self._rehearse(key)
-            self._try_capture(key)
+            if self._try_capture(key, rehearsed=False) is None and self._cuda:
+                torch.cuda.synchronize()  # raises now, not in the next step, what is beyond help
         if not self._planned:
             log.info("all planned graphs are captured graphs=%d", self.num_graphs)
         return True
@@ -689,8 +689,10 @@ class DeviceRunner:
         self._run(key, self.forward.kinds_of_layers)
         self._last.copy_(last)
 
-    def _try_capture(self, key: GraphKey) -> _Captured | None:
+    def _try_capture(self, key: GraphKey, *, rehearsed: bool = True) -> _Captured | None:
         try:
+            if not rehearsed:
+                self._rehearse(key)
             return self._capture(key)
         except RuntimeError:  # such as no memory
             # Nor any other from now on: each attempt would take its time and fail.

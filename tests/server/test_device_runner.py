@@ -496,6 +496,34 @@ def test_what_was_prepared_is_replayed_for_any_rows(expected: dict[str, list[int
     assert run(runner, bank, workload(specs)) == expected
 
 
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("place", ["_rehearse", "_capture"])
+def test_no_memory_in_an_idle_moment_ends_preparing_alone_and_a_lost_context_is_noticed(
+    place: str, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = World("cpu").fused()
+    runner._use_graphs = True
+    runner.plan_prompts((NO_FAMILIES,))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(runner, place, fail)
+    monkeypatch.setattr(runner, "_is_full", lambda: False)
+    monkeypatch.setattr(runner, "_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail if lost else lambda *_: None)
+    if lost:
+        with pytest.raises(DeviceLost):
+            runner.prepare()
+        return
+    if place == "_capture":
+        monkeypatch.setattr(runner, "_rehearse", lambda key: None)
+    assert runner.prepare()
+    assert not runner.prepare()
+    assert not runner._graphs
+
+
 def test_a_capture_that_fails_costs_the_graph_and_not_the_step(
     expected: dict[str, list[int]],
 ) -> None:
