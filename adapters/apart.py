@@ -136,7 +136,7 @@ class Helpers:
         self._deaths = 0
         self._closed = False
         # Seconds where the libraries it needs are not in memory yet.
-        threading.Thread(target=self._setup, name="shoal-upload-setup", daemon=True).start()
+        threading.Thread(target=self._set_up, name="shoal-upload-setup", daemon=True).start()
 
     def upload(
         self,
@@ -222,11 +222,15 @@ class Helpers:
         self._starting = True
         threading.Thread(target=self._bring_up, name="shoal-upload-helper", daemon=True).start()
 
+    def _set_up(self) -> None:
+        with contextlib.suppress(Exception):  # who needs it tries again, and says what is wrong
+            self._setup()
+
     def _bring_up(self) -> None:
         helper = None
         try:
             helper = _Helper(self._setup())
-        except (OSError, EOFError, pickle.UnpicklingError) as problem:
+        except Exception as problem:  # of the process, or of what it is told
             log.warning("an upload helper did not start: %s", problem)
         with self._changed:
             self._starting = False

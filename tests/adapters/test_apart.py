@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -366,6 +366,23 @@ def test_a_store_in_memory_is_the_servers_alone(store: str) -> None:
     assert not address.reachable
     assert replace(address, store_url="s3://bucket/memory").reachable
     assert replace(address, store_url="/data/memory").reachable
+
+
+def test_uploads_are_left_to_the_server_where_what_a_helper_is_told_cannot_be_made() -> None:
+    asked = Asked(name="a", owner="", limits=None, files={})
+    tries = []
+
+    def setup() -> Setup:
+        tries.append(1)
+        raise ValueError("planted")
+
+    helpers = Helpers(setup, 1)
+    end = time.monotonic() + START_S
+    while len(tries) < 1 + apart.DEATHS_MAX and time.monotonic() < end:
+        assert helpers.upload(asked, (), place=pytest.fail, published=nullcontext()) is None
+        time.sleep(0.001)
+    assert len(tries) == 1 + apart.DEATHS_MAX, "each was tried, after the one that came first"
+    helpers.close()
 
 
 def test_one_that_cannot_start_is_not_tried_for_ever(
