@@ -19,8 +19,9 @@ THRESHOLDS = (1000, 5, 2)
 # Everything is walked in an idle moment when this much more is frozen than the last time.
 GROWTH = 1.25
 BETWEEN_S = 60.0
-# And in the middle of work when this many times as much is: what is lost stays within that.
+# And in the middle of work when this many times as much is: cycles do not add up beyond that.
 GROWTH_BUSY = 3.0
+COUNTED_EVERY = 8  # full collections
 
 
 @contextmanager
@@ -52,18 +53,22 @@ class _Survivors:
 
     def __init__(self) -> None:
         self._most = GROWTH_BUSY * gc.get_freeze_count()
+        self._collections = 0
         self._everything = False
 
     def __call__(self, phase: str, info: Mapping[str, int]) -> None:
         if info["generation"] != 2:
             return
         if phase == "start":
-            self._everything = not (frozen := gc.get_freeze_count()) or frozen > self._most
-            if self._everything:
+            self._collections += 1
+            # Now and then: to count what is frozen takes milliseconds, too.
+            if self._collections % COUNTED_EVERY == 0 and gc.get_freeze_count() > self._most:
+                self._everything = True
                 gc.unfreeze()  # to be walked by this one
             return
         gc.freeze()
         if self._everything:
+            self._everything = False
             self._most = GROWTH_BUSY * gc.get_freeze_count()
 
 
