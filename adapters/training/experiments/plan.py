@@ -12,9 +12,9 @@ from shoal.adapters.training.experiments.tables import Table
 
 # Tokens of a row as padded for recorded steps, by task (SmolLM2's tokens, multiples of 64).
 PADDED = {"words": 128, "strings": 64, "lists": 192, "mixed": 128}
-# Measured on an H100 with a 135M base in bfloat16: padded tokens of a step in one second, LoRA's and
-# PiSSA's (DoRA: 130,000); seconds around a group's steps (loading, tokenising, recording, writing)
-# and of the steps themselves that their size does not change; seconds a score.
+# Measured on an H100 with a 135M base in bfloat16: padded tokens of a step in one second, LoRA's
+# and PiSSA's (DoRA: 130,000); seconds around a group's steps (loading, tokenising, recording,
+# writing) and of the steps themselves that their size does not change; seconds a score.
 TOKENS_S, AROUND_S, SCORE_S = 235_000, 4.5, 1.3
 
 
