@@ -21,7 +21,6 @@ GROWTH = 1.25
 BETWEEN_S = 60.0
 # And in the middle of work when this many times as much is: cycles do not add up beyond that.
 GROWTH_BUSY = 3.0
-COUNTED_EVERY = 8  # full collections
 
 
 @contextmanager
@@ -52,24 +51,27 @@ class _Survivors:
     """Freezes what survives a full collection."""
 
     def __init__(self) -> None:
-        self._most = GROWTH_BUSY * gc.get_freeze_count()
-        self._collections = 0
+        self._frozen = gc.get_freeze_count()
+        self._most = GROWTH_BUSY * self._frozen
         self._everything = False
 
     def __call__(self, phase: str, info: Mapping[str, int]) -> None:
         if info["generation"] != 2:
             return
         if phase == "start":
-            self._collections += 1
-            # Now and then: to count what is frozen takes milliseconds, too.
-            if self._collections % COUNTED_EVERY == 0 and gc.get_freeze_count() > self._most:
-                self._everything = True
-                gc.unfreeze()  # to be walked by this one
+            # The sum is too large by what has died; to count what is there takes milliseconds.
+            if self._frozen > self._most:
+                self._frozen = gc.get_freeze_count()
+                if self._frozen > self._most:
+                    self._everything = True
+                    self._frozen = 0
+                    gc.unfreeze()  # to be walked by this one
             return
+        self._frozen += len(gc.get_objects(generation=2))
         gc.freeze()
         if self._everything:
             self._everything = False
-            self._most = GROWTH_BUSY * gc.get_freeze_count()
+            self._most = GROWTH_BUSY * self._frozen
 
 
 class Tidying:
