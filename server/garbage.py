@@ -32,8 +32,7 @@ def settled(*, grows: bool = False) -> Iterator[None]:
             belongs to it.
     """
     thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
+    _collect_and_freeze()
     survivors = _Survivors()
     if grows:
         gc.set_threshold(*THRESHOLDS)
@@ -45,6 +44,14 @@ def settled(*, grows: bool = False) -> Iterator[None]:
             gc.callbacks.remove(survivors)
             gc.set_threshold(*thresholds)
         gc.unfreeze()
+
+
+def _collect_and_freeze() -> None:
+    gc.collect()
+    gc.freeze()
+    # The interpreter puts a full collection off until a quarter of what the last one left has come:
+    # this one leaves nothing.
+    gc.collect()
 
 
 class _Survivors:
@@ -104,7 +111,6 @@ class Tidying:
         if frozen < self._least:
             return False
         gc.unfreeze()
-        gc.collect()
-        gc.freeze()
+        _collect_and_freeze()
         self._least = GROWTH * gc.get_freeze_count()
         return True
