@@ -8,7 +8,7 @@ It owns the order of start-up and of shutdown; each part's behaviour is in its o
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -396,6 +396,20 @@ def runs_fused(device: torch.device, attention: AttentionName) -> bool:
     return device.type == "cuda" and attention != "torch"
 
 
+def prepared_families(basis_id: str, *, joint: bool) -> tuple[Sequence[ActiveFamilies], ...]:
+    """What a GPU's server is prepared for: ``families``, ``later``, ``compiled`` of its start.
+
+    Args:
+        basis_id: the base's own basis.
+        joint: whether there is a joint basis.
+    """
+    # LoRA-XS as it is served where there is no joint basis, and beyond its ranks where there is.
+    wide = ActiveFamilies(core_alignment=8, wide_bases=(basis_id,), wide_rank=ADAPTER_RANK)
+    if joint:
+        return CAPTURED, LATER, (*COMPILED, wide)
+    return (wide,), (replace(wide, core_alignment=1),), COMPILED
+
+
 def _runner(
     config: ServeConfig,
     plan: EnginePlan,
@@ -428,9 +442,7 @@ def _runner(
     # captured may start one, need not walk it.
     gc.collect()
     gc.freeze()
-    # LoRA-XS as it is served where there is no joint basis, and beyond its ranks where there is.
-    wide = ActiveFamilies(core_alignment=8, wide_bases=(basis.id,), wide_rank=ADAPTER_RANK)
-    joint = bank.joint is not None
+    families, later, compiled = prepared_families(basis.id, joint=bank.joint is not None)
     with Bars() as bars:
         return start_device_runner(
             decoder,
@@ -438,9 +450,9 @@ def _runner(
             bank,
             host,
             limits,
-            families=CAPTURED if joint else (wide,),
-            later=LATER if joint else (replace(wide, core_alignment=1),),
-            compiled=(*COMPILED, wide) if joint else COMPILED,
+            families=families,
+            later=later,
+            compiled=compiled,
             attention=lengths,
             progress=bars,
         )

@@ -52,9 +52,9 @@ OUTPUT_RING = 4
 # Which mixes of families and ranks are asked for is up to the clients; each takes memory for good.
 # Mixes that come later run their kernels one by one.
 GRAPHS_MAX = 1024
-# So much must be left of the device's memory for another graph to be captured in an idle moment
-# (5 MB each for 32 layers): what steps allocate comes out of the same.
-FREE_BYTES = 3 << 30
+# So much of the device's memory must be free for another graph to be captured in an idle moment
+# (some 5 MB each for 32 layers): what steps allocate comes out of the same.
+FREE_SHARE = 0.04
 # Recording a graph stops everybody for 0.2 s and more, running its kernels one by one only for as
 # long as their launches take: while others wait, only what comes again and again is recorded.
 RECORD_AFTER = 8
@@ -630,7 +630,10 @@ class DeviceRunner:
         return None
 
     def _is_full(self) -> bool:
-        return self._cuda and torch.cuda.mem_get_info(self._decoder.device)[0] < FREE_BYTES
+        if not self._cuda:
+            return False
+        free, total = torch.cuda.mem_get_info(self._decoder.device)
+        return free < FREE_SHARE * total
 
     @torch.inference_mode()
     def warm_prompts(

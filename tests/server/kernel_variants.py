@@ -12,7 +12,6 @@ import pkgutil
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from shoal.adapters.spec import GROUPS, AdapterSpec, BaseShape, RowAdapter, Sect
 from shoal.adapters.tables import ActiveFamilies
 from shoal.kernels import launching
 from shoal.kernels.paged_attention import kernel as paged_attention
-from shoal.server.assemble import CAPTURED, COMPILED, LATER
+from shoal.server.assemble import CAPTURED, prepared_families
 from shoal.server.engine.plan import Row, StepPlan
 from shoal.server.engine.request import SamplingParams
 from shoal.server.model import fused, starting
@@ -68,7 +67,6 @@ WORLDS = (
     ((21, 500, 1000), torch.float16),
 )
 # As `shoal.server.assemble` makes it of the canonical basis.
-WIDE = ActiveFamilies(core_alignment=8, wide_bases=("canonical",), wide_rank=16)
 SCALE = (Section("scale", 0),)
 Kinds = dict[str, list[tuple[str, int, str | None, tuple[Section, ...]]]]
 # Adapters of a step, by what is prepared for them: family, rank, basis, other sections.
@@ -297,10 +295,8 @@ def needed_late(sizes: tuple[int, int, int], dtype: torch.dtype, *, others: bool
     for function in jit_functions():
         function.device_caches.clear()
     joint = fused.defers_norms(ModelConfig.from_hf(CONFIG), dtype)
-    families = CAPTURED if joint else (WIDE,)
-    compiled = (*COMPILED, WIDE) if joint else COMPILED
+    families, later, compiled = prepared_families("canonical", joint=joint)
     runner = make_runner(limits, dtype, joint, draw)
-    later = LATER if joint else (replace(WIDE, core_alignment=1),)
     starting.plan_graphs(runner, families, later)
     starting.meet(runner, (ActiveFamilies(), *families), later, compiled, lambda *_: None)
     known = met()
