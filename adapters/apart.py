@@ -117,14 +117,15 @@ class Died(Exception):
 class Helpers:
     """Processes that do uploads. Thread-safe; ``close`` ends them.
 
-    None is started before the first upload, which, as those that come until the first is ready, is
-    left to the server.
+    Uploads that come before the first is ready are left to the server.
     """
 
-    def __init__(self, setup: Callable[[], Setup], most: int) -> None:
+    def __init__(self, setup: Callable[[], Setup], most: int, *, ahead: bool = False) -> None:
         """Args:
         setup: called once, by another thread, and maybe at once; may take its time.
         most: processes. Each has torch and the registry in memory, some hundred MB.
+        ahead: start them now, one after the other, and not with the first uploads, which then
+            find one or two.
         """
         self._setup = _once(setup)
         self._most = most
@@ -136,7 +137,8 @@ class Helpers:
         self._deaths = 0
         self._closed = False
         # Seconds where the libraries it needs are not in memory yet.
-        threading.Thread(target=self._set_up, name="shoal-upload-setup", daemon=True).start()
+        first = self._bring_up_all if ahead else self._set_up
+        threading.Thread(target=first, name="shoal-upload-setup", daemon=True).start()
 
     def upload(
         self,
@@ -195,8 +197,10 @@ class Helpers:
 
     def _take(self) -> "_Helper | None":
         with self._changed:
-            if not self._idle and len(self._helpers) < self._most and not self._starting:
-                self._start()
+            if not self._idle and self._begin_start():
+                threading.Thread(
+                    target=self._bring_up, name="shoal-upload-helper", daemon=True
+                ).start()
             # Who waits is at most the server's upload threads.
             self._changed.wait_for(lambda: self._idle or not self._helpers)
             return self._idle.pop() if self._idle else None
@@ -206,7 +210,7 @@ class Helpers:
             self._deaths = 0
             if not self._closed:
                 self._idle.append(helper)
-            self._changed.notify_all()
+            self._changed.notify()  # one who waits, since it is one helper
 
     def _bury(self, helper: "_Helper") -> None:
         helper.close()
@@ -215,16 +219,23 @@ class Helpers:
             self._deaths += 1
             self._changed.notify_all()
 
-    def _start(self) -> None:
-        """With the lock held: begin to start one more, unless they only die."""
-        if self._closed or self._deaths >= DEATHS_MAX:
-            return
-        self._starting = True
-        threading.Thread(target=self._bring_up, name="shoal-upload-helper", daemon=True).start()
+    def _begin_start(self) -> bool:
+        """With the lock held: whether to start one more now, which is then under way."""
+        if self._starting or self._closed or self._deaths >= DEATHS_MAX:
+            return False  # they only die, or soon one is there
+        self._starting = len(self._helpers) < self._most
+        return self._starting
 
     def _set_up(self) -> None:
         with contextlib.suppress(Exception):  # who needs it tries again, and says what is wrong
             self._setup()
+
+    def _bring_up_all(self) -> None:
+        while True:
+            with self._changed:
+                if not self._begin_start():
+                    return
+            self._bring_up()
 
     def _bring_up(self) -> None:
         helper = None

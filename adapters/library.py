@@ -180,8 +180,8 @@ class AdapterLibrary:
         library._collector.start()
         return library
 
-    def prepare_apart(self, processes: int) -> None:
-        """From now on let so many helper processes do uploads; see ``apart.py``.
+    def prepare_apart(self, processes: int, *, ahead: bool = False) -> None:
+        """From now on let so many helper processes do uploads; see ``apart.Helpers``.
 
         Not those of a registry that only this process can open.
         """
@@ -196,7 +196,7 @@ class AdapterLibrary:
             max_bases=self._max_bases,
             spectral=self._spectral is not None,
         )
-        self._helpers = Helpers(setup, processes)
+        self._helpers = Helpers(setup, processes, ahead=ahead)
 
     def upload(
         self,

@@ -230,7 +230,9 @@ def build(config: ServeConfig, *, prepared: bool = True) -> Iterator[Parts]:
     library = _open_library(config, path, decoder, shape, basis, bank, host, dtype, spectral)
     clock.lap("library")
     if config.upload_processes():
-        library.prepare_apart(config.upload_processes())
+        # Beside a GPU there are cores for it while kernels are compiled and graphs captured; on a
+        # CPU it would take the engine's, for uploads that may never come.
+        library.prepare_apart(config.upload_processes(), ahead=device.type == "cuda")
     try:
         clock.lap("helpers")
         runner = _runner(config, plan, decoder, bank, host, basis, attention, prepared)

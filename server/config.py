@@ -29,7 +29,7 @@ ADAPTERS_WANTED = 100_000
 # xformers' paged kernel reads this many tokens at a time.
 _XFORMERS_BLOCK = 64
 _GIB = 1 << 30
-_HELPERS_MAX, _CORES_A_HELPER = 4, 4  # of uploads; cores for each
+_HELPERS_MAX, _CORES_A_HELPER = 8, 3  # of uploads; cores for each
 _API_WORKERS_MAX, _CORES_AN_API_WORKER = 4, 4  # HTTP processes; cores for each
 
 
@@ -160,8 +160,8 @@ class ServeConfig:
     )
     upload_helpers: int | None = option(
         None,
-        "processes that read small uploads beside the server, started with the first; default: "
-        "one for each 4 cores, 1 to 4; 0: none",
+        "processes that read small uploads beside the server, started with the first, on CUDA with "
+        "the server; default: one for each 3 cores, 1 to 8; 0: none",
         parse=int,
         metavar="N",
     )

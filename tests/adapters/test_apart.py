@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -403,6 +403,88 @@ def test_one_that_cannot_start_is_not_tried_for_ever(
     while len(starts) < apart.DEATHS_MAX and time.monotonic() < end:
         assert world.upload(files) is None
     assert len(starts) == apart.DEATHS_MAX
+
+
+class Ready:
+    """Stands in for a helper process; one upload at a time."""
+
+    pid = 1
+    at_rest = True
+    took = 0.0
+
+    def __init__(self, setup: object) -> None:
+        self.busy = threading.Lock()
+        self.uploads = 0
+
+    def upload(self, *_: object, **__: object) -> object:
+        assert self.busy.acquire(blocking=False), "two uploads at once"
+        time.sleep(self.took)
+        self.uploads += 1
+        self.busy.release()
+        return "done"
+
+    def close(self) -> None:
+        pass
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + START_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_started_ahead_all_are_there_before_the_first_upload(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(apart, "_Helper", Ready)
+    setup: Any = None
+    helpers = Helpers(lambda: setup, 3, ahead=True)
+    wait_until(lambda: len(helpers._idle) == 3)
+    wait_until(lambda: "shoal-upload-setup" not in {t.name for t in threading.enumerate()})
+    assert len(helpers._helpers) == 3
+    helpers.close()
+
+
+def test_started_ahead_they_are_given_up_when_they_only_die(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts = []
+
+    def fail(self: object, setup: object) -> None:
+        starts.append(1)
+        raise EOFError
+
+    monkeypatch.setattr(apart._Helper, "__init__", fail)
+    setup: Any = None
+    helpers = Helpers(lambda: setup, 30, ahead=True)
+    wait_until(lambda: len(starts) == apart.DEATHS_MAX)
+    wait_until(lambda: "shoal-upload-setup" not in {t.name for t in threading.enumerate()})
+    assert len(starts) == apart.DEATHS_MAX
+    helpers.close()
+
+
+def test_everyone_who_waits_for_a_helper_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "_Helper", Ready)
+    monkeypatch.setattr(Ready, "took", 0.002)
+    setup: Any = None
+    helpers = Helpers(lambda: setup, 2, ahead=True)
+    wait_until(lambda: len(helpers._idle) == 2)
+    asked = Asked(name="a", owner="", limits=None, files={})
+    answers: list[object] = []
+
+    def work() -> None:
+        for _ in range(10):
+            answers.append(helpers.upload(asked, (), place=pytest.fail, published=nullcontext()))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(START_S)
+    assert answers == ["done"] * 80
+    assert sum(helper.uploads for helper in helpers._helpers) == 80  # type: ignore[attr-defined]
+    helpers.close()
 
 
 @pytest.mark.parametrize("said", [0, 20])

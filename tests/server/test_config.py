@@ -266,6 +266,6 @@ def test_http_has_processes_of_its_own_beside_a_gpu() -> None:
 
 def test_upload_helpers_follow_the_machine_unless_they_are_told() -> None:
     by_itself = ServeConfig()
-    assert [by_itself.upload_processes(n) for n in (1, 2, 8, 16, 128)] == [1, 1, 2, 4, 4]
+    assert [by_itself.upload_processes(n) for n in (1, 2, 8, 16, 128)] == [1, 1, 2, 5, 8]
     assert ServeConfig(upload_helpers=0).upload_processes(8) == 0
     assert ServeConfig(upload_helpers=7).upload_processes(8) == 7
