@@ -26,10 +26,11 @@ from shoal.adapters.tables import ActiveFamilies
 from shoal.server.engine.plan import Runner
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
 from shoal.server.model.config import ModelConfig
-from shoal.server.model.device_runner import NO_FAMILIES, RunnerLimits
+from shoal.server.model.device_runner import RunnerLimits
 from shoal.server.model.dummy import DummyFamily, adapter_std, random_decoder
 from shoal.server.model.fused import defers_norms
 from shoal.server.model.gemms import SPARE_ROWS
+from shoal.server.model.graphs import NO_FAMILIES
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.runner import ModelRunner
 from shoal.server.model.sampler import Sampler

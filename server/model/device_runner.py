@@ -11,7 +11,6 @@ On CPU tensors the same code runs without graphs, through the kernels' reference
 
 import logging
 import random
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +30,15 @@ from shoal.kernels.sample_tokens.kernel import sample_tokens
 from shoal.server.engine.plan import DeviceLost, Done, Pending, Row, StepPlan, StepResult
 from shoal.server.model.decoder import Decoder
 from shoal.server.model.fused import Attend, FusedForward, StepInputs, row_factors
+from shoal.server.model.graphs import (
+    CHUNK_TOKENS,
+    CHUNKS,
+    NO_FAMILIES,
+    GraphKey,
+    Graphs,
+    GraphSizes,
+    ends,
+)
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.sampler import Sampler, needs_host
 from shoal.server.model.step_tensors import Layout, Loaded, StepTensors, layout_of
@@ -40,41 +48,11 @@ log = logging.getLogger(__name__)
 # Contexts up to this many positions have graphs of their own: their block tables are narrow, and
 # a row's keys need not be shared by several programs.
 SHORT_CONTEXT = 1024
-# Steps whose prompt chunks are few and short have graphs too: what is left of the time such a step
-# takes is otherwise the CPU's, for its 300 launches. (Longer ones keep the device busy meanwhile.)
-CHUNKS = 16
-# Few sizes, so that all of them can be recorded before they are needed (``prepare``): what an
-# unused place costs is little beside reading the weights.
-CHUNK_TOKENS = (16, 64, 256, 1024)
-CHUNK_ROWS = 64
 # Steps under way at once, and one whose result is being read.
 OUTPUT_RING = 4
-# Which mixes of families and ranks are asked for is up to the clients; each takes memory for good.
-# Mixes that come later run their kernels one by one.
-GRAPHS_MAX = 1024
 # So much of the device's memory must be free for another graph to be captured in an idle moment
 # (some 5 MB each for 32 layers): what steps allocate comes out of the same.
 FREE_SHARE = 0.04
-# Recording a graph stops everybody for 0.2 s and more, running its kernels one by one only for as
-# long as their launches take: while others wait, only what comes again and again is recorded.
-RECORD_AFTER = 8
-NO_FAMILIES = ActiveFamilies()
-
-
-class GraphKey(NamedTuple):
-    """What a captured step depends on; everything else is in static tensors.
-
-    Attributes:
-        layout: places for rows and tokens.
-        short: whether no row sees more than ``SHORT_CONTEXT`` positions.
-        greedy: whether every row takes the most probable token.
-        active: families that some row's adapter is of.
-    """
-
-    layout: Layout
-    short: bool
-    greedy: bool
-    active: ActiveFamilies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,19 +62,6 @@ class RunnerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-
-
-def row_buckets(most: int) -> tuple[int, ...]:
-    """Row counts that have graphs: powers of two to 16, then steps that waste under a quarter."""
-    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256]
-    sizes += range(320, most + 64, 64)
-    return (*(size for size in sizes if size < most), most)
-
-
-def ends(sizes: Sequence[int]) -> tuple[int, int]:
-    """The smallest and the largest of ascending sizes: they launch between them what the others
-    launch, where kernels do not look at the sizes of more than their tiles."""
-    return sizes[0], sizes[-1]
 
 
 class StepBackend(Protocol):
@@ -167,7 +132,6 @@ class DeviceRunner:
         self._sampler = Sampler(self._entropy)
         device = self._decoder.device
         self._cuda = device.type == "cuda"
-        self._use_graphs = self._cuda if graphs is None else graphs
         self._attention = attention
         self._stream = (
             torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
@@ -175,7 +139,6 @@ class DeviceRunner:
         block_tokens = kv.block_tokens
         self._blocks_max = -(-limits.max_model_len // block_tokens)
         self._blocks_short = min(self._blocks_max, -(-SHORT_CONTEXT // block_tokens))
-        self._shorts = (True,) if self._blocks_short == self._blocks_max else (True, False)
 
         def arrays(rows: int, tokens: int) -> _Arrays:
             tensors = StepTensors(
@@ -190,12 +153,11 @@ class DeviceRunner:
 
         # What graphs read, and what steps read that have none.
         most = limits.max_num_seqs
-        self._largest = Layout(0, most + CHUNKS, most + CHUNK_TOKENS[-1])
+        shorts = (True,) if self._blocks_short == self._blocks_max else (True, False)
+        self.sizes = GraphSizes(most, shorts)
+        self._largest = self.sizes.largest
         self._static = arrays(self._largest.rows, self._largest.tokens)
         self._exact = arrays(most, limits.max_num_batched_tokens)
-        self.buckets = row_buckets(limits.max_num_seqs)
-        # Beside prompt chunks fewer sizes do: what an unused row costs is little there.
-        self.chunk_buckets = (0, *(b for b in self.buckets if b % CHUNK_ROWS == 0 or b == most))
         # The token that each lane sampled last; one more for padding rows.
         self._last = torch.zeros(limits.max_num_seqs + 1, dtype=torch.int64, device=device)
         self._outputs = [
@@ -207,18 +169,10 @@ class DeviceRunner:
         # 128,000. A step's are read before the next one is submitted.
         head = self._decoder.head
         self._logits = head.new_empty(limits.max_num_seqs + CHUNKS, len(head))
-        self._graphs: dict[GraphKey, _Captured] = {}
-        # How often a graph that there is not must have been wanted before it is captured.
-        self.record_after = 1
-        self._wanted: Counter[GraphKey] = Counter()
-        # What `prepare` is to capture, the first first.
-        self._planned: deque[GraphKey] = deque()
+        self.graphs = Graphs[_Captured](
+            enabled=self._cuda if graphs is None else graphs, is_full=self._is_full
+        )
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
-
-    @property
-    def num_graphs(self) -> int:
-        """Graphs captured so far."""
-        return len(self._graphs)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -236,16 +190,7 @@ class DeviceRunner:
         """The layout of the graph that takes these rows; None when there is none."""
         if self._attention is not None:
             return None
-        used = layout_of(rows)
-        if not used.chunks and all(row.sample for row in rows):
-            return Layout(next(size for size in self.buckets if size >= len(rows)))
-        if used.chunks > CHUNKS or used.chunk_tokens > CHUNK_TOKENS[-1]:
-            return None
-        return Layout(
-            next(size for size in self.chunk_buckets if size >= used.decode_rows),
-            CHUNKS,
-            next(size for size in CHUNK_TOKENS if size >= used.chunk_tokens),
-        )
+        return self.sizes.layout(layout_of(rows), all_sample=all(row.sample for row in rows))
 
     def _submit_static(self, rows: Sequence[Row], layout: Layout) -> Pending:
         longest = max(row.start + len(row.token_ids) for row in rows)
@@ -262,9 +207,8 @@ class DeviceRunner:
         )
 
     def _replay(self, key: GraphKey) -> _Captured:
-        captured = self._graphs.get(key)
-        wanted = self._use_graphs and key.active.capturable and len(self._graphs) < GRAPHS_MAX
-        if captured is None and wanted and self._often(key):
+        captured = self.graphs.get(key)
+        if captured is None and self.graphs.wants(key):
             self._rehearse(key)
             captured = self._try_capture(key)
         if captured is None:
@@ -296,16 +240,6 @@ class DeviceRunner:
             assert self._bank is not None
             assert self._host is not None
             self._bank.load(load.adapter, self._host.get(load.adapter.spec.digest))
-
-    def _often(self, key: GraphKey) -> bool:
-        """Count that ``key`` is wanted; whether that has been often."""
-        if len(self._wanted) >= GRAPHS_MAX and key not in self._wanted:
-            self._wanted.clear()
-        self._wanted[key] += 1
-        if self._wanted[key] < self.record_after:
-            return False
-        del self._wanted[key]
-        return True
 
     def _submit_exact(self, rows: Sequence[Row]) -> Pending:
         tensors = self._exact.tensors
@@ -520,13 +454,13 @@ class DeviceRunner:
 
         Others are captured when a step first needs them, which delays that step.
         """
-        keys = self._decode_keys(families, buckets or self.buckets)
+        keys = self.sizes.decode_keys(families, buckets)
         with self._on_stream():
             self._load_nothing(self._static, self._largest)
             for done, key in enumerate(keys):
                 if progress:
                     progress(done, len(keys))
-                if key not in self._graphs:
+                if key not in self.graphs:
                     self._rehearse(key)
                     self._capture(key)
             if progress:
@@ -535,14 +469,15 @@ class DeviceRunner:
     @torch.inference_mode()
     def rehearse(self, families: Sequence[ActiveFamilies]) -> None:
         """Run what ``capture`` would capture, and what ``prepare`` will, and capture nothing."""
-        self._rehearse_all((*self._decode_keys(families, self.buckets), *self._planned))
+        self._rehearse_all((*self.sizes.decode_keys(families), *self.graphs.planned))
 
     @torch.inference_mode()
     def rehearse_ends(self, families: Sequence[ActiveFamilies]) -> None:
         """Run the smallest and largest steps over the static tensors, and capture nothing."""
-        keys = self._decode_keys(families, ends(self.buckets))
+        sizes = self.sizes
+        keys = sizes.decode_keys(families, ends(sizes.buckets))
         if self._attention is None:
-            keys += self._prompt_keys(families, ends(CHUNK_TOKENS), ends(self.chunk_buckets))
+            keys += sizes.prompt_keys(families, ends(CHUNK_TOKENS), ends(sizes.chunk_buckets))
         self._rehearse_all(keys)
 
     def _rehearse_all(self, keys: Sequence[GraphKey]) -> None:
@@ -550,44 +485,6 @@ class DeviceRunner:
             self._load_nothing(self._static, self._largest)
             for key in keys:
                 self._rehearse(key)
-
-    def _decode_keys(
-        self, families: Sequence[ActiveFamilies], buckets: Sequence[int]
-    ) -> list[GraphKey]:
-        return [
-            GraphKey(Layout(rows), short, greedy, active)
-            for active in families
-            for greedy in (True, False)
-            for short in self._shorts
-            for rows in reversed(buckets)  # the largest first: the others fit in its memory
-        ]
-
-    def plan_decodes(self, families: Sequence[ActiveFamilies]) -> None:
-        """Let ``prepare`` capture decode steps for these sets of families."""
-        self._planned.extend(self._decode_keys(families, self.buckets))
-
-    def plan_prompts(
-        self, families: Sequence[ActiveFamilies], tokens: Sequence[int] = CHUNK_TOKENS
-    ) -> int:
-        """Let ``prepare`` capture steps with so many tokens of prompts, for these sets of families.
-
-        Returns:
-            How many captures that adds.
-        """
-        keys = self._prompt_keys(families, tokens, self.chunk_buckets)
-        self._planned.extend(keys)
-        return len(keys)
-
-    def _prompt_keys(
-        self, families: Sequence[ActiveFamilies], tokens: Sequence[int], buckets: Sequence[int]
-    ) -> list[GraphKey]:
-        return [
-            GraphKey(Layout(rows, CHUNKS, count), short, False, active)
-            for count in tokens
-            for short in self._shorts
-            for active in families
-            for rows in buckets
-        ]
 
     @torch.inference_mode()
     def prepare(self) -> bool:
@@ -598,7 +495,7 @@ class DeviceRunner:
         Returns:
             False when there is none left.
         """
-        key = self._next_planned()
+        key = self.graphs.next()
         if key is None:
             return False
         with _noticing_loss(), self._on_stream():
@@ -610,24 +507,9 @@ class DeviceRunner:
                 arrays.tables.nobody(key.active, key.layout.tokens)
             if self._try_capture(key, rehearsed=False) is None and self._cuda:
                 torch.cuda.synchronize()  # raises now, not in the next step, what is beyond help
-        if not self._planned:
-            log.info("all planned graphs are captured graphs=%d", self.num_graphs)
+        if not self.graphs.planned:
+            log.info("all planned graphs are captured graphs=%d", len(self.graphs))
         return True
-
-    def _next_planned(self) -> GraphKey | None:
-        if not self._use_graphs or len(self._graphs) >= GRAPHS_MAX or self._is_full():
-            return None
-        while self._planned:
-            key = self._planned.popleft()
-            if key not in self._graphs:
-                return key
-        # What steps wanted, and was not captured while others waited.
-        while self._wanted:
-            key, _ = self._wanted.most_common(1)[0]
-            del self._wanted[key]
-            if key not in self._graphs:
-                return key
-        return None
 
     def _is_full(self) -> bool:
         if not self._cuda:
@@ -698,9 +580,8 @@ class DeviceRunner:
                 self._rehearse(key)
             return self._capture(key)
         except RuntimeError:  # such as no memory
-            # Nor any other from now on: each attempt would take its time and fail.
-            self._use_graphs = False
-            log.exception("graph_not_captured key=%s graphs=%d", key, len(self._graphs))
+            self.graphs.stop()
+            log.exception("graph_not_captured key=%s graphs=%d", key, len(self.graphs))
             return None
 
     def _capture(self, key: GraphKey) -> _Captured:
@@ -712,7 +593,7 @@ class DeviceRunner:
         ):
             captured = self._run(key)
         captured = captured._replace(graph=graph)
-        self._graphs[key] = captured
+        self.graphs.add(key, captured)
         return captured
 
     def _on_stream(self) -> AbstractContextManager[object]:

@@ -20,17 +20,9 @@ from shoal.kernels.ahead import compiling_ahead
 from shoal.kernels.paged_attention.launches import row_class, split_spans
 from shoal.server.model import gemms
 from shoal.server.model.decoder import Decoder, Linear
-from shoal.server.model.device_runner import (
-    CHUNK_TOKENS,
-    NO_FAMILIES,
-    RECORD_AFTER,
-    DeviceRunner,
-    RunnerLimits,
-    StepBackend,
-    ends,
-    row_buckets,
-)
+from shoal.server.model.device_runner import DeviceRunner, RunnerLimits, StepBackend
 from shoal.server.model.fused import FusedForward
+from shoal.server.model.graphs import CHUNK_TOKENS, NO_FAMILIES, RECORD_AFTER, ends, row_buckets
 from shoal.server.model.kv_cache import KVCache
 
 log = logging.getLogger(__name__)
@@ -100,7 +92,7 @@ def start_device_runner(
         warmed = time.perf_counter()
         if attention is None:
             runner.capture(sets, part("capturing graphs"))
-            runner.capture(compiled, buckets=ends(runner.buckets))
+            runner.capture(compiled, buckets=ends(runner.sizes.buckets))
             recording = part("capturing graphs of prompts")
             for done in range(usual):
                 recording(done, usual)
@@ -111,10 +103,10 @@ def start_device_runner(
             measured - begin,
             warmed - measured,
             time.perf_counter() - warmed,
-            runner.num_graphs,
+            len(runner.graphs),
             torch.cuda.mem_get_info(decoder.device)[0],
         )
-    runner.record_after = RECORD_AFTER
+    runner.graphs.record_after = RECORD_AFTER
     return runner
 
 
@@ -127,12 +119,14 @@ def plan_graphs(
         How many of them, the first ones, are to be captured before the runner serves.
     """
     ordered = (*families[:1], NO_FAMILIES, *families[1:])
-    usual = runner.plan_prompts(ordered, CHUNK_TOKENS[:USUAL_SIZES])
-    runner.plan_prompts(ordered, CHUNK_TOKENS[USUAL_SIZES:])
+    graphs, sizes = runner.graphs, runner.sizes
+    usual = sizes.prompt_keys(ordered, CHUNK_TOKENS[:USUAL_SIZES])
+    graphs.plan(usual)
+    graphs.plan(sizes.prompt_keys(ordered, CHUNK_TOKENS[USUAL_SIZES:]))
     for active in later:
-        runner.plan_decodes((active,))
-        runner.plan_prompts((active,))
-    return usual
+        graphs.plan(sizes.decode_keys((active,)))
+        graphs.plan(sizes.prompt_keys((active,)))
+    return len(usual)
 
 
 def meet(

@@ -34,9 +34,10 @@ from shoal.server.engine.request import SamplingParams
 from shoal.server.model import fused, starting
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Linear
-from shoal.server.model.device_runner import DeviceRunner, RunnerLimits, row_buckets
+from shoal.server.model.device_runner import DeviceRunner, RunnerLimits
 from shoal.server.model.dummy import random_decoder
 from shoal.server.model.gemms import SPARE_ROWS, Choice, GemmPlan, Shape, candidates
+from shoal.server.model.graphs import row_buckets
 from shoal.server.model.kv_cache import KVCache
 
 CONFIG = {

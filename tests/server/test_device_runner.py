@@ -24,19 +24,14 @@ from shoal.adapters.tables import ActiveFamilies
 from shoal.server.engine.plan import DeviceLost, Pending, Runner, StepPlan
 from shoal.server.engine.request import Request, SamplingParams
 from shoal.server.engine.scheduler import Scheduler, SchedulerLimits
-from shoal.server.model import device_runner
+from shoal.server.model import graphs
 from shoal.server.model.config import ModelConfig
 from shoal.server.model.decoder import Decoder
-from shoal.server.model.device_runner import (
-    NO_FAMILIES,
-    DeviceRunner,
-    GraphKey,
-    RunnerLimits,
-    _Captured,
-)
+from shoal.server.model.device_runner import DeviceRunner, RunnerLimits, _Captured, _Step
 from shoal.server.model.dummy import random_decoder
 from shoal.server.model.fused import defers_norms
 from shoal.server.model.gemms import SPARE_ROWS
+from shoal.server.model.graphs import NO_FAMILIES, GraphKey
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.runner import ModelRunner
 from shoal.server.model.sampler import Sampler
@@ -130,7 +125,7 @@ class World:
     def fused(self) -> tuple[DeviceRunner, AdapterBank]:
         bank = self.bank(joint=defers_norms(self.config, self.dtype))
         runner = start_device_runner(self.decoder, self.cache(), bank, self.host, LIMITS)
-        runner.record_after = 1  # so that what is tested is what was recorded
+        runner.graphs.record_after = 1  # so that what is tested is what was recorded
         return runner, bank
 
 
@@ -250,8 +245,8 @@ def test_mixed_batches_equal_the_plain_runner(
     device: str, captured: int, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where every step has a graph, and where those with more than 16 prompt tokens have none."""
-    sizes = tuple(size for size in device_runner.CHUNK_TOKENS if size <= captured)
-    monkeypatch.setattr(device_runner, "CHUNK_TOKENS", sizes)
+    sizes = tuple(size for size in graphs.CHUNK_TOKENS if size <= captured)
+    monkeypatch.setattr(graphs, "CHUNK_TOKENS", sizes)
     world = World(device)
     runner, bank = world.fused()
     got = run(runner, bank, workload([packed.spec for packed in world.packed]))
@@ -273,7 +268,7 @@ def test_every_row_count_gives_the_same_tokens(
             "LIMITS",
             RunnerLimits(max_num_seqs=256, max_num_batched_tokens=512, max_model_len=96),
         )
-        buckets = device_runner.row_buckets(256)
+        buckets = graphs.row_buckets(256)
         counts = sorted({min(n + d, 256) for n in buckets for d in (0, 1)}, reverse=True)
     world = World(device)
     specs = [packed.spec for packed in world.packed]
@@ -383,7 +378,7 @@ def test_only_an_error_that_leaves_nothing_usable_loses_the_device(
     synchronize = Failing().synchronize if lost else lambda: None
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    step = device_runner._Step({}, torch.zeros(1), Failing())  # type: ignore[arg-type]
+    step = _Step({}, torch.zeros(1), Failing())  # type: ignore[arg-type]
     with pytest.raises(DeviceLost if lost else RuntimeError):
         step.wait()
 
@@ -402,7 +397,7 @@ class Replayed:
     def __init__(self, runner: DeviceRunner) -> None:
         self.runner = runner
         self.tried: list[GraphKey] = []
-        runner._use_graphs = True
+        runner.graphs._enabled = True
         runner._capture = self.capture  # type: ignore[method-assign]
 
     def capture(self, key: GraphKey) -> _Captured:
@@ -419,50 +414,50 @@ class Replayed:
                     captured.scale.sums.copy_(again.scale.sums)
 
         captured = captured._replace(graph=Graph())  # type: ignore[arg-type]
-        self.runner._graphs[key] = captured
+        self.runner.graphs.add(key, captured)
         return captured
 
 
 def test_clients_cannot_have_graphs_without_end(
     expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_runner, "GRAPHS_MAX", 5)
+    monkeypatch.setattr(graphs, "GRAPHS_MAX", 5)
     world = World("cpu")
     runner, bank = world.fused()
-    graphs = Replayed(runner)
+    replayed = Replayed(runner)
     assert run(runner, bank, workload([packed.spec for packed in world.packed])) == expected
-    assert len(runner._graphs) == len(graphs.tried) == 5
+    assert len(runner.graphs) == len(replayed.tried) == 5
 
 
 def test_what_is_wanted_rarely_is_run_and_not_recorded(
     expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_runner, "GRAPHS_MAX", 5)
+    monkeypatch.setattr(graphs, "GRAPHS_MAX", 5)
     world = World("cpu")
     runner, bank = world.fused()
-    runner.record_after = 4
-    graphs, wanted = Replayed(runner), Counter[GraphKey]()
+    runner.graphs.record_after = 4
+    replayed, wanted = Replayed(runner), Counter[GraphKey]()
     replay = runner._replay
 
     def counted(key: GraphKey) -> _Captured:
         wanted[key] += 1
-        assert (key in graphs.tried) <= (wanted[key] > 4)
-        assert len(runner._wanted) <= 5, "counted without end"
+        assert (key in replayed.tried) <= (wanted[key] > 4)
+        assert runner.graphs.num_wanted <= 5, "counted without end"
         return replay(key)
 
     runner._replay = counted  # type: ignore[method-assign]
     assert run(runner, bank, workload([packed.spec for packed in world.packed])) == expected
-    assert 0 < len(graphs.tried) < len(wanted)
+    assert 0 < len(replayed.tried) < len(wanted)
 
 
 def test_nothing_is_prepared_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, _ = World("cpu").fused()
-    graphs = Replayed(runner)
-    runner.plan_prompts((NO_FAMILIES,))
+    replayed = Replayed(runner)
+    runner.graphs.plan(runner.sizes.prompt_keys((NO_FAMILIES,)))
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_is_full", lambda: True)
+        patch.setattr(runner.graphs, "_is_full", lambda: True)
         assert not runner.prepare()
-    assert not graphs.tried
+    assert not replayed.tried
     assert runner.prepare()
 
 
@@ -471,28 +466,28 @@ def test_what_was_prepared_is_replayed_for_any_rows(expected: dict[str, list[int
     runner, bank = world.fused()
     specs = [packed.spec for packed in world.packed]
     assert run(runner, bank, workload(specs)) == expected  # so that old tables are there
-    graphs = Replayed(runner)
-    runner.record_after = sys.maxsize
+    replayed = Replayed(runner)
+    runner.graphs.record_after = sys.maxsize
     active = ActiveFamilies(core_columns=16, core_alignment=8)
-    runner.plan_prompts((active, NO_FAMILIES))
+    runner.graphs.plan(runner.sizes.prompt_keys((active, NO_FAMILIES)))
     count = 0
     while runner.prepare():
         count += 1
-    assert count == len(graphs.tried) == len(set(graphs.tried))
-    assert {key.active for key in graphs.tried} == {active, NO_FAMILIES}
-    assert {key.layout for key in graphs.tried} == {
-        Layout(rows, device_runner.CHUNKS, tokens)
-        for rows in runner.chunk_buckets
-        for tokens in device_runner.CHUNK_TOKENS
+    assert count == len(replayed.tried) == len(set(replayed.tried))
+    assert {key.active for key in replayed.tried} == {active, NO_FAMILIES}
+    assert {key.layout for key in replayed.tried} == {
+        Layout(rows, graphs.CHUNKS, tokens)
+        for rows in runner.sizes.chunk_buckets
+        for tokens in graphs.CHUNK_TOKENS
     }
     assert run(runner, bank, workload(specs)) == expected
     # What was wanted meanwhile, and was not recorded while others waited, is now.
-    wanted = len(runner._wanted)
+    wanted = runner.graphs.num_wanted
     assert wanted > 0
     while runner.prepare():
         count += 1
-    assert count == len(graphs.tried)
-    assert not runner._wanted
+    assert count == len(replayed.tried)
+    assert not runner.graphs.num_wanted
     assert run(runner, bank, workload(specs)) == expected
 
 
@@ -502,14 +497,14 @@ def test_no_memory_in_an_idle_moment_ends_preparing_alone_and_a_lost_context_is_
     place: str, lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, _ = World("cpu").fused()
-    runner._use_graphs = True
-    runner.plan_prompts((NO_FAMILIES,))
+    runner.graphs._enabled = True
+    runner.graphs.plan(runner.sizes.prompt_keys((NO_FAMILIES,)))
 
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
 
     monkeypatch.setattr(runner, place, fail)
-    monkeypatch.setattr(runner, "_is_full", lambda: False)
+    monkeypatch.setattr(runner.graphs, "_is_full", lambda: False)
     monkeypatch.setattr(runner, "_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", fail if lost else lambda *_: None)
@@ -521,7 +516,7 @@ def test_no_memory_in_an_idle_moment_ends_preparing_alone_and_a_lost_context_is_
         monkeypatch.setattr(runner, "_rehearse", lambda key: None)
     assert runner.prepare()
     assert not runner.prepare()
-    assert not runner._graphs
+    assert not len(runner.graphs)
 
 
 def test_a_capture_that_fails_costs_the_graph_and_not_the_step(
@@ -529,16 +524,45 @@ def test_a_capture_that_fails_costs_the_graph_and_not_the_step(
 ) -> None:
     world = World("cpu")
     runner, bank = world.fused()
-    graphs = Replayed(runner)
+    replayed = Replayed(runner)
 
     def capture(key: GraphKey) -> _Captured:
-        if len(graphs.tried) == 3:
+        if len(replayed.tried) == 3:
             raise torch.OutOfMemoryError("planted")
-        return graphs.capture(key)
+        return replayed.capture(key)
 
     runner._capture = capture  # type: ignore[method-assign]
     assert run(runner, bank, workload([packed.spec for packed in world.packed])) == expected
-    assert len(runner._graphs) == 3
+    assert len(runner.graphs) == 3
+
+
+@pytest.mark.parametrize("fault", ["memory", "not allowed"])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_real_capture_that_fails_half_way_harms_no_step(
+    fault: str, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an idle moment; the steps after it neither allocate from nor record to what it left."""
+    world = World("cuda")
+    runner, bank = world.fused()
+    active = ActiveFamilies(core_columns=16, core_alignment=8)
+    runner.graphs.plan(runner.sizes.prompt_keys((active,)))
+    there, run_step = len(runner.graphs), runner._run
+
+    def fail(key: GraphKey, layers: Sequence[int] | None = None) -> _Captured:
+        made = run_step(key, layers)
+        if torch.cuda.is_current_stream_capturing():
+            if fault == "memory":
+                torch.empty(1 << 50, device="cuda")
+            torch.cuda.synchronize()
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_run", fail)
+        assert runner.prepare()
+    assert not runner.prepare(), "none is tried any more"
+    assert len(runner.graphs) == there
+    assert run(runner, bank, workload([packed.spec for packed in world.packed])) == expected
 
 
 def test_a_step_that_fails_before_its_capture_costs_no_graphs(
@@ -561,7 +585,7 @@ def test_a_step_that_fails_before_its_capture_costs_no_graphs(
         with pytest.raises(RuntimeError, match="planted"):
             runner.submit(plan)
     run(runner, bank, [good])
-    assert runner._graphs
+    assert len(runner.graphs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
