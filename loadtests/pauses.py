@@ -69,13 +69,15 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.rate <= 0 or args.seconds <= 0 or args.calm_seconds <= 0:
             raise ValueError("--rate, --seconds and --calm-seconds must be above 0")
-        folders = adapter_folders(args.adapters)
-        adapters = [{name: (folder / name).read_bytes() for name in FILES} for folder in folders]
-        for files in adapters:
+        folders = tuple(adapter_folders(args.adapters))
+        sizes = []
+        for folder in folders:
+            files = {name: (folder / name).read_bytes() for name in FILES}
             variant(files, 0)
+            sizes.append(sum(map(len, files.values())))
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawn) as process:
-            return asyncio.run(_Bench(args, adapters, process).run())
+            return asyncio.run(_Bench(args, folders, sizes[0], process).run())
     except (ValueError, ServerError, httpx.HTTPError) as problem:
         print(f"error: {args.base_url}: {problem}", file=sys.stderr)
         return 2
@@ -121,11 +123,13 @@ class _Bench:
     def __init__(
         self,
         args: argparse.Namespace,
-        adapters: Sequence[dict[str, bytes]],
+        folders: tuple[Path, ...],
+        upload_bytes: int,
         process: ProcessPoolExecutor,
     ) -> None:
         self._args = args
-        self._adapters = adapters
+        self._folders = folders
+        self._upload_bytes = upload_bytes
         self._process = process
         self._next = secrets.randbits(32)
         self._prefix = f"pause-{secrets.token_hex(3)}-"
@@ -176,7 +180,7 @@ class _Bench:
         plan = UploadPlan(
             base_url=args.base_url,
             api_key=args.api_key,
-            adapters=self._adapters,
+            folders=self._folders,
             prefix=self._prefix,
             first=self._next,
             count=count,
@@ -242,7 +246,7 @@ class _Bench:
             "seconds": args.seconds,
             "calm_seconds": args.calm_seconds,
             "use": not args.no_use,
-            "upload_bytes": sum(map(len, self._adapters[0].values())),
+            "upload_bytes": self._upload_bytes,
             "machine": f"{platform.machine()} {platform.system()}",
         }
         print(json.dumps({"bench": "pauses", **conditions, "worst_ratio": worst, "rounds": rounds}))

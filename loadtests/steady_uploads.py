@@ -5,14 +5,16 @@ streams that are being watched.
 """
 
 import asyncio
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 
 from shoal.loadtests.client import ServerError, connect
-from shoal.loadtests.uploads import error_text
+from shoal.loadtests.uploads import FILES, error_text
 from shoal.loadtests.variants import variant
 
 # Uploads under way; beyond it, what is due waits. (A server refuses more than 32 of one client.)
@@ -25,7 +27,8 @@ class UploadPlan:
     """What to upload and when.
 
     Attributes:
-        adapters: files by name of each adapter that is varied, in turns.
+        folders: of the adapters that are varied, in turns. Not their files: to send those to the
+            process would hold up the one that watches the streams.
         prefix: of the names; the number follows.
         first: number of the first one. No two with one number are the same adapter.
         begin_s, rate, count: when the first is due (``time.monotonic``), how many are a second, and
@@ -35,7 +38,7 @@ class UploadPlan:
 
     base_url: str
     api_key: str | None
-    adapters: Sequence[Mapping[str, bytes]]
+    folders: tuple[Path, ...]
     prefix: str
     first: int
     count: int
@@ -69,6 +72,12 @@ class UploadsDone:
         self.failed += 1
         if len(self.errors) < ERRORS_KEPT:
             self.errors.append(text)
+
+
+@functools.cache
+def files_of(folders: tuple[Path, ...]) -> list[dict[str, bytes]]:
+    """The files of each adapter, by name; read once by each process."""
+    return [{name: (folder / name).read_bytes() for name in FILES} for folder in folders]
 
 
 def in_process(plan: UploadPlan) -> UploadsDone:
@@ -128,7 +137,8 @@ async def _upload(
     """Returns ``name@version``."""
     number = plan.first + index
     name = f"{plan.prefix}{number}"
-    files = variant(plan.adapters[index % len(plan.adapters)], number)
+    adapters = files_of(plan.folders)
+    files = variant(adapters[index % len(adapters)], number)
     parts = [("file", (file, data)) for file, data in files.items()]
     sent = clock()
     answer = await client.post("/v1/adapters", data={"name": name}, files=parts)
