@@ -119,6 +119,7 @@ class Parts:
                     max_waiting_per_tenant=self.config.max_waiting_per_tenant,
                     max_wait_s=self.config.max_wait,
                     vocab_size=self.decoder.config.vocab_size,
+                    recorded_prompts=self.runner.recorded_prompts,
                 ),
                 SlotTable(self.bank.num_units, UNIT_ELEMENTS),
                 self.decoder.config.eos_token_ids,

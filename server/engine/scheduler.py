@@ -62,6 +62,9 @@ class SchedulerLimits:
         max_waiting_per_tenant: those of one tenant; None is ``max_waiting``.
         max_wait_s: a request that would wait longer by our estimate is refused; None is never.
         vocab_size: token ids must be below it; None does not check.
+        recorded_prompts: prompts, and their tokens, of the largest step that the runner replays
+            rather than launches. While others decode, a burst of short prompts is spread over such
+            steps: one step of them all would take several times as long. None: there are none.
     """
 
     block_tokens: int
@@ -73,6 +76,7 @@ class SchedulerLimits:
     max_waiting_per_tenant: int | None = None
     max_wait_s: float | None = None
     vocab_size: int | None = None
+    recorded_prompts: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_tokens", "num_blocks", "max_num_seqs", "max_waiting"):
@@ -91,6 +95,29 @@ class SchedulerLimits:
             raise ValueError(f"max_wait_s={self.max_wait_s} must be above 0")
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} must be at least 2")
+
+
+@dataclass(slots=True)
+class _Prompts:
+    """Those of a step: how many, their tokens, and the rows of one token beside them."""
+
+    count: int
+    tokens: int
+    beside: int
+
+    def add(self, tokens: int) -> None:
+        if tokens == 1:
+            self.beside += 1
+        else:
+            self.count += 1
+            self.tokens += tokens
+
+    def fill(self, recorded: tuple[int, int] | None) -> bool:
+        """Whether the step has a recording, and would have none with one more prompt, while
+        somebody else waits for it. See ``SchedulerLimits.recorded_prompts``."""
+        if recorded is None or not self.beside:
+            return False
+        return self.count == recorded[0] and self.tokens <= recorded[1]
 
 
 class Scheduler:
@@ -388,7 +415,8 @@ class Scheduler:
 
         A request whose adapter finds no room among the pinned ones is passed over, at most
         ``PASSES_MAX`` times. One that finds no blocks holds up all behind it, since any of
-        them would take what it waits for.
+        them would take what it waits for. Behind a full set of short prompts all wait for the
+        next step (``SchedulerLimits.recorded_prompts``).
         """
         budget = self.limits.max_num_batched_tokens - sum(shares.values())
         loads: list[AdapterLoad] = []
@@ -397,9 +425,11 @@ class Scheduler:
         # plan, nor will anything larger.
         denied = self._slots.num_units * self._slots.unit_elements + 1
         looked = max(1, SCAN_MAX // self._waiting.num_tenants)
+        under_way = [tokens for tokens in shares.values() if tokens > 1]
+        prompts = _Prompts(len(under_way), sum(under_way), beside=len(shares) - len(under_way))
         while budget and self._lanes and len(passed) < SCAN_MAX:
             seq = self._waiting.peek()
-            if seq is None:
+            if seq is None or prompts.fill(self.limits.recorded_prompts):
                 break
             denies = self._is_denied(seq, denied)
             hits = () if denies else self._can_start(seq)
@@ -419,6 +449,7 @@ class Scheduler:
             self._start(seq, hits)
             shares[seq] = min(seq.pending, budget)
             budget -= shares[seq]
+            prompts.add(shares[seq])
         self._waiting.rewind()
         return loads
 

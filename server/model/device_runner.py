@@ -174,6 +174,11 @@ class DeviceRunner:
         )
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
 
+    @property
+    def recorded_prompts(self) -> tuple[int, int] | None:
+        """As ``SchedulerLimits`` wants it: None where no step is captured."""
+        return self.sizes.prompts if self.graphs.enabled and self._attention is None else None
+
     # -- running ------------------------------------------------------------------------------
 
     @torch.inference_mode()

@@ -77,6 +77,11 @@ class GraphSizes:
         self._shorts = tuple(shorts)
 
     @property
+    def prompts(self) -> tuple[int, int]:
+        """The most prompts, and tokens of prompts, that a step with a graph has."""
+        return CHUNKS, CHUNK_TOKENS[-1]
+
+    @property
     def largest(self) -> Layout:
         """With at least the rows and tokens of every layout."""
         most = self.buckets[-1]
@@ -130,16 +135,17 @@ class Graphs(Generic[Captured]):
     """The graphs that there are, and what is to be captured next.
 
     Args:
-        enabled: otherwise none is ever asked for.
+        enabled: whether there are to be any.
         is_full: whether there is no memory for another one that no step waits for.
 
     Attributes:
+        enabled: whether any is asked for; not after ``stop``.
         record_after: how often steps must have wanted a graph before one of them stops for it.
     """
 
     def __init__(self, *, enabled: bool, is_full: Callable[[], bool]) -> None:
         self.record_after = 1
-        self._enabled = enabled
+        self.enabled = enabled
         self._is_full = is_full
         self._captured: dict[GraphKey, Captured] = {}
         self._planned: deque[GraphKey] = deque()
@@ -171,7 +177,7 @@ class Graphs(Generic[Captured]):
 
     def stop(self) -> None:
         """Ask for no other, because the attempt failed: each would take its time and fail, too."""
-        self._enabled = False
+        self.enabled = False
 
     def plan(self, keys: Iterable[GraphKey]) -> None:
         """Have them captured in idle moments, after what is planned already."""
@@ -179,7 +185,7 @@ class Graphs(Generic[Captured]):
 
     def wants(self, key: GraphKey) -> bool:
         """Count that a step wants the graph, which is not there; whether it is to capture it."""
-        if not (self._enabled and key.active.capturable and len(self) < GRAPHS_MAX):
+        if not (self.enabled and key.active.capturable and len(self) < GRAPHS_MAX):
             return False
         if len(self._wanted) >= GRAPHS_MAX and key not in self._wanted:
             self._wanted.clear()
@@ -191,7 +197,7 @@ class Graphs(Generic[Captured]):
 
     def next(self) -> GraphKey | None:
         """What to capture in an idle moment, removed from what waits; None when nothing is."""
-        if not self._enabled or len(self) >= GRAPHS_MAX or self._is_full():
+        if not self.enabled or len(self) >= GRAPHS_MAX or self._is_full():
             return None
         while self._planned:
             key = self._planned.popleft()

@@ -28,6 +28,7 @@ class ModelRunner:
     """
 
     lookahead = False
+    recorded_prompts = None
 
     def __init__(
         self,

@@ -113,7 +113,7 @@ def upload(
 def test_a_plan_on_its_way_to_the_other_process_does_not_hold_up_the_streams(
     tmp_path: Path,
 ) -> None:
-    """The adapters' bytes went with it once: 88 MB, 60 ms that looked like a pause of the server's."""
+    """The adapters went with it once: 88 MB, 60 ms that looked like a pause of the server's."""
     assert len(pickle.dumps(plan_of(tmp_path / "a"))) < 1000
 
 

@@ -397,7 +397,7 @@ class Replayed:
     def __init__(self, runner: DeviceRunner) -> None:
         self.runner = runner
         self.tried: list[GraphKey] = []
-        runner.graphs._enabled = True
+        runner.graphs.enabled = True
         runner._capture = self.capture  # type: ignore[method-assign]
 
     def capture(self, key: GraphKey) -> _Captured:
@@ -497,7 +497,7 @@ def test_no_memory_in_an_idle_moment_ends_preparing_alone_and_a_lost_context_is_
     place: str, lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, _ = World("cpu").fused()
-    runner.graphs._enabled = True
+    runner.graphs.enabled = True
     runner.graphs.plan(runner.sizes.prompt_keys((NO_FAMILIES,)))
 
     def fail(*_: object) -> None:

@@ -32,7 +32,7 @@ LIMITS = SchedulerLimits(
 )
 
 
-def scheduler(slots: int = 4, **limits: int) -> Scheduler:
+def scheduler(slots: int = 4, **limits: Any) -> Scheduler:
     return Scheduler(replace(LIMITS, **limits), SlotTable(slots, 10), frozenset({EOS}))
 
 
@@ -113,6 +113,51 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decoding_rows() -> None:
     assert [[len(row.token_ids) for row in each] for each in rows] == [[1, 7], [1, 7], [1, 3]]
     assert [each[1].sample for each in rows] == [False, False, True]
     assert [each[1].start for each in rows] == [0, 7, 14]
+
+
+def prompts_a_step(engine: Scheduler) -> list[list[int]]:
+    """Of all steps to the end, the tokens of each row that has more than one."""
+    found = []
+    while engine.has_work:
+        plan, _ = step(engine)
+        found.append([len(row.token_ids) for row in plan.rows if len(row.token_ids) > 1])
+    return found
+
+
+def test_a_burst_of_short_prompts_is_spread_over_recorded_steps_while_others_decode() -> None:
+    engine = scheduler(max_num_seqs=20, recorded_prompts=(3, 12))
+    engine.add(request("stream", max_tokens=9))
+    step(engine)
+    for name in "abcdefg":
+        engine.add(request(name, prompt=4, max_tokens=1))
+    assert prompts_a_step(engine)[:4] == [[4, 4, 4], [4, 4, 4], [4], []]
+
+
+def test_nobody_waits_for_a_recorded_step_that_nobody_else_waits_for() -> None:
+    engine = scheduler(max_num_seqs=20, recorded_prompts=(3, 12))
+    for name in "abcdefg":
+        engine.add(request(name, prompt=4))
+    assert prompts_a_step(engine)[0] == [4] * 7
+
+
+def test_longer_prompts_are_not_spread() -> None:
+    """Their step has no recording anyway, and keeps the device busy while it is launched."""
+    engine = scheduler(max_num_seqs=20, recorded_prompts=(3, 12))
+    engine.add(request("stream", max_tokens=9))
+    step(engine)
+    for name in "abcde":
+        engine.add(request(name, prompt=5, max_tokens=1))
+    assert prompts_a_step(engine)[0] == [5] * 5
+
+
+def test_prompts_of_one_token_are_rows_like_those_that_decode() -> None:
+    engine = scheduler(max_num_seqs=20, recorded_prompts=(2, 12))
+    for name in "abcdef":
+        engine.add(request(name, prompt=1, max_tokens=1))
+    assert len(step(engine)[0].rows) == 6
+    for name in "abcdef":
+        engine.add(request(name, prompt=1 if name < "d" else 4, max_tokens=1))
+    assert prompts_a_step(engine) == [[4, 4], [4]]
 
 
 def test_row_blocks_cover_exactly_its_positions() -> None:

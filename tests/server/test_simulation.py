@@ -302,6 +302,7 @@ def make(seed: int, *, lookahead: bool, troubles: bool = True) -> Simulation:
         max_model_len=rng.choice((45, 64, 10_000)),
         max_waiting=1000,
         vocab_size=VOCAB,
+        recorded_prompts=Random(f"prompts {seed}").choice((None, (1, 100), (2, 16), (4, 8))),
     )
     slots = SlotTable(rng.choice((4, 6, 12, 40)), unit_elements=8)
     prefixes = [tuple(rng.randrange(VOCAB) for _ in range(40)) for _ in range(3)]
