@@ -81,7 +81,16 @@ def test_what_the_doctor_misses_is_mended_by_importing_a_backup(
     assert main(["doctor", "--registry", url]) == 0
 
 
-@pytest.mark.parametrize("verb", [["doctor"], ["adapters", "export", "-"]])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["doctor"],
+        ["adapters", "export", "-"],
+        ["keys", "list"],
+        ["keys", "revoke", "0" * 16],
+        ["keys", "change", "0" * 16, "--weight", "2"],
+    ],
+)
 def test_a_mistyped_registry_is_not_one_in_which_all_is_well(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: list[str]
 ) -> None:
