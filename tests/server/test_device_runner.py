@@ -4,8 +4,10 @@ On a CPU the fused kernels run their references and nothing is captured; on a GP
 hold compiled kernels, graphs and asynchronous steps to the CPU's tokens in float32.
 """
 
+import gc
 import random
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -416,6 +418,19 @@ class Replayed:
         captured = captured._replace(graph=Graph())  # type: ignore[arg-type]
         self.runner.graphs.add(key, captured)
         return captured
+
+
+def test_a_runner_goes_with_its_last_reference() -> None:
+    """And its memory on the device with it: the next one must not wait for a collection."""
+    runner, _ = World("cpu").fused()
+    there = weakref.ref(runner)
+    gc.collect()  # what compiling and other tests left
+    gc.disable()
+    try:
+        del runner
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_clients_cannot_have_graphs_without_end(
