@@ -156,14 +156,25 @@ def test_a_queue_is_no_burst_and_starts_as_room_allows() -> None:
     assert prompts_a_step(engine)[:SPREAD_MAX] == [[4, 4, 4]] * SPREAD_MAX
 
 
-def test_prompts_under_way_count_among_those_of_a_recorded_step() -> None:
+@pytest.mark.parametrize(
+    ("stream", "long", "expected"),
+    [
+        (True, 25, [[19], [6, 2, 2], [2, 2, 2], []]),
+        (True, 28, [[19], [9, 2, 2, 2, 2, 2], []]),  # too many tokens for a recorded step anyway
+        (False, 26, [[20], [6, 2, 2, 2, 2, 2]]),  # that one is under way makes nobody wait
+    ],
+)
+def test_prompts_under_way_count_among_those_of_a_recorded_step(
+    stream: bool, long: int, expected: list[list[int]]
+) -> None:
     engine = scheduler(max_num_seqs=20, max_num_batched_tokens=20, recorded_prompts=(3, 12))
-    engine.add(request("stream", max_tokens=9))
-    step(engine)
-    engine.add(request("long", prompt=25, max_tokens=1))
+    if stream:
+        engine.add(request("stream", max_tokens=9))
+        step(engine)
+    engine.add(request("long", prompt=long, max_tokens=1))
     for name in "abcde":
         engine.add(request(name, prompt=2, max_tokens=1))
-    assert prompts_a_step(engine)[:3] == [[19], [6, 2, 2], [2, 2, 2]]
+    assert prompts_a_step(engine)[: len(expected)] == expected
 
 
 def test_what_is_left_of_a_cached_prompt_counts_and_no_more() -> None:
