@@ -420,6 +420,21 @@ class Replayed:
         return captured
 
 
+def test_only_a_runner_that_replays_asks_for_bursts_to_be_spread() -> None:
+    runner, _ = World("cpu").fused()
+    assert runner.recorded_prompts is None
+    runner.graphs.enabled = True
+    recorded = runner.recorded_prompts
+    assert recorded is not None
+    prompts, tokens = recorded
+    layout = runner.sizes.layout
+    assert layout(Layout(1, prompts, tokens), all_sample=True) is not None
+    assert layout(Layout(1, prompts + 1, tokens), all_sample=True) is None
+    assert layout(Layout(1, prompts, tokens + 1), all_sample=True) is None
+    runner._attention = lambda *_, **__: None  # type: ignore[assignment,return-value]
+    assert runner.recorded_prompts is None
+
+
 def test_a_runner_goes_with_its_last_reference() -> None:
     """And its memory on the device with it: the next one must not wait for a collection."""
     runner, _ = World("cpu").fused()
