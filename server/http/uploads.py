@@ -1,11 +1,11 @@
 """Receives one multipart upload onto disk, within limits, and removes it afterwards.
 
 Bytes are counted as they arrive (a Content-Length is only a hint), file names never become paths,
-and nothing is kept: the files live in a temporary folder for as long as the block runs.
+and nothing is kept: the files live in a temporary folder (``spool.py``) for as long as the block
+runs.
 """
 
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from shoal.adapters.registry.errors import RegistryUnavailable
 from shoal.server.errors import BodyTooLarge, InvalidRequest, Overloaded
+from shoal.server.http.spool import spool
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -244,7 +245,7 @@ class _Form:
         if name in self._files:
             raise InvalidRequest(f"the file {name!r} was sent twice", param="file")
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="shoal-upload-"))
+            self._folder = spool().new_folder()
         # Numbered: the client's name is never a path.
         path = self._folder / f"part-{len(self._files)}"
         self._files[name] = path

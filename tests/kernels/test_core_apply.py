@@ -60,6 +60,8 @@ def test_kernel_equals_reference(case: Case, dtype: torch.dtype, method: str) ->
         config = CoreConfig(method="two_step", tile=4)
     else:
         config = CoreConfig(block_n=128)
+        if DEVICE.type == "cuda" and max(case.ranks) > 64:
+            pytest.skip("minutes of compiling: R is all of the registers, and nobody launches it")
     inputs = make_inputs(case, dtype, DEVICE, seed=2)
     expected = inputs._replace(y=inputs.y.clone())
     core_apply_reference(*expected)

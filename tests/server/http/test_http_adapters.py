@@ -134,10 +134,10 @@ async def test_a_broken_form_is_a_400_and_leaves_nothing(
         assert response.status_code == 400, response.text
         assert word in response.json()["error"]["message"]
         assert h.library.count() == 0
-        assert list(tmp_path.glob("shoal-upload-*")) == []
+        assert list(tmp_path.glob("shoal-uploads-*/upload-*")) == []
 
 
-@pytest.mark.parametrize("what", ["tempfile.mkdtemp", "_Form._open"])
+@pytest.mark.parametrize("what", ["spool.tempfile.mkdtemp", "uploads._Form._open"])
 async def test_a_disk_that_cannot_keep_an_upload_is_a_503(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -146,7 +146,7 @@ async def test_a_disk_that_cannot_keep_an_upload_is_a_503(
 
     async with serve() as h:
         with monkeypatch.context() as patch:
-            patch.setattr(f"shoal.server.http.uploads.{what}", full)
+            patch.setattr(f"shoal.server.http.{what}", full)
             response = await h.upload("poet")
         assert response.status_code == 503
         assert response.headers["retry-after"]
@@ -179,7 +179,7 @@ async def test_an_upload_over_its_limit_is_a_413_and_leaves_nothing(
         counted = await h.client.post("/v1/adapters", content=pieces(), headers=headers)
         declared = await h.upload("poet", b"x" * 1_000_000)
         fine = await h.upload("poet", b"x" * 900)
-        assert list(tmp_path.glob("shoal-upload-*")) == []
+        assert list(tmp_path.glob("shoal-uploads-*/upload-*")) == []
     assert [r.status_code for r in (over, counted, declared, fine)] == [413, 413, 413, 201]
 
 

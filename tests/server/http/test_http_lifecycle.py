@@ -165,7 +165,7 @@ async def test_a_client_that_leaves_during_an_upload_leaves_no_file(
     async def receive() -> Any:
         if messages:
             return messages.pop()
-        assert list(tmp_path.glob("shoal-upload-*/part-0"))
+        assert list(tmp_path.glob("shoal-uploads-*/upload-*/part-0"))
         return {"type": "http.disconnect"}
 
     async with serve() as h:
@@ -173,7 +173,7 @@ async def test_a_client_that_leaves_during_an_upload_leaves_no_file(
         client.receive = receive
         client.content_type = b"multipart/form-data; boundary=B"
         await client.ask(h.app, "/v1/adapters")
-        assert list(tmp_path.glob("shoal-upload-*")) == []
+        assert list(tmp_path.glob("shoal-uploads-*/upload-*")) == []
         assert h.library.count() == 0
         assert h.all_given_back()
 
