@@ -120,6 +120,10 @@ def test_there_is_an_end_to_graphs_and_to_what_is_counted(monkeypatch: pytest.Mo
     for key in keys(30):
         captured.wants(key)
         assert captured.num_wanted <= 4
+    captured = Graphs[str](enabled=True, is_full=lambda: False)
+    captured.record_after = 2
+    assert not any(captured.wants(key) for key in keys(4))
+    assert captured.wants(keys(4)[0]), "what is counted already makes nothing forgotten"
     for key in keys(4):
         captured.add(key, "graph")
     captured.plan(keys(9))
