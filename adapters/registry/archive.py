@@ -10,8 +10,9 @@
     end.json                that it is whole
 
 Memory is bounded by one batch, on both sides. An import that was stopped is run again: batches
-that are in already are read past and not written. Digests are checked; that a record is one that
-can be served is not, because an archive comes from a registry that checked: import what you trust.
+that are in already are read past and not written, unless it is to mend what the registry has lost.
+Digests are checked; that a record is one that can be served is not, because an archive comes from a
+registry that checked: import what you trust.
 
 Not in an archive: API keys, use times, and the numbers of deleted versions.
 """
@@ -35,7 +36,14 @@ from sqlalchemy import func, select
 
 from shoal.adapters.errors import AdapterError, AdapterRejected
 from shoal.adapters.registry import garbage, stored
-from shoal.adapters.registry.bulk import Adapter, Outcome, Version, missing, publish_many
+from shoal.adapters.registry.bulk import (
+    Adapter,
+    Outcome,
+    Version,
+    missing,
+    publish_many,
+    referred,
+)
 from shoal.adapters.registry.catalog import Content, Source
 from shoal.adapters.registry.database import LONG_TIMEOUT_S, Database
 from shoal.adapters.registry.errors import RecordDamaged
@@ -219,6 +227,7 @@ def import_archive(
     source: BinaryIO,
     *,
     on_base: Callable[[str], object] = lambda basis_id: None,
+    mend: bool = False,
     progress: Progress = lambda done, of: None,
 ) -> Outcome:
     """Publish the adapters of an archive, batch by batch: each is durable before its names exist.
@@ -226,6 +235,7 @@ def import_archive(
     Args:
         source: an archive, compressed or not; need not seek.
         on_base: told the id of each basis that is in the folder now, before an adapter needs it.
+        mend: also read what is there already, and write it anew where it is missing or damaged.
 
     Raises:
         AdapterRejected: not an archive, cut off, or a record with another digest. The batches
@@ -248,14 +258,14 @@ def import_archive(
                 elif member.name == "end.json":
                     ended = True
                 elif match[1]:
-                    _import_base(bases, match[1], member, file)
+                    _import_base(bases, match[1], member, file, mend)
                     on_base(match[1])
                 elif match[2] == "adapters":
                     batch = _read_lines(member, file)
                 elif batch is None:
                     raise AdapterRejected(f"archive: {member.name}", "comes before its adapters")
                 else:
-                    _import_batch(database, store, batch, member, file, outcome)
+                    _import_batch(database, store, batch, member, file, outcome, mend)
                     done += len(batch)
                     batch = None
                     progress(done, total)
@@ -298,10 +308,16 @@ def _import_batch(
     member: tarfile.TarInfo,
     file: Any,
     outcome: Outcome,
+    mend: bool,
 ) -> None:
     wanted = missing(database, adapters)
     outcome.unchanged += len(adapters) - len(wanted)
     digests = {version.content.digest for a in wanted for version in a.versions}
+    broken: set[str] = set()
+    if mend:
+        every = {version.content.digest for a in adapters for version in a.versions}
+        broken = {d for d in referred(database, every) if not _is_whole(store, d)}
+        digests |= broken
     small: dict[str, bytes] = {}
     size = 0
     found: set[str] = set()
@@ -314,7 +330,9 @@ def _import_batch(
             except RecordDamaged as error:
                 raise AdapterRejected(f"archive: {member.name}", str(error)) from error
             found.add(digest)
-            if len(payload) > PACKED_BYTES_MAX:
+            # A pack is read after a file, which may be what is damaged.
+            alone = digest in broken and store.exists(digest)
+            if alone or len(payload) > PACKED_BYTES_MAX:
                 # What is there already is not written again, so nobody may be collecting it.
                 database.transact(partial(garbage.spare, digest=digest, now=time.time()))
                 store.put(digest, stored.decode(digest, payload, member.name))
@@ -329,12 +347,21 @@ def _import_batch(
         raise AdapterRejected(f"archive: {member.name}", f"lacks the record {min(lost)}")
     if small:
         store.put_many(list(small.items()))
+    outcome.mended += len(broken)
     if wanted:
         now = publish_many(database, wanted)
         outcome.added += now.added
         outcome.updated += now.updated
         outcome.unchanged += now.unchanged
         outcome.refused += now.refused
+
+
+def _is_whole(store: Store, digest: str) -> bool:
+    try:
+        store.get_stored(digest)
+    except RecordDamaged:
+        return False
+    return True
 
 
 def _forward(file: Any) -> Callable[[str, int, int | None], bytes]:
@@ -355,12 +382,14 @@ def _forward(file: Any) -> Callable[[str, int, int | None], bytes]:
     return read
 
 
-def _import_base(bases: Path, basis_id: str, member: tarfile.TarInfo, file: Any) -> None:
+def _import_base(
+    bases: Path, basis_id: str, member: tarfile.TarInfo, file: Any, mend: bool
+) -> None:
     path = bases / f"{basis_id}.safetensors"
     where = f"archive: {member.name}"
     if member.size > BASE_BYTES_MAX:
         raise AdapterRejected(where, f"is limited to {BASE_BYTES_MAX} bytes")
-    if path.exists():
+    if path.exists() and not (mend and _sha256(path) != basis_id):
         return
     bases.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=bases, prefix=".import.")
@@ -380,6 +409,11 @@ def _import_base(bases: Path, basis_id: str, member: tarfile.TarInfo, file: Any)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------- json

@@ -58,12 +58,16 @@ class Adapter:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of adapters: new names, new versions of known ones, nothing to do, refused."""
+    """What became of adapters: new names, new versions of known ones, nothing to do, refused.
+
+    ``mended`` are records that were missing or damaged and are there again.
+    """
 
     added: int = 0
     updated: int = 0
     unchanged: int = 0
     refused: int = 0
+    mended: int = 0
 
 
 def missing(database: Database, adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -72,6 +76,16 @@ def missing(database: Database, adapters: Sequence[Adapter]) -> list[Adapter]:
         rows = _rows(connection, adapters)
         known = _digests(connection, [row.id for row in rows.values() if row.deleted_at is None])
     return [a for a in adapters if not _has(rows.get((a.owner, a.name)), known, a)]
+
+
+def referred(database: Database, digests: Iterable[str]) -> set[str]:
+    """Those of ``digests`` that live versions have, whosever they are."""
+    found: set[str] = set()
+    with database.read(limit_s=LONG_TIMEOUT_S) as connection:
+        for some in _chunks(digests):
+            query = select(VERSIONS.c.digest).where(VERSIONS.c.digest.in_(some)).distinct()
+            found.update(connection.execute(query).scalars())
+    return found
 
 
 def publish_many(database: Database, adapters: Sequence[Adapter]) -> Outcome:

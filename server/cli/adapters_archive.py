@@ -26,6 +26,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="what export wrote, compressed or not; - is standard input")
     registry_parts.add_arguments(parser)
+    parser.add_argument(
+        "--mend",
+        action="store_true",
+        help="also read what is there already, and write what is missing or damaged of it anew",
+    )
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -39,7 +44,10 @@ def run_import(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from shoal.adapters.registry.archive import export_archive
 
-    with registry_parts.open_parts(args) as parts, _progress("exporting") as progress:
+    with (
+        registry_parts.open_parts(args, create=False) as parts,
+        _progress("exporting") as progress,
+    ):
         bases = parts.bases.folder
         if args.file == "-":
             out = sys.stdout.buffer
@@ -72,6 +80,7 @@ def _import(args: argparse.Namespace) -> int:
             parts.bases.folder,
             source,
             on_base=parts.bases.send,
+            mend=args.mend,
             progress=progress,
         )
     print(
@@ -79,6 +88,8 @@ def _import(args: argparse.Namespace) -> int:
         f"{got.unchanged} were there already",
         file=sys.stderr,
     )
+    if args.mend:
+        print(f"mended {got.mended} records", file=sys.stderr)
     if got.refused:
         print(f"error: {got.refused} names belong to adapters of another base", file=sys.stderr)
     return 1 if got.refused else 0

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     try:
         with (
-            registry_parts.open_parts(args) as parts,
+            registry_parts.open_parts(args, create=False) as parts,
             tqdm(unit="", unit_scale=True, disable=None) as bar,
         ):
 
@@ -59,10 +59,12 @@ def run(args: argparse.Namespace) -> int:
     except (RegistryError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
+    again = "upload the same content again, or import it with --mend"
+    bases = "import them with --mend, or upload an adapter with its basis"
     findings = (
-        ("missing", report.missing, "upload or import the same content again"),
-        ("damaged", report.damaged, "upload or import the same content again"),
-        ("missing bases", report.missing_bases, "import them, or upload an adapter with its basis"),
+        ("missing", report.missing, again),
+        ("damaged", report.damaged, again),
+        ("missing bases", report.missing_bases, bases),
         ("orphans", report.orphans, "--repair removes them"),
         ("leftovers", report.leftovers, "--repair removes them"),
         ("torn packs", report.torn_packs, "--repair keeps what is whole"),

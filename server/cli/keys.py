@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: nothing to change\nhint: one of {flags}", file=sys.stderr)
         return 2
     try:
-        with registry_parts.open_database(args) as database:
+        create = args.keys_verb == "create"
+        with registry_parts.open_database(args, create=create) as database:
             _VERBS[args.keys_verb](Keys(database), args)
     except KeyNotFound as problem:
         print(f"error: {problem}\nhint: `shoal keys list` shows them", file=sys.stderr)

@@ -46,16 +46,25 @@ def urls(args: argparse.Namespace) -> tuple[str, str]:
 
 
 @contextmanager
-def open_database(args: argparse.Namespace) -> "Iterator[Database]":
+def open_database(args: argparse.Namespace, *, create: bool = True) -> "Iterator[Database]":
     """Open, or create, the database that ``args`` of ``add_registry_argument`` name.
+
+    Args:
+        create: make a SQLite file that is not there. A mistyped name is else a registry of nothing,
+            in which all is well.
 
     Raises:
         RegistryError: it cannot be opened.
     """
-    from shoal.adapters.registry.database import Database
+    from shoal.adapters.registry.database import Database, sqlite_file
+    from shoal.adapters.registry.errors import RegistryUnavailable
     from shoal.server.config import ServeConfig
 
-    database = Database(ServeConfig(registry=args.registry).registry_url)
+    url = ServeConfig(registry=args.registry).registry_url
+    file = sqlite_file(url)
+    if not create and file is not None and not file.exists():
+        raise RegistryUnavailable(f"no registry at {file}")
+    database = Database(url)
     try:
         yield database
     finally:
@@ -63,8 +72,8 @@ def open_database(args: argparse.Namespace) -> "Iterator[Database]":
 
 
 @contextmanager
-def open_parts(args: argparse.Namespace) -> Iterator[RegistryParts]:
-    """Open, or create, what ``args`` of ``add_arguments`` name.
+def open_parts(args: argparse.Namespace, *, create: bool = True) -> Iterator[RegistryParts]:
+    """Open, or create, what ``args`` of ``add_arguments`` name; ``create`` as above.
 
     Raises:
         RegistryError: it cannot be opened.
@@ -74,5 +83,5 @@ def open_parts(args: argparse.Namespace) -> Iterator[RegistryParts]:
     from shoal.server.config import ServeConfig
 
     where = places(ServeConfig(registry=args.registry).registry_url, args.store)
-    with open_database(args) as database:
+    with open_database(args, create=create) as database:
         yield RegistryParts(database, open_store(where.store_url), SharedBases.open(where))

@@ -133,6 +133,54 @@ def test_importing_again_changes_nothing(full: Place, tmp_path: Path) -> None:
     assert full.imported(data) == (0, 0, added, 0)
 
 
+def damage(path: Path) -> None:
+    path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+
+
+def lost(place: Place) -> int:
+    """Records of which the doctor says that they are missing or damaged."""
+    report = examine(place.database, LocalStore(place.folder / "store"), place.bases)
+    return report.missing.count + report.damaged.count
+
+
+def mended(place: Place, data: bytes) -> int:
+    store = LocalStore(place.folder / "store")
+    got = import_archive(place.database, store, place.bases, io.BytesIO(data), mend=True)
+    assert (got.added, got.updated) == (0, 0)
+    return got.mended
+
+
+def test_what_was_lost_is_imported_again_when_asked(full: Place) -> None:
+    data, before = full.exported(), contents(full)
+    records = full.folder / "store" / "records"
+    files = sorted(path for path in records.rglob("*") if path.is_file())
+    for path in files[::3]:
+        path.unlink()
+    for path in [*files[1::3], *full.bases.iterdir()]:
+        damage(path)
+    count = lost(full)
+    assert count > 10
+    assert full.imported(data)[:2] == (0, 0)
+    assert lost(full) == count, "only when asked"
+    assert [mended(full, data) for _ in range(2)] == [count, 0]
+    assert lost(full) == 0
+    assert contents(full) == before
+    assert [path.read_bytes() for path in full.bases.iterdir()] == [b"a basis"]
+
+
+def test_damage_in_packs_is_mended_too(full: Place, tmp_path: Path) -> None:
+    data = full.exported()
+    other = Place(tmp_path / "other")
+    other.imported(data)
+    for pack in sorted((other.folder / "store" / "packs").iterdir())[::2]:
+        damage(pack)
+    count = lost(other)
+    assert count > 10
+    assert [mended(other, data) for _ in range(2)] == [count, 0]
+    assert lost(other) == 0
+    assert contents(other) == contents(full)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_an_import_that_was_cut_off_is_resumed(full: Place, tmp_path: Path, seed: int) -> None:
     data = full.exported()

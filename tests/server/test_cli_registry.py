@@ -54,10 +54,46 @@ def test_the_doctor_says_what_is_wrong_and_repairs_what_it_can(
     command = ["doctor", "--registry", url, "--grace-hours", "0"]
     assert main(command) == 1
     said = capsys.readouterr().out
-    assert f"1 missing  (upload or import the same content again)\n  {last.name}\n" in said
+    assert (
+        f"1 missing  (upload the same content again, or import it with --mend)\n  {last.name}\n"
+        in said
+    )
     assert f"1 orphans  (--repair removes them)\n  {'0' * 64}\n" in said
     assert main([*command, "--repair"]) == 1
     assert "removed 1 records" in capsys.readouterr().out
     assert not orphan.exists()
     assert main(["doctor", "--registry", "nosuch://"]) == 1
     assert main(["doctor", "--grace-hours", "-1"]) == 2
+
+
+def test_what_the_doctor_misses_is_mended_by_importing_a_backup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, tar = fill(tmp_path), str(tmp_path / "all.tar")
+    assert main(["adapters", "export", tar, "--registry", url]) == 0
+    records = tmp_path / "registry.db.store" / "records"
+    one, other, _ = sorted(path for path in records.rglob("*") if path.is_file())
+    one.unlink()
+    other.write_bytes(b"rust")
+    assert main(["doctor", "--registry", url]) == 1
+    assert main(["adapters", "import", tar, "--registry", url, "--mend"]) == 0
+    assert "mended 2 records" in capsys.readouterr().err
+    assert main(["doctor", "--registry", url]) == 0
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["doctor"],
+        ["adapters", "export", "-"],
+        ["keys", "list"],
+        ["keys", "revoke", "0" * 16],
+        ["keys", "change", "0" * 16, "--weight", "2"],
+    ],
+)
+def test_a_mistyped_registry_is_not_one_in_which_all_is_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: list[str]
+) -> None:
+    assert main([*verb, "--registry", f"sqlite:///{tmp_path}/none.db"]) == 1
+    assert "no registry at" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
