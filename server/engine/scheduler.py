@@ -44,6 +44,9 @@ SCAN_MAX = 1024
 # Blocks left alone when a request starts beside others: without them it would soon be
 # preempted by their growth, and its prompt computed twice.
 RESERVE = 0.01
+# Recorded steps that a burst of short prompts is spread over at most. What is more is a queue: with
+# short outputs most lanes would stay empty if only so few of it started in each step.
+SPREAD_MAX = 4
 # Plans that may be under way at once: one that runs, and one that waits for it.
 FLIGHTS_MAX = 2
 
@@ -63,8 +66,8 @@ class SchedulerLimits:
         max_wait_s: a request that would wait longer by our estimate is refused; None is never.
         vocab_size: token ids must be below it; None does not check.
         recorded_prompts: prompts, and their tokens, of the largest step that the runner replays
-            rather than launches. While others decode, a burst of short prompts is spread over such
-            steps: one step of them all would take several times as long. None: there are none.
+            rather than launches. While others decode, a burst of short prompts is spread over a few
+            such steps: one step of them all would take several times as long. None: there are none.
     """
 
     block_tokens: int
@@ -416,7 +419,7 @@ class Scheduler:
         A request whose adapter finds no room among the pinned ones is passed over, at most
         ``PASSES_MAX`` times. One that finds no blocks holds up all behind it, since any of
         them would take what it waits for. Behind a full set of short prompts all wait for the
-        next step (``SchedulerLimits.recorded_prompts``).
+        next step (``SchedulerLimits.recorded_prompts``), unless they are too many.
         """
         budget = self.limits.max_num_batched_tokens - sum(shares.values())
         loads: list[AdapterLoad] = []
@@ -425,11 +428,14 @@ class Scheduler:
         # plan, nor will anything larger.
         denied = self._slots.num_units * self._slots.unit_elements + 1
         looked = max(1, SCAN_MAX // self._waiting.num_tenants)
+        recorded = self.limits.recorded_prompts
+        if recorded is not None and len(self._waiting) > SPREAD_MAX * recorded[0]:
+            recorded = None
         under_way = [tokens for tokens in shares.values() if tokens > 1]
         prompts = _Prompts(len(under_way), sum(under_way), beside=len(shares) - len(under_way))
         while budget and self._lanes and len(passed) < SCAN_MAX:
             seq = self._waiting.peek()
-            if seq is None or prompts.fill(self.limits.recorded_prompts):
+            if seq is None or prompts.fill(recorded):
                 break
             denies = self._is_denied(seq, denied)
             hits = () if denies else self._can_start(seq)

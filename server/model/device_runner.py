@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -170,7 +171,8 @@ class DeviceRunner:
         head = self._decoder.head
         self._logits = head.new_empty(limits.max_num_seqs + CHUNKS, len(head))
         self.graphs = Graphs[_Captured](
-            enabled=self._cuda if graphs is None else graphs, is_full=self._is_full
+            enabled=self._cuda if graphs is None else graphs,
+            is_full=partial(_is_full, device),  # without the runner: memory must not wait for gc
         )
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
 
@@ -516,12 +518,6 @@ class DeviceRunner:
             log.info("all planned graphs are captured graphs=%d", len(self.graphs))
         return True
 
-    def _is_full(self) -> bool:
-        if not self._cuda:
-            return False
-        free, total = torch.cuda.mem_get_info(self._decoder.device)
-        return free < FREE_SHARE * total
-
     @torch.inference_mode()
     def warm_prompts(
         self,
@@ -609,6 +605,14 @@ class DeviceRunner:
 
 
 NOT_FINITE = "the model returned non-finite logits"
+
+
+def _is_full(device: torch.device) -> bool:
+    """Whether less of the device's memory is free than graphs leave to steps."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free < FREE_SHARE * total
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class GraphSizes:
             for greedy in (True, False)
             for short in self._shorts
             # The largest first: the others fit in its memory.
-            for rows in reversed(buckets or self.buckets)
+            for rows in reversed(self.buckets if buckets is None else buckets)
         ]
 
     def prompt_keys(
@@ -124,10 +124,10 @@ class GraphSizes:
         """Of steps with prompts: in these of ``CHUNK_TOKENS`` and ``chunk_buckets``, or all."""
         return [
             GraphKey(Layout(rows, CHUNKS, count), short, False, active)
-            for count in tokens or CHUNK_TOKENS
+            for count in (CHUNK_TOKENS if tokens is None else tokens)
             for short in self._shorts
             for active in families
-            for rows in buckets or self.chunk_buckets
+            for rows in (self.chunk_buckets if buckets is None else buckets)
         ]
 
 

@@ -464,6 +464,32 @@ def test_started_ahead_they_are_given_up_when_they_only_die(
     helpers.close()
 
 
+def test_no_two_start_at_once_and_none_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, closed, go_on = [], [], threading.Event()
+
+    class Starting(Ready):
+        def __init__(self, setup: object) -> None:
+            super().__init__(setup)
+            started.append(1)
+            assert go_on.wait(START_S)
+
+        def close(self) -> None:
+            closed.append(1)
+
+    monkeypatch.setattr(apart, "_Helper", Starting)
+    setup: Any = None
+    helpers = Helpers(lambda: setup, 3, ahead=True)
+    wait_until(lambda: bool(started))
+    asked = Asked(name="a", owner="", limits=None, files={})
+    for _ in range(4):
+        assert helpers.upload(asked, (), place=pytest.fail, published=nullcontext()) is None
+    helpers.close()
+    go_on.set()
+    wait_until(lambda: "shoal-upload-setup" not in {t.name for t in threading.enumerate()})
+    assert len(started) == len(closed) == 1
+    assert not helpers._helpers
+
+
 def test_everyone_who_waits_for_a_helper_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apart, "_Helper", Ready)
     monkeypatch.setattr(Ready, "took", 0.002)

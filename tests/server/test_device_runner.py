@@ -4,8 +4,10 @@ On a CPU the fused kernels run their references and nothing is captured; on a GP
 hold compiled kernels, graphs and asynchronous steps to the CPU's tokens in float32.
 """
 
+import gc
 import random
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,7 +37,12 @@ from shoal.server.model.graphs import NO_FAMILIES, GraphKey
 from shoal.server.model.kv_cache import KVCache
 from shoal.server.model.runner import ModelRunner
 from shoal.server.model.sampler import Sampler
-from shoal.server.model.starting import prompt_steps, start_device_runner
+from shoal.server.model.starting import (
+    USUAL_SIZES,
+    plan_graphs,
+    prompt_steps,
+    start_device_runner,
+)
 from shoal.server.model.step_tensors import Layout
 
 VOCAB = 211
@@ -416,6 +423,49 @@ class Replayed:
         captured = captured._replace(graph=Graph())  # type: ignore[arg-type]
         self.runner.graphs.add(key, captured)
         return captured
+
+
+def test_only_a_runner_that_replays_asks_for_bursts_to_be_spread() -> None:
+    runner, _ = World("cpu").fused()
+    assert runner.recorded_prompts is None
+    runner.graphs.enabled = True
+    recorded = runner.recorded_prompts
+    assert recorded is not None
+    prompts, tokens = recorded
+    layout = runner.sizes.layout
+    assert layout(Layout(1, prompts, tokens), all_sample=True) is not None
+    assert layout(Layout(1, prompts + 1, tokens), all_sample=True) is None
+    assert layout(Layout(1, prompts, tokens + 1), all_sample=True) is None
+    runner._attention = lambda *_, **__: None  # type: ignore[assignment,return-value]
+    assert runner.recorded_prompts is None
+
+
+def test_every_prompt_graph_is_planned_and_the_usual_ones_first() -> None:
+    runner, _ = World("cpu").fused()
+    now, later = (ActiveFamilies(core_columns=16, core_alignment=align) for align in (8, 1))
+    usual = plan_graphs(runner, (now,), (later,))
+    planned, sizes = runner.graphs.planned, runner.sizes
+    assert set(planned) == {
+        *sizes.prompt_keys((NO_FAMILIES, now, later)),
+        *sizes.decode_keys((later,)),
+    }
+    assert len(planned) == len(set(planned))
+    assert {key.active for key in planned[:usual]} == {NO_FAMILIES, now}
+    first, then = ({key.layout.chunk_tokens for key in each} for each in (planned[:usual], planned))
+    assert first == set(sorted(then - {0})[:USUAL_SIZES])
+
+
+def test_a_runner_goes_with_its_last_reference() -> None:
+    """And its memory on the device with it: the next one must not wait for a collection."""
+    runner, _ = World("cpu").fused()
+    there = weakref.ref(runner)
+    gc.collect()  # what compiling and other tests left
+    gc.disable()
+    try:
+        del runner
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_clients_cannot_have_graphs_without_end(

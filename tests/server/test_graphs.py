@@ -60,6 +60,30 @@ def test_the_largest_of_a_set_of_families_is_captured_first() -> None:
     assert rows == [32, 8, 1, 32, 8, 1]
 
 
+def test_what_is_asked_for_is_what_is_given() -> None:
+    sizes = GraphSizes(8, (True, False))
+    assert sizes.prompts == (CHUNKS, CHUNK_TOKENS[-1])
+    decodes = sizes.decode_keys((CORE, NO_FAMILIES), (2, 8))
+    assert set(decodes) == {
+        GraphKey(Layout(rows), short, greedy, active)
+        for rows in (2, 8)
+        for short in (True, False)
+        for greedy in (True, False)
+        for active in (CORE, NO_FAMILIES)
+    }
+    prompts = sizes.prompt_keys((CORE,), (16, 64), (0, 8))
+    assert set(prompts) == {
+        GraphKey(Layout(rows, CHUNKS, tokens), short, False, CORE)
+        for rows in (0, 8)
+        for tokens in (16, 64)
+        for short in (True, False)
+    }
+    assert (len(decodes), len(prompts)) == (16, 8)
+    assert not sizes.decode_keys((CORE,), ())
+    assert not sizes.prompt_keys((CORE,), ())
+    assert not sizes.prompt_keys((CORE,), (16,), ())
+
+
 def test_what_is_planned_comes_first_then_what_steps_wanted_most() -> None:
     captured = Graphs[str](enabled=True, is_full=lambda: False)
     captured.record_after = 10
@@ -96,6 +120,10 @@ def test_there_is_an_end_to_graphs_and_to_what_is_counted(monkeypatch: pytest.Mo
     for key in keys(30):
         captured.wants(key)
         assert captured.num_wanted <= 4
+    captured = Graphs[str](enabled=True, is_full=lambda: False)
+    captured.record_after = 2
+    assert not any(captured.wants(key) for key in keys(4))
+    assert captured.wants(keys(4)[0]), "what is counted already makes nothing forgotten"
     for key in keys(4):
         captured.add(key, "graph")
     captured.plan(keys(9))

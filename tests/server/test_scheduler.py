@@ -10,7 +10,7 @@ from shoal.adapters.slots import SlotTable
 from shoal.adapters.spec import AdapterSpec
 from shoal.server.engine.plan import UNKNOWN_TOKEN, Pending, StepPlan, StepResult
 from shoal.server.engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from shoal.server.engine.scheduler import PASSES_MAX, Scheduler, SchedulerLimits
+from shoal.server.engine.scheduler import PASSES_MAX, SPREAD_MAX, Scheduler, SchedulerLimits
 from shoal.server.errors import (
     DeadlineExceeded,
     EngineFailure,
@@ -138,6 +138,54 @@ def test_nobody_waits_for_a_recorded_step_that_nobody_else_waits_for() -> None:
     for name in "abcdefg":
         engine.add(request(name, prompt=4))
     assert prompts_a_step(engine)[0] == [4] * 7
+
+
+def test_a_queue_is_no_burst_and_starts_as_room_allows() -> None:
+    """Else requests of few tokens would come in at so many a step, and most lanes stay empty."""
+    engine = scheduler(max_num_seqs=60, max_num_batched_tokens=400, recorded_prompts=(3, 12))
+    engine.add(request("stream", max_tokens=9))
+    step(engine)
+    most = 3 * SPREAD_MAX
+    for i in range(most + 1):
+        engine.add(request(f"{i}", prompt=4, max_tokens=1))
+    assert prompts_a_step(engine)[0] == [4] * (most + 1)
+    engine.add(request("stream", max_tokens=9))
+    step(engine)
+    for i in range(most):
+        engine.add(request(f"{i}", prompt=4, max_tokens=1))
+    assert prompts_a_step(engine)[:SPREAD_MAX] == [[4, 4, 4]] * SPREAD_MAX
+
+
+@pytest.mark.parametrize(
+    ("stream", "long", "expected"),
+    [
+        (True, 25, [[19], [6, 2, 2], [2, 2, 2], []]),
+        (True, 28, [[19], [9, 2, 2, 2, 2, 2], []]),  # too many tokens for a recorded step anyway
+        (False, 26, [[20], [6, 2, 2, 2, 2, 2]]),  # that one is under way makes nobody wait
+    ],
+)
+def test_prompts_under_way_count_among_those_of_a_recorded_step(
+    stream: bool, long: int, expected: list[list[int]]
+) -> None:
+    engine = scheduler(max_num_seqs=20, max_num_batched_tokens=20, recorded_prompts=(3, 12))
+    if stream:
+        engine.add(request("stream", max_tokens=9))
+        step(engine)
+    engine.add(request("long", prompt=long, max_tokens=1))
+    for name in "abcde":
+        engine.add(request(name, prompt=2, max_tokens=1))
+    assert prompts_a_step(engine)[: len(expected)] == expected
+
+
+def test_what_is_left_of_a_cached_prompt_counts_and_no_more() -> None:
+    engine = scheduler(max_num_seqs=20, recorded_prompts=(3, 12))
+    engine.add(request("same", prompt=22, max_tokens=1))
+    step(engine)
+    engine.add(request("stream", max_tokens=9))
+    step(engine)
+    for name in "abcd":
+        engine.add(replace(request("same", prompt=22, max_tokens=1), id=name))
+    assert prompts_a_step(engine)[:2] == [[2, 2, 2], [2]]
 
 
 def test_longer_prompts_are_not_spread() -> None:
