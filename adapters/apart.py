@@ -235,10 +235,12 @@ class Helpers:
             with self._changed:
                 if not self._begin_start():
                     return
-            self._bring_up()
+            if not self._bring_up():
+                return  # tried again with the first upload
 
-    def _bring_up(self) -> None:
-        helper = None
+    def _bring_up(self) -> bool:
+        """Returns whether there is one more."""
+        helper, made = None, False
         try:
             helper = _Helper(self._setup())
         except Exception as problem:  # of the process, or of what it is told
@@ -250,10 +252,11 @@ class Helpers:
             elif not self._closed:
                 self._helpers.add(helper)
                 self._idle.append(helper)
-                helper = None
+                made = True
             self._changed.notify_all()
-        if helper is not None:  # closed meanwhile
+        if helper is not None and not made:  # closed meanwhile
             helper.close()
+        return made
 
 
 def _once(make: Callable[[], Setup]) -> Callable[[], Setup]:
