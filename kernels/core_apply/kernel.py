@@ -24,12 +24,15 @@ from shoal.kernels.launching import (
 )
 
 MAX_RANK = 1024
+# Of ``fused``: beyond it R takes all registers, and the compiler minutes.
+FUSED_RANK_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
-    """How to launch. ``fused`` re-reads R for every ``block_n`` outputs but is one launch;
-    ``two_step`` writes ``u = h Rᵀ`` once and adds ``u Bᵀ`` with a GEMM.
+    """How to launch. ``fused``, for ranks up to ``FUSED_RANK_MAX``, re-reads R for every
+    ``block_n`` outputs but is one launch; ``two_step`` writes ``u = h Rᵀ`` once and adds
+    ``u Bᵀ`` with a GEMM.
     """
 
     method: Literal["fused", "two_step"] = "fused"
@@ -111,7 +114,7 @@ def default_config(tokens: int, max_rank: int) -> CoreConfig:
     # token per program up to 512 tokens and 4 beyond (2048 of 4096: 26.6, with one 29.0).
     # Rank 32: fused; 256 outputs for a few tokens (1 token: 6.8 µs, with 512 7.7), then 512
     # (256 tokens: 9.0, with 256 10.0; 2048 tokens of 14336: 72.6, two_step 70.5).
-    if max_rank > 64:  # not measured: 16 rows of R have to fit the registers
+    if max_rank > FUSED_RANK_MAX:  # not measured: 16 rows of R have to fit the registers
         return CoreConfig("two_step", tile=1, num_warps=4 if max_rank <= 256 else 8)
     if max_rank > 32:
         few = tokens <= 512
@@ -173,6 +176,8 @@ def _launch(
     if tokens == 0 or n == 0:
         return
     chosen = config or default_config(tokens, width)
+    if chosen.method == "fused" and width > FUSED_RANK_MAX:
+        raise ShapeError("max_rank", f"at most {FUSED_RANK_MAX} with method fused", width)
     rank = power_of_two(width, least=16)
     chunk = 16  # the smallest inner size of tl.dot; larger chunks only cost registers
     token_tiles = -(-tokens // chosen.tile)

@@ -97,7 +97,8 @@ def _is_abandoned(folder: Path) -> bool:
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return time.time() - found.st_mtime > MAKING_S
+        # With something in it, it was locked once: somebody tidied up, and its owner may live.
+        return time.time() - found.st_mtime > MAKING_S and not any(folder.iterdir())
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

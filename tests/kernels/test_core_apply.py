@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from shoal.kernels.core_apply.cases import CASES, Case, Inputs, make_inputs
-from shoal.kernels.core_apply.kernel import CoreConfig, core_apply, launch_core_apply
+from shoal.kernels.core_apply.kernel import (
+    FUSED_RANK_MAX,
+    CoreConfig,
+    core_apply,
+    launch_core_apply,
+)
 from shoal.kernels.core_apply.reference import core_apply_reference
 from shoal.kernels.errors import ShapeError
 from shoal.kernels.testing import assert_close
@@ -52,16 +57,29 @@ def test_reference_equals_the_definition_in_float64(case: Case) -> None:
     assert_close(inputs.y.cpu(), expected, torch.float32)
 
 
-@pytest.mark.parametrize("method", ["fused", "two_step"])
+LAUNCHES = [
+    pytest.param(case, method, id=f"{case.name}-{method}")
+    for case in RUNNABLE
+    for method in ("fused", "two_step")
+    if method == "two_step" or case.columns <= FUSED_RANK_MAX
+]
+
+
+def test_fused_is_refused_for_ranks_that_take_minutes_to_compile() -> None:
+    inputs = make_inputs(next(c for c in RUNNABLE if c.name == "large ranks"), DTYPES[0], DEVICE, 2)
+    before = inputs.y.clone()
+    with pytest.raises(ShapeError, match="at most 64 with method fused"):
+        launch_core_apply(*inputs, config=CoreConfig(block_n=128))
+    assert torch.equal(inputs.y, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", RUNNABLE, ids=lambda c: c.name)
+@pytest.mark.parametrize(("case", "method"), LAUNCHES)
 def test_kernel_equals_reference(case: Case, dtype: torch.dtype, method: str) -> None:
     if method == "two_step":
         config = CoreConfig(method="two_step", tile=4)
     else:
         config = CoreConfig(block_n=128)
-        if DEVICE.type == "cuda" and max(case.ranks) > 64:
-            pytest.skip("minutes of compiling: R is all of the registers, and nobody launches it")
     inputs = make_inputs(case, dtype, DEVICE, seed=2)
     expected = inputs._replace(y=inputs.y.clone())
     core_apply_reference(*expected)

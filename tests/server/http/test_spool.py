@@ -73,6 +73,8 @@ def test_only_abandoned_folders_of_ours_are_removed(
     linked = tmp_path / f"{PREFIX}linked"
     linked.mkdir()
     (linked / LOCK).symlink_to(elsewhere / LOCK)
+    lost_its_lock = tmp_path / f"{PREFIX}used"
+    (lost_its_lock / "upload-1").mkdir(parents=True)
     being_made = [tmp_path / f"{PREFIX}{name}" for name in ("bare", "unlocked")]
     for folder in being_made:
         folder.mkdir()
